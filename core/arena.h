@@ -1,0 +1,39 @@
+// Memory: one block, placed by the same code that measures it.
+#pragma once
+#include "types.h"
+#include <algorithm>
+#include <string>
+#include <vector>
+
+// The first pass has no base and only counts; the second hands out pointers into the block. Because
+// both run the same calls, what --plan prints is what a run takes.
+struct Arena {
+    static constexpr size_t alignment = 256;
+    struct Part {
+        std::string name;
+        size_t bytes;
+    };
+
+    uint8_t* base = nullptr;
+    size_t used = 0;
+    std::vector<Part> parts;
+
+    // `count` elements of E, entered under `part` in the table; null while measuring.
+    template <class E> E* take(const char* part, size_t count) {
+        size_t bytes = (count * sizeof(E) + alignment - 1) / alignment * alignment;
+        auto same = [&](const Part& p) { return p.name == part; };
+        auto line = std::find_if(parts.begin(), parts.end(), same);
+        if (line == parts.end()) line = parts.insert(line, {part, 0});
+        line->bytes += bytes;
+        E* place = base ? (E*)(base + used) : nullptr;
+        used += bytes;
+        return place;
+    }
+};
+
+// Zeroed memory of the device; fails with the size when there is not enough.
+inline uint8_t* device_allocate(Cpu, size_t bytes) {
+    void* block = bytes ? calloc(1, bytes + Arena::alignment) : nullptr;
+    if (bytes && !block) fail("cannot allocate %.2f GiB; --plan shows what takes it", double(bytes) / (1 << 30));
+    return (uint8_t*)((uintptr_t(block) + Arena::alignment - 1) / Arena::alignment * Arena::alignment);
+}

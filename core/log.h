@@ -1,0 +1,95 @@
+// The log: one line a step on the terminal, the same as log.jsonl in the run's folder.
+#pragma once
+#include "options.h"
+#include <chrono>
+
+inline double seconds_now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+inline std::string json_text(const std::string& s) {
+    std::string out = "\"";
+    for (unsigned char c : s) {
+        char code[8];
+        if (c == '"' || c == '\\') out += '\\', out += char(c);
+        else if (c < 32) snprintf(code, sizeof code, "\\u%04x", c), out += code;
+        else out += char(c);
+    }
+    return out + "\"";
+}
+
+// A number as JSON has it: NaN and infinities become null.
+inline std::string json_number(double x) {
+    char s[32];
+    snprintf(s, sizeof s, "%.9g", x);
+    return std::isfinite(x) ? s : "null";
+}
+
+struct Log {
+    FILE* file = nullptr; // log.jsonl; null on other ranks and without --out
+    bool terminal = false;
+};
+
+// Opens log.jsonl for appending on rank 0, and writes the options of this run as its first line.
+inline Log log_open(const Options& options, const std::string& folder, int rank) {
+    Log log;
+    log.terminal = rank == 0;
+    if (rank != 0 || folder.empty()) return log;
+    std::string path = folder + "/log.jsonl";
+    log.file = fopen(path.c_str(), "a");
+    if (!log.file) fail("%s: %s", path.c_str(), strerror(errno));
+    std::string line = "{\"event\": \"start\"";
+    auto field = [&](auto& value, const char* name, char, const char*, const char*) {
+        line += std::string(", \"") + name + "\": " + json_text(option_text(value));
+    };
+    options_visit(options, field, [](const char*) {});
+    fprintf(log.file, "%s}\n", line.c_str());
+    fflush(log.file);
+    return log;
+}
+
+inline void log_close(Log& log) {
+    if (log.file && fclose(log.file) != 0) fail("log.jsonl: %s", strerror(errno));
+    log.file = nullptr;
+}
+
+// Appends {"event": event, names[0]: values[0], ...}.
+inline void log_values(Log& log, const char* event, std::initializer_list<std::pair<const char*, double>> values) {
+    if (!log.file) return;
+    fprintf(log.file, "{\"event\": \"%s\"", event);
+    for (auto& [name, value] : values) fprintf(log.file, ", \"%s\": %s", name, json_number(value).c_str());
+    fprintf(log.file, "}\n");
+    if (fflush(log.file) != 0) fail("log.jsonl: %s", strerror(errno));
+}
+
+// One line of the run's story on rank 0's terminal.
+__attribute__((format(printf, 2, 3))) inline void log_note(const Log& log, const char* format, ...) {
+    if (!log.terminal) return;
+    va_list args;
+    va_start(args, format);
+    vprintf(format, args);
+    va_end(args);
+    printf("\n");
+    fflush(stdout);
+}
+
+// The last 128 finite values of a series, to tell an outlier. A NaN or an infinity never enters:
+// one of them would make every later mean NaN and blind the detector.
+struct Outliers {
+    static constexpr int window = 128;
+    double value[window] = {};
+    int64_t count = 0;
+};
+
+inline void outliers_add(Outliers& o, double x) {
+    if (std::isfinite(x)) o.value[o.count++ % Outliers::window] = x;
+}
+
+// Standard deviations of x above the mean of the window; 0 until the window is full.
+inline double outliers_z(const Outliers& o, double x) {
+    if (o.count < Outliers::window) return 0;
+    double mean = 0, variance = 0;
+    for (double v : o.value) mean += v / Outliers::window;
+    for (double v : o.value) variance += (v - mean) * (v - mean) / Outliers::window;
+    return variance > 0 ? (x - mean) / std::sqrt(variance) : 0;
+}
