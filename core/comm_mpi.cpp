@@ -1,0 +1,288 @@
+// The communicator over MPI, for data in host memory. The one file that includes mpi.h.
+//
+// No call blocks inside MPI: every transfer is started without waiting and then polled, so that a rank whose peer
+// died or hangs leaves in time. All of it is built of two pieces, messages between two ranks and broadcasts.
+#include "comm.h"
+#include <algorithm>
+#include <csignal>
+#include <ctime>
+#define OMPI_SKIP_MPICXX 1 // the C interface alone
+#define MPICH_SKIP_MPICXX 1
+#include <mpi.h>
+#include <sched.h>
+#include <string>
+#include <unistd.h>
+#include <vector>
+
+#define MPI_CHECK(call)                                                                                              \
+    do {                                                                                                             \
+        int mpi_status = (call);                                                                                     \
+        if (mpi_status != MPI_SUCCESS)                                                                               \
+            fail("%s:%d: %s: %s; see whether all hosts and ranks are up", __FILE__, __LINE__, #call,                 \
+                 error_text(mpi_status).c_str());                                                                    \
+    } while (0)
+
+static std::string error_text(int status) {
+    char text[MPI_MAX_ERROR_STRING] = "";
+    int length = 0;
+    MPI_Error_string(status, text, &length);
+    return text;
+}
+
+static bool mpi_is_up() {
+    int begun = 0, ended = 0;
+    MPI_Initialized(&begun);
+    MPI_Finalized(&ended);
+    return begun && !ended;
+}
+
+int world_rank() {
+    int rank = 0;
+    if (mpi_is_up()) MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    return rank;
+}
+
+// MPI_Abort itself can hang when a host is gone; the alarm then kills this process, and the launcher the others.
+void abort_all_ranks(int status) {
+    int size = 1;
+    if (mpi_is_up()) MPI_Comm_size(MPI_COMM_WORLD, &size);
+    if (size > 1) {
+        signal(SIGALRM, SIG_DFL);
+        alarm(10);
+        MPI_Abort(MPI_COMM_WORLD, status);
+    }
+    _exit(status);
+}
+
+const char* comm_backend() { return "MPI"; }
+
+// Comm::handle is MPI's own integer for a communicator, so no table of them is kept.
+static MPI_Comm mpi_comm(const Comm& comm) { return MPI_Comm_f2c(MPI_Fint(comm.handle)); }
+static Comm make_comm(MPI_Comm group, double timeout) {
+    Comm comm;
+    MPI_CHECK(MPI_Comm_set_errhandler(group, MPI_ERRORS_RETURN));
+    MPI_CHECK(MPI_Comm_rank(group, &comm.rank));
+    MPI_CHECK(MPI_Comm_size(group, &comm.size));
+    comm.handle = int(MPI_Comm_c2f(group)), comm.timeout = timeout;
+    return comm;
+}
+
+// Requests under way. Each message is at most message_bytes long, since MPI counts in int.
+struct Transfer {
+    Comm comm;
+    std::string operation; // for the message when it fails
+    std::vector<MPI_Request> requests = {};
+    std::vector<int> expected = {}; // bytes of a receive, -1 for all else
+
+    MPI_Request* add(int bytes_expected) {
+        expected.push_back(bytes_expected);
+        return &requests.emplace_back(MPI_REQUEST_NULL);
+    }
+};
+constexpr size_t message_bytes = size_t(1) << 24;
+
+template <class F> static void for_each_message(size_t bytes, F f) {
+    for (size_t at = 0; at < bytes; at += message_bytes) f(at, int(std::min(message_bytes, bytes - at)));
+}
+static void add_send(Transfer& t, const void* data, size_t bytes, int to) {
+    for_each_message(bytes, [&](size_t at, int length) {
+        MPI_CHECK(MPI_Isend((const char*)data + at, length, MPI_BYTE, to, 0, mpi_comm(t.comm), t.add(-1)));
+    });
+}
+static void add_receive(Transfer& t, void* data, size_t bytes, int from) {
+    for_each_message(bytes, [&](size_t at, int length) {
+        MPI_CHECK(MPI_Irecv((char*)data + at, length, MPI_BYTE, from, 0, mpi_comm(t.comm), t.add(length)));
+    });
+}
+static void add_broadcast(Transfer& t, void* data, size_t bytes, int root) {
+    for_each_message(bytes, [&](size_t at, int length) {
+        MPI_CHECK(MPI_Ibcast((char*)data + at, length, MPI_BYTE, root, mpi_comm(t.comm), t.add(-1)));
+    });
+}
+
+// Polls until all is done; any completion counts as progress. After a short spin it sleeps between polls, so that
+// ranks which wait leave their core to those which compute. A gap between two polls counts 1 s at most: a job that
+// was stopped and continued has not waited.
+static void wait_all(Transfer& t) {
+    std::vector<int> done(t.requests.size());
+    std::vector<MPI_Status> status(t.requests.size());
+    double last = MPI_Wtime(), waited = 0;
+    for (int idle = 0;; idle++) {
+        int count = 0;
+        int result = MPI_Testsome(int(t.requests.size()), t.requests.data(), &count, done.data(), status.data());
+        if (result == MPI_ERR_IN_STATUS) // one of them carries the reason
+            for (int i = 0; i < count; i++) MPI_CHECK(status[i].MPI_ERROR);
+        MPI_CHECK(result);
+        if (count == MPI_UNDEFINED) return; // none is left
+        for (int i = 0; i < count; i++) {
+            int bytes = t.expected[done[i]];
+            if (bytes >= 0) MPI_CHECK(MPI_Get_count(&status[i], MPI_BYTE, &bytes));
+            if (bytes != t.expected[done[i]])
+                fail("%s: %d bytes came from rank %d of the group, %d were expected: the ranks disagree on a size",
+                     t.operation.c_str(), bytes, status[i].MPI_SOURCE, t.expected[done[i]]);
+        }
+        double now = MPI_Wtime();
+        waited = count > 0 ? 0 : waited + std::min(now - last, 1.0);
+        last = now;
+        if (count > 0) idle = 0;
+        if (waited > t.comm.timeout)
+            fail("%s: no progress for %g s: another rank has died, hangs or is late; see its output (--timeout sets "
+                 "the limit)", t.operation.c_str(), t.comm.timeout);
+        constexpr timespec pause = {0, 50000};
+        if (idle < 2000) sched_yield();
+        else nanosleep(&pause, nullptr);
+    }
+}
+
+Comm comm_init(int* argc, char*** argv) {
+    int threads = 0;
+    if (!mpi_is_up()) MPI_CHECK(MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &threads));
+    Comm world = make_comm(MPI_COMM_WORLD, Comm().timeout);
+    if (world.size < comm_launched_ranks())
+        fail("started as one of %d ranks, but MPI sees %d: the launcher and this MPI do not know each other; use the "
+             "mpirun of the MPI it was built with, or srun --mpi=pmix", comm_launched_ranks(), world.size);
+    return world;
+}
+
+// The barrier finds missing ranks in bounded time; what follows it blocks, here and in the two below.
+void comm_finalize(const Comm& world) {
+    if (!mpi_is_up()) return;
+    comm_barrier(world);
+    MPI_CHECK(MPI_Finalize());
+}
+
+Comm comm_split(const Comm& comm, int color, int key) {
+    REQUIRE(color >= 0, "pass a color of at least 0");
+    comm_barrier(comm);
+    MPI_Comm group;
+    MPI_CHECK(MPI_Comm_split(mpi_comm(comm), color, key, &group));
+    return make_comm(group, comm.timeout);
+}
+
+Comm comm_host(const Comm& comm) {
+    comm_barrier(comm);
+    MPI_Comm group;
+    MPI_CHECK(MPI_Comm_split_type(mpi_comm(comm), MPI_COMM_TYPE_SHARED, comm.rank, MPI_INFO_NULL, &group));
+    return make_comm(group, comm.timeout);
+}
+
+void comm_barrier(const Comm& comm) {
+    Transfer t{comm, "barrier"};
+    MPI_CHECK(MPI_Ibarrier(mpi_comm(comm), t.add(-1)));
+    wait_all(t);
+}
+
+void comm_broadcast(Cpu, const Comm& comm, Type type, void* data, size_t count, int root) {
+    REQUIRE(root >= 0 && root < comm.size, "the root must be a rank of the group");
+    Transfer t{comm, "broadcast"};
+    add_broadcast(t, data, count * type_size(type), root);
+    wait_all(t);
+}
+
+void comm_all_gather(Cpu, const Comm& comm, Type type, void* data, const size_t* begin) {
+    Transfer t{comm, "all-gather"};
+    for (int r = 0; r < comm.size; r++) {
+        REQUIRE(begin[r] <= begin[r + 1], "slices must not run backwards");
+        add_broadcast(t, (char*)data + begin[r] * type_size(type), (begin[r + 1] - begin[r]) * type_size(type), r);
+    }
+    wait_all(t);
+}
+
+void comm_gather(Cpu cpu, const Comm& comm, Type type, void* all, const void* mine, size_t count) {
+    void* place = (char*)all + comm.rank * count * type_size(type);
+    if (place != mine && count > 0) memmove(place, mine, count * type_size(type));
+    std::vector<size_t> begin(comm.size + 1);
+    for (int r = 0; r <= comm.size; r++) begin[r] = r * count;
+    comm_all_gather(cpu, comm, type, all, begin.data());
+}
+
+// out[i] = source[0][i] + source[1][i] + ..., in that order. `out` may be one of the sources.
+template <class E> static void sum_in_order(E* out, const std::vector<const E*>& source, size_t count) {
+    using A = std::conditional_t<std::is_integral_v<E>, E, Acc<E>>;
+    constexpr size_t block = 512; // partial sums stay in the first-level cache
+    #pragma omp parallel for schedule(static)
+    for (size_t first = 0; first < count; first += block) {
+        A sum[block];
+        size_t n = std::min(block, count - first);
+        for (size_t i = 0; i < n; i++) sum[i] = A(source[0][first + i]);
+        for (size_t r = 1; r < source.size(); r++)
+            for (size_t i = 0; i < n; i++) sum[i] = A(sum[i] + A(source[r][first + i]));
+        for (size_t i = 0; i < n; i++) out[first + i] = E(sum[i]);
+    }
+}
+
+// Each rank collects its own slice from all others, `part` elements at a time, and sums it.
+template <class E> static void reduce_scatter(const Comm& comm, E* data, const size_t* begin, const char* operation) {
+    constexpr size_t scratch_elements = size_t(1) << 22;
+    const size_t part = std::max(scratch_elements / comm.size, size_t(1));
+    auto length_at = [&](int rank, size_t at) { // how much of a rank's slice is handled in the round that begins here
+        size_t length = begin[rank + 1] - begin[rank];
+        return length > at ? std::min(part, length - at) : 0;
+    };
+    size_t longest = 0;
+    for (int r = 0; r < comm.size; r++) {
+        REQUIRE(begin[r] <= begin[r + 1], "slices must not run backwards");
+        longest = std::max(longest, begin[r + 1] - begin[r]);
+    }
+    std::vector<E> received(comm.size * length_at(comm.rank, 0));
+    for (size_t at = 0; at < longest; at += part) {
+        const size_t mine = length_at(comm.rank, at);
+        std::vector<const E*> source(comm.size);
+        Transfer t{comm, operation};
+        for (int r = 0; r < comm.size; r++) {
+            E* slot = r == comm.rank ? data + begin[r] + at : received.data() + r * mine;
+            source[r] = slot;
+            if (r == comm.rank) continue;
+            add_receive(t, slot, mine * sizeof(E), r);
+            add_send(t, data + begin[r] + at, length_at(r, at) * sizeof(E), r);
+        }
+        wait_all(t);
+        sum_in_order(data + begin[comm.rank] + at, source, mine);
+    }
+}
+
+static void reduce_scatter(const Comm& comm, Type type, void* data, const size_t* begin, const char* operation) {
+    switch (type) {
+        case Type::f32: return reduce_scatter(comm, (float*)data, begin, operation);
+        case Type::bf16: return reduce_scatter(comm, (bf16*)data, begin, operation);
+        case Type::f64: return reduce_scatter(comm, (double*)data, begin, operation);
+        case Type::i32: return reduce_scatter(comm, (int32_t*)data, begin, operation);
+        case Type::i64: return reduce_scatter(comm, (int64_t*)data, begin, operation);
+        case Type::u8: return reduce_scatter(comm, (uint8_t*)data, begin, operation);
+    }
+}
+
+void comm_reduce_scatter(Cpu, const Comm& comm, Type type, void* data, const size_t* begin) {
+    reduce_scatter(comm, type, data, begin, "reduce-scatter");
+}
+
+// Every rank sums an equal share, then all shares go to everyone: each element moves twice, whatever the ranks.
+void comm_sum(Cpu cpu, const Comm& comm, Type type, void* data, size_t count) {
+    std::vector<size_t> begin(comm.size + 1);
+    for (int r = 0; r <= comm.size; r++) begin[r] = count * r / comm.size;
+    reduce_scatter(comm, type, data, begin.data(), "sum");
+    comm_all_gather(cpu, comm, type, data, begin.data());
+}
+
+Shift shift_start(Cpu, const Comm& comm, Type type, const void* send, size_t send_count, int to, void* receive,
+                  size_t receive_count, int from) {
+    auto other_rank = [&](int rank) { return rank >= 0 && rank < comm.size && rank != comm.rank; };
+    REQUIRE(send_count == 0 || other_rank(to), "send to some other rank of the group");
+    REQUIRE(receive_count == 0 || other_rank(from), "receive from some other rank of the group");
+    if (send_count == 0 && receive_count == 0) return {comm, nullptr};
+    std::string operation = "shift";
+    if (send_count > 0) operation += " to rank " + std::to_string(to);
+    if (receive_count > 0) operation += " from rank " + std::to_string(from);
+    auto* t = new Transfer{comm, operation};
+    add_receive(*t, receive, receive_count * type_size(type), from);
+    add_send(*t, send, send_count * type_size(type), to);
+    return {comm, t};
+}
+
+void shift_wait(Shift& shift) {
+    auto* t = (Transfer*)shift.backend;
+    if (!t) return;
+    wait_all(*t);
+    delete t;
+    shift.backend = nullptr;
+}

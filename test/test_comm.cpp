@@ -1,0 +1,312 @@
+// Tests core/comm.h, with whichever backend is linked: alone, and under mpirun -np 1..4. All expected values are
+// exact: integers, or floating-point sums formed here in rank order.
+#include "../core/comm.h"
+#include "check.h"
+#include "fails.h"
+#include <chrono>
+#include <csignal>
+
+static const Comm& world() {
+    static struct World {
+        Comm comm = comm_init(nullptr, nullptr);
+        ~World() { comm_finalize(comm); }
+    } up;
+    return up.comm;
+}
+
+// Element i of rank's data. The floats differ in size, so that another order of summation gives other bits.
+template <class E> static E value(int rank, size_t i) {
+    uint64_t h = hash64(1000 + rank, i);
+    if constexpr (std::is_integral_v<E>) return E(h % 60);
+    else return E(float(double(int64_t(h)) * (i % 3 == 0 ? 1e-16 : 1e-19)));
+}
+template <class E> static E sum_over_ranks(int size, size_t i) {
+    using A = std::conditional_t<std::is_integral_v<E>, E, Acc<E>>;
+    A sum = A(value<E>(0, i));
+    for (int r = 1; r < size; r++) sum = A(sum + A(value<E>(r, i)));
+    return E(sum);
+}
+template <class E> static bool same(E a, E b) { return memcmp(&a, &b, sizeof(E)) == 0; }
+
+template <class E> static void fill(Buffer<E>& data, int rank) {
+    for (size_t i = 0; i < data.count; i++) data[i] = value<E>(rank, i);
+}
+
+static const size_t counts[] = {0, 1, 2, 17, 1000, 4099};
+
+#define ALL_TYPES float, bf16, double, int32_t, int64_t, uint8_t
+
+TEST_CASE("the world") {
+    Comm w = world();
+    CHECK(w.rank >= 0);
+    CHECK(w.rank < w.size);
+    CHECK(w.size == comm_launched_ranks());
+    CHECK(world_rank() == w.rank);
+    comm_barrier(w);
+    if (w.rank == 0) MESSAGE("backend ", std::string(comm_backend()), ", ranks ", w.size);
+}
+
+TEST_CASE_TEMPLATE("broadcast from every root", E, ALL_TYPES) {
+    Comm w = world();
+    for (size_t n : counts)
+        for (int root = 0; root < w.size; root++) {
+            Buffer<E> data(n);
+            if (w.rank == root) fill(data, root);
+            comm_broadcast(Cpu(), w, data.data(), n, root);
+            size_t wrong = 0;
+            for (size_t i = 0; i < n; i++) wrong += !same(data[i], value<E>(root, i));
+            CHECK(wrong == 0);
+        }
+}
+
+TEST_CASE_TEMPLATE("sum in rank order, the same bits everywhere", E, ALL_TYPES) {
+    Comm w = world();
+    for (size_t n : counts) {
+        Buffer<E> data(n);
+        fill(data, w.rank);
+        comm_sum(Cpu(), w, data.data(), n);
+        size_t wrong = 0;
+        for (size_t i = 0; i < n; i++) wrong += !same(data[i], sum_over_ranks<E>(w.size, i));
+        CHECK(wrong == 0);
+    }
+}
+
+TEST_CASE("the float inputs do tell one order of summation from another") {
+    int differ = 0;
+    for (size_t i = 0; i < 4099; i++) {
+        float forward = 0, backward = 0;
+        for (int r = 0; r < 4; r++) forward += value<float>(r, i), backward += value<float>(3 - r, i);
+        differ += forward != backward;
+    }
+    CHECK(differ > 500);
+}
+
+TEST_CASE_TEMPLATE("gather", E, ALL_TYPES) {
+    Comm w = world();
+    for (size_t n : counts)
+        for (bool in_place : {false, true}) {
+            Buffer<E> all(n * w.size), mine(n);
+            fill(mine, w.rank);
+            E* from = in_place ? all.data() + n * w.rank : mine.data();
+            if (in_place && n > 0) memcpy((void*)from, mine.data(), n * sizeof(E));
+            comm_gather(Cpu(), w, all.data(), (const E*)from, n);
+            size_t wrong = 0;
+            for (int r = 0; r < w.size; r++)
+                for (size_t i = 0; i < n; i++) wrong += !same(all[r * n + i], value<E>(r, i));
+            CHECK(wrong == 0);
+        }
+}
+
+// Offsets of ragged slices of n elements, the same on every rank; some slices are empty, some are everything.
+static std::vector<size_t> ragged(uint64_t seed, int size, size_t n) {
+    std::vector<size_t> begin(size + 1);
+    begin[size] = n;
+    for (int r = 1; r < size; r++) begin[r] = hash64(seed, r) % 4 == 0 ? n : hash64(seed, 100 + r) % (n + 1);
+    std::sort(begin.begin(), begin.end());
+    return begin;
+}
+
+TEST_CASE_TEMPLATE("reduce-scatter, then all-gather, of ragged slices", E, ALL_TYPES) {
+    Comm w = world();
+    for (size_t n : counts)
+        for (uint64_t seed = 0; seed < 8; seed++) {
+            std::vector<size_t> begin = ragged(seed, w.size, n);
+            Buffer<E> data(n);
+            fill(data, w.rank);
+            comm_reduce_scatter(Cpu(), w, data.data(), begin.data());
+            size_t wrong = 0;
+            for (size_t i = begin[w.rank]; i < begin[w.rank + 1]; i++)
+                wrong += !same(data[i], sum_over_ranks<E>(w.size, i));
+            CHECK(wrong == 0);
+
+            fill(data, -1); // what the others must overwrite
+            for (size_t i = begin[w.rank]; i < begin[w.rank + 1]; i++) data[i] = value<E>(w.rank, i);
+            comm_all_gather(Cpu(), w, data.data(), begin.data());
+            wrong = 0;
+            for (int r = 0; r < w.size; r++)
+                for (size_t i = begin[r]; i < begin[r + 1]; i++) wrong += !same(data[i], value<E>(r, i));
+            CHECK(wrong == 0);
+        }
+}
+
+// More than one message (16 MiB) and more than one round of the reduce-scatter (4M elements over the ranks).
+TEST_CASE("long data") {
+    Comm w = world();
+    const size_t n = 4'500'017;
+    Buffer<double> data(n);
+    auto reset = [&] { for (size_t i = 0; i < n; i++) data[i] = double((w.rank + 1) * (i % 1009)); };
+    auto count_wrong = [&](double factor) {
+        size_t wrong = 0;
+        for (size_t i = 0; i < n; i++) wrong += data[i] != factor * double(i % 1009);
+        return wrong;
+    };
+    reset();
+    comm_sum(Cpu(), w, data.data(), n);
+    CHECK(count_wrong(w.size * (w.size + 1) / 2) == 0);
+    reset();
+    comm_broadcast(Cpu(), w, data.data(), n, w.size - 1);
+    CHECK(count_wrong(w.size) == 0);
+    reset();
+    std::vector<size_t> last_has_all(w.size + 1, 0);
+    last_has_all[w.size] = n;
+    comm_reduce_scatter(Cpu(), w, data.data(), last_has_all.data());
+    if (w.rank == w.size - 1) CHECK(count_wrong(w.size * (w.size + 1) / 2) == 0);
+    if (w.size == 1) return;
+    reset();
+    Buffer<double> sent(n);
+    memcpy(sent.data(), data.data(), n * sizeof(double));
+    int next = (w.rank + 1) % w.size, before = (w.rank + w.size - 1) % w.size;
+    Shift shift = shift_start(Cpu(), w, (const double*)sent.data(), n, next, data.data(), n, before);
+    shift_wait(shift);
+    CHECK(count_wrong(before + 1) == 0);
+}
+
+TEST_CASE("split") {
+    Comm w = world();
+    // Even and odd ranks, in reverse order.
+    Comm half = comm_split(w, w.rank % 2, -w.rank);
+    int members = (w.size + 1 - w.rank % 2) / 2;
+    CHECK(half.size == members);
+    CHECK(half.rank == members - 1 - w.rank / 2);
+    std::vector<int32_t> all(half.size);
+    int32_t mine = w.rank;
+    comm_gather(Cpu(), half, all.data(), (const int32_t*)&mine, 1);
+    for (int r = 0; r < half.size; r++) CHECK(all[r] == w.rank % 2 + 2 * (members - 1 - r));
+    // Each alone, and a copy of the world: groups are independent of each other.
+    Comm alone = comm_split(half, half.rank, 0), copy = comm_split(w, 0, w.rank);
+    CHECK(alone.size == 1);
+    CHECK(copy.size == w.size);
+    CHECK(copy.rank == w.rank);
+    int64_t one = 1;
+    comm_sum(Cpu(), alone, &one, 1);
+    CHECK(one == 1);
+    comm_sum(Cpu(), copy, &one, 1);
+    CHECK(one == w.size);
+    // This test runs on one host.
+    Comm host = comm_host(w);
+    CHECK(host.size == w.size);
+    CHECK(host.rank == w.rank);
+    w.timeout = 12;
+    CHECK(comm_split(w, 0, 0).timeout == 12);
+}
+
+TEST_CASE("shift by every distance, with every count") {
+    Comm w = world();
+    for (int distance = 1; distance < w.size; distance++)
+        for (size_t n : counts) {
+            int to = (w.rank + distance) % w.size, from = (w.rank + w.size - distance) % w.size;
+            // Ranks send different amounts: n + rank, but rank 0 sends nothing.
+            auto amount = [&](int rank) { return rank == 0 ? 0 : n + rank; };
+            Buffer<float> out(amount(w.rank)), in(amount(from));
+            fill(out, w.rank);
+            Shift shift = shift_start(Cpu(), w, (const float*)out.data(), out.count, to, in.data(), in.count, from);
+            shift_wait(shift);
+            shift_wait(shift); // does nothing
+            size_t wrong = 0;
+            for (size_t i = 0; i < in.count; i++) wrong += !same(in[i], value<float>(from, i));
+            CHECK(wrong == 0);
+        }
+}
+
+TEST_CASE("several shifts under way, with collectives in between") {
+    Comm w = world();
+    if (w.size == 1) return;
+    const int rounds = 5;
+    int to = (w.rank + 1) % w.size, from = (w.rank + w.size - 1) % w.size;
+    std::vector<int64_t> out(rounds), in(rounds, -1);
+    std::vector<Shift> shifts;
+    int64_t ranks = 0;
+    for (int i = 0; i < rounds; i++) {
+        out[i] = 100 * w.rank + i;
+        shifts.push_back(shift_start(Cpu(), w, (const int64_t*)&out[i], 1, to, &in[i], 1, from));
+        ranks = 1;
+        comm_sum(Cpu(), w, &ranks, 1);
+        CHECK(ranks == w.size);
+    }
+    for (int i = rounds - 1; i >= 0; i--) shift_wait(shifts[i]);
+    for (int i = 0; i < rounds; i++) CHECK(in[i] == 100 * from + i);
+}
+
+TEST_CASE("nothing to shift needs no other rank") {
+    Shift shift = shift_start(Cpu(), world(), (const float*)nullptr, 0, 0, (float*)nullptr, 0, 0);
+    CHECK(shift.backend == nullptr);
+    shift_wait(shift);
+}
+
+TEST_CASE("broken promises end with a line") {
+    Comm w = world();
+    if (w.size > 1) return; // fails_with forks
+    float x = 0;
+    size_t backwards[] = {1, 0};
+    auto check = [](const std::string& line, const char* part) {
+        CHECK_MESSAGE(line.find(part) != std::string::npos, line);
+    };
+    check(fails_with([&] { shift_start(Cpu(), w, (const float*)&x, 1, 0, &x, 1, 0); }), "other rank");
+    check(fails_with([&] { comm_broadcast(Cpu(), w, &x, 1, 1); }), "root");
+    check(fails_with([&] { comm_reduce_scatter(Cpu(), w, &x, backwards); }), "backwards");
+    check(fails_with([&] { comm_all_gather(Cpu(), w, &x, backwards); }), "backwards");
+    check(fails_with([&] { comm_split(w, -1, 0); }), "color");
+    std::string line = fails_with([&] { setenv("OMPI_COMM_WORLD_SIZE", "2", 1), comm_init(nullptr, nullptr); });
+    check(line, "started as one of 2 ranks");
+    CHECK(std::count(line.begin(), line.end(), '\n') == 1);
+}
+
+// What a rank meets when another one goes wrong. Run by the case below, on two ranks; rank 1 goes wrong.
+static void meet(void (*wrong)(const Comm&), void (*right)(const Comm&)) {
+    Comm w = world();
+    if (w.size != 2) return;
+    comm_barrier(w);
+    w.timeout = 1;
+    w.rank == 1 ? wrong(w) : right(w);
+    comm_barrier(w);
+}
+static float many[1000];
+static void broadcast(const Comm& w) { comm_broadcast(Cpu(), w, many, 1000, 0); }
+static void sum(const Comm& w) { comm_sum(Cpu(), w, many, 1000); }
+static void receive(const Comm& w) {
+    Shift shift = shift_start(Cpu(), w, (const float*)nullptr, 0, 0, many, 1000, 1);
+    shift_wait(shift);
+}
+static void send(const Comm& w, size_t count) {
+    Shift shift = shift_start(Cpu(), w, (const float*)many, count, 0, (float*)nullptr, 0, 0);
+    shift_wait(shift);
+}
+TEST_CASE("ends: killed" * doctest::skip()) { meet([](const Comm&) { raise(SIGKILL); }, broadcast); }
+TEST_CASE("ends: stopped" * doctest::skip()) { meet([](const Comm&) { raise(SIGSTOP); }, sum); }
+TEST_CASE("ends: absent" * doctest::skip()) { meet([](const Comm&) { sleep(30); }, receive); }
+TEST_CASE("ends: shorter" * doctest::skip()) { meet([](const Comm& w) { send(w, 999); }, receive); }
+TEST_CASE("ends: longer" * doctest::skip()) { meet([](const Comm& w) { send(w, 1001); }, receive); }
+TEST_CASE("ends: early" * doctest::skip()) { meet([](const Comm&) { fail("this rank gives up"); }, sum); }
+
+TEST_CASE("a rank that dies, hangs or disagrees ends all ranks in time") {
+    if (world().size > 1 || std::string(comm_backend()) != "MPI" || system("command -v mpirun > /dev/null") != 0) {
+        if (world().rank == 0) MESSAGE("skipped: this starts mpirun itself, from one process built with MPI");
+        return;
+    }
+    char self[4096] = "";
+    CHECK(readlink("/proc/self/exe", self, sizeof self - 1) > 0);
+    const struct { const char *name, *message; } cases[] = {
+        {"killed", "signal 9"},
+        {"stopped", "rank 0: sum: no progress for 1 s"},
+        {"absent", "rank 0: shift from rank 1: no progress for 1 s"},
+        {"shorter", "rank 0: shift from rank 1: 3996 bytes came from rank 1 of the group, 4000 were expected"},
+        {"longer", "MPI_ERR_TRUNCATE"},
+        {"early", "rank 1: this rank gives up"},
+    };
+    for (auto& c : cases) {
+        CAPTURE(c.name);
+        std::string command = "env -i PATH=\"$PATH\" LD_LIBRARY_PATH=\"$LD_LIBRARY_PATH\" HOME=/tmp OMP_NUM_THREADS=1 "
+            "OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 timeout -s KILL 60 "
+            "mpirun --oversubscribe -np 2 '" + std::string(self) + "' --no-skip -tc='ends: " + c.name + "' 2>&1";
+        auto start = std::chrono::steady_clock::now();
+        std::string output;
+        FILE* pipe = popen(command.c_str(), "r");
+        char buffer[4096];
+        while (fgets(buffer, sizeof buffer, pipe)) output += buffer;
+        int status = pclose(pipe);
+        double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        CHECK(status != 0);
+        CHECK(seconds < 1 + 10);
+        CHECK_MESSAGE(output.find(c.message) != std::string::npos, output);
+    }
+}
