@@ -1,0 +1,607 @@
+// Attention over packed documents and their anchor: mask, tile map, CPU reference, kernels.
+//
+// A token has a global index in its row and a document; token 0 of document 0 is the anchor.
+//
+//   visible(q, k) = index[k] <= index[q]  and  (doc[k] == doc[q]  or  doc[k] == 0)
+//   S = Q K^T / sqrt(D) where visible, else -inf     (queries, keys), per head; a KV head serves H / K heads
+//   LSE = log sum_k exp(S)    P = exp(S - LSE)       O = P V
+//   delta = sum_d dO * O      dP = dO V^T            dS = P * (dP - delta)
+//   dV = P^T dO               dQ = dS K / sqrt(D)    dK = dS^T Q / sqrt(D)
+//
+// Online softmax: with the running state m (largest score), l (sum of exp(S - m)) and O (not yet divided by l), a
+// tile of keys updates m' = max(m, max S), l' = l exp(m - m') + sum exp(S - m'), O' = O exp(m - m') + exp(S - m') V.
+// Between calls the state is kept as (O / l, LSE), which is the same with m = LSE and l = 1: keys can come in any
+// number of portions, from anywhere.
+//
+// The anchor is one more key that every query of the row sees. With its key k0, its value v0 and
+// s0 = q . k0 / sqrt(D) it is the state's start, m = s0, l = 1, O = v0, so column 0 is left out of the tiles, and
+// nobody needs the anchor's chunk for it. Its share of the backward needs no tile either:
+//
+//   P0 = exp(s0 - LSE)    dS0 = P0 (dO . v0 - delta)
+//   dQ starts at dS0 k0 / sqrt(D)    dk0 = sum dS0 q / sqrt(D)    dv0 = sum P0 dO    over queries and heads of a group
+//
+// A row of queries that sees nothing has LSE = -inf and O = 0; this needs a row without an anchor.
+#pragma once
+#include "core/fastexp.h"
+#include "core/types.h"
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <omp.h>
+#include <utility>
+#include <vector>
+
+// The local tokens of B rows, back to back, of each row in ascending order of index.
+struct Tokens {
+    std::vector<int32_t> index;     // (T) global index in the row
+    std::vector<int32_t> doc;       // (T) document, from 0, small numbers
+    std::vector<int32_t> row_begin; // (B + 1) row b is [row_begin[b], row_begin[b + 1])
+
+    size_t size() const { return index.size(); }
+    size_t rows() const { return row_begin.size() - 1; }
+};
+
+HOST_DEVICE inline bool visible(int32_t q_index, int32_t q_doc, int32_t k_index, int32_t k_doc) {
+    return k_index <= q_index && (k_doc == q_doc || k_doc == 0);
+}
+HOST_DEVICE inline bool is_anchor(int32_t index, int32_t doc) { return index == 0 && doc == 0; }
+
+// Visible pairs of a whole row, by chunks of its queries, the anchor's column included: what the attention costs.
+inline std::vector<int64_t> visible_pairs(const int32_t* doc /*(S)*/, size_t S, size_t chunk) {
+    std::vector<int64_t> pairs((S + chunk - 1) / chunk), count(S == 0 ? 1 : *std::max_element(doc, doc + S) + 1);
+    for (size_t i = 0; i < S; i++) {
+        count[doc[i]]++;
+        pairs[i / chunk] += count[doc[i]] + (doc[i] == 0 ? 0 : count[0]);
+    }
+    return pairs;
+}
+inline int64_t visible_pairs(const int32_t* doc /*(S)*/, size_t S) { return S == 0 ? 0 : visible_pairs(doc, S, S)[0]; }
+
+// What a tile of queries has to visit. All numbers count local tokens, of the query set or of the key set.
+struct KeyRange {
+    int32_t begin, end;
+    bool masked; // some of its pairs are not visible: test each
+};
+struct QueryTile {
+    int32_t row, begin, end;         // queries
+    int32_t first_range, last_range; // ranges [first_range, last_range)
+};
+struct TileMap {
+    std::vector<QueryTile> tiles; // those that see a key, most work first
+    std::vector<KeyRange> ranges;
+    int64_t pairs = 0; // visible pairs, the anchor's column excluded
+};
+
+// A tile's documents, each with its smallest and largest index, decide exactly whether it sees another tile.
+struct TileSpan {
+    int32_t doc, first, last;
+};
+struct TileSummary {
+    int32_t begin, end;        // local tokens
+    int32_t first, last;       // smallest and largest index
+    bool anchor;               // the anchor lies in it
+    std::vector<TileSpan> doc; // ascending
+};
+
+// The anchor's own span is left out of keys (it is not a key of the map) but kept in queries (it is a query).
+inline TileSummary tile_summary(const Tokens& t, int32_t begin, int32_t end, bool keys) {
+    TileSummary s{begin, end, t.index[begin], t.index[end - 1], is_anchor(t.index[begin], t.doc[begin]), {}};
+    for (int32_t i = begin + (keys && s.anchor); i < end; i++) {
+        if (s.doc.empty() || s.doc.back().doc != t.doc[i]) s.doc.push_back({t.doc[i], t.index[i], t.index[i]});
+        s.doc.back().last = t.index[i];
+    }
+    std::stable_sort(s.doc.begin(), s.doc.end(), [](const TileSpan& a, const TileSpan& b) { return a.doc < b.doc; });
+    size_t n = 0; // spans of the same document follow each other in ascending order of index
+    for (const TileSpan& span : s.doc)
+        if (n > 0 && s.doc[n - 1].doc == span.doc) s.doc[n - 1].last = span.last;
+        else s.doc[n++] = span;
+    s.doc.resize(n);
+    return s;
+}
+
+inline bool any_visible(const TileSummary& q, const TileSummary& k) {
+    auto own = q.doc.begin();
+    for (const TileSpan& span : k.doc) {
+        if (span.doc == 0 && span.first <= q.last) return true;
+        while (own != q.doc.end() && own->doc < span.doc) own++;
+        if (own != q.doc.end() && own->doc == span.doc && span.first <= own->last) return true;
+    }
+    return false;
+}
+
+inline bool all_visible(const TileSummary& q, const TileSummary& k) {
+    if (k.anchor || k.last > q.first) return false;
+    for (const TileSpan& span : k.doc)
+        if (span.doc != 0 && (q.doc.size() > 1 || q.doc[0].doc != span.doc)) return false;
+    return true;
+}
+
+inline std::vector<TileSummary> tile_summaries(const Tokens& t, size_t row, int tile, bool keys) {
+    std::vector<TileSummary> all;
+    const int32_t end = t.row_begin[row + 1];
+    for (int32_t begin = t.row_begin[row]; begin < end; begin += tile)
+        all.push_back(tile_summary(t, begin, std::min(begin + tile, end), keys));
+    return all;
+}
+
+// Visible pairs between two token sets, without the anchor's column: a merge by index that counts keys by document.
+inline int64_t pairs_between(const Tokens& q, const Tokens& k, size_t row) {
+    int32_t documents = 1;
+    for (int32_t i = k.row_begin[row]; i < k.row_begin[row + 1]; i++) documents = std::max(documents, k.doc[i] + 1);
+    std::vector<int64_t> count(documents);
+    int64_t pairs = 0;
+    int32_t j = k.row_begin[row];
+    for (int32_t i = q.row_begin[row]; i < q.row_begin[row + 1]; i++) {
+        for (; j < k.row_begin[row + 1] && k.index[j] <= q.index[i]; j++)
+            if (!is_anchor(k.index[j], k.doc[j])) count[k.doc[j]]++;
+        pairs += count[0] + (q.doc[i] > 0 && q.doc[i] < documents ? count[q.doc[i]] : 0);
+    }
+    return pairs;
+}
+
+inline bool tokens_in_order(const Tokens& t) {
+    for (size_t b = 0; b < t.rows(); b++)
+        for (int32_t i = t.row_begin[b]; i < t.row_begin[b + 1]; i++)
+            if (t.doc[i] < 0 || t.index[i] < 0 || (i > t.row_begin[b] && t.index[i] <= t.index[i - 1])) return false;
+    return t.row_begin.back() == int32_t(t.size()) && t.doc.size() == t.size();
+}
+
+// Every visible pair but those of the anchor's column lies in exactly one range of its query's tile. A tile of keys is
+// left out when none of its pairs is visible, and unmasked when all are, for any doc[]. Rows never mix.
+inline void tile_map_build(TileMap& map, const Tokens& q, const Tokens& k, int tile_q, int tile_k) {
+    REQUIRE(tile_q > 0 && tile_k > 0 && q.rows() == k.rows(), "pass the same rows of queries and keys");
+    REQUIRE(tokens_in_order(q) && tokens_in_order(k), "order each row's tokens by index, documents from 0");
+    map.tiles.clear(), map.ranges.clear(), map.pairs = 0;
+    std::vector<int64_t> work;
+    for (size_t row = 0; row < q.rows(); row++) {
+        map.pairs += pairs_between(q, k, row);
+        std::vector<TileSummary> keys = tile_summaries(k, row, tile_k, true);
+        for (const TileSummary& t : tile_summaries(q, row, tile_q, false)) {
+            const size_t first = map.ranges.size();
+            int64_t visits = 0;
+            for (const TileSummary& s : keys) {
+                if (s.first > t.last) break;
+                if (!any_visible(t, s)) continue;
+                const bool masked = !all_visible(t, s);
+                KeyRange* last = map.ranges.size() > first ? &map.ranges.back() : nullptr;
+                if (last && last->end == s.begin && last->masked == masked) last->end = s.end;
+                else map.ranges.push_back({s.begin, s.end, masked});
+                visits += s.end - s.begin;
+            }
+            if (visits == 0) continue;
+            map.tiles.push_back({int32_t(row), t.begin, t.end, int32_t(first), int32_t(map.ranges.size())});
+            work.push_back(visits * (t.end - t.begin));
+        }
+    }
+    std::vector<size_t> order(work.size());
+    std::iota(order.begin(), order.end(), size_t(0));
+    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return work[a] > work[b]; });
+    std::vector<QueryTile> tiles;
+    for (size_t i : order) tiles.push_back(map.tiles[i]);
+    map.tiles = std::move(tiles);
+}
+
+// The CPU reference works on S^T: keys are rows and the 64 queries of a tile are the columns, so that m, l, alpha, LSE
+// and delta are plain vectors along the queries, a softmax needs no sum across lanes, and K and V enter every product
+// as scalars, from their own layout. Short tiles of queries are padded with zeros, tiles of keys are not.
+constexpr int attention_tile = 64;
+template <class A> constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
+
+#if defined(__AVX512F__)
+constexpr size_t tile_vector_bytes = 64, tile_registers = 32;
+#elif defined(__AVX__)
+constexpr size_t tile_vector_bytes = 32, tile_registers = 16;
+#else
+constexpr size_t tile_vector_bytes = 16, tile_registers = 16;
+#endif
+template <class A> struct TileVector {
+    typedef A type __attribute__((vector_size(tile_vector_bytes), may_alias, aligned(sizeof(A))));
+};
+template <class A> constexpr size_t tile_lanes = tile_vector_bytes / sizeof(A);
+
+// Scratch memory on cache line boundaries, so that no vector straddles two of them; not set to anything.
+template <class A> struct AlignedScratch {
+    struct alignas(64) Line {
+        A value[64 / sizeof(A)];
+    };
+    std::unique_ptr<Line[]> line;
+    explicit AlignedScratch(size_t count) : line(new Line[count * sizeof(A) / 64 + 1]) {}
+    A* data() { return line[0].value; }
+};
+
+template <class F, int... I>
+__attribute__((always_inline)) inline void tile_unroll(F f, std::integer_sequence<int, I...>) {
+    (f(I), ...);
+}
+
+// One block of registers of tile_product, R rows by N vectors: unrolled, or at -O2 the sums stay in memory (3x slower).
+template <class A, int R, int N, bool add> inline void product_block(A* c, size_t c_row, size_t columns, const A* a,
+                                                                     size_t a_row, size_t a_column, const A* b,
+                                                                     size_t b_row, size_t depth) {
+    using Vector = typename TileVector<A>::type;
+    constexpr size_t W = tile_lanes<A>;
+    constexpr std::make_integer_sequence<int, R * N> all;
+    Vector sum[R * N] = {};
+    for (size_t d = 0; d < depth; d++, a += a_column, b += b_row)
+        tile_unroll(
+            [&](int i) __attribute__((always_inline)) { sum[i] += a[i / N * a_row] * *(const Vector*)(b + i % N * W); },
+            all);
+    tile_unroll(
+        [&](int i) __attribute__((always_inline)) {
+            const size_t column = i % N * W;
+            A* to = c + i / N * c_row + column;
+            if (columns >= column + W) *(Vector*)to = add ? *(Vector*)to + sum[i] : sum[i];
+            else
+                for (size_t j = 0; column + j < columns; j++) to[j] = (add ? to[j] : A(0)) + sum[i][j];
+        },
+        all);
+}
+
+// c (m, n) = a (m, depth) b (depth, n), or += with `add`. Element (i, d) of a is a[i a_row + d a_column], so that
+// transposes need no copy. The rows of b can be read up to the next whole vector, c's are written to n exactly.
+template <bool add, class A> inline void tile_product(A* c, size_t c_row, size_t m, size_t n, const A* a, size_t a_row,
+                                                      size_t a_column, const A* b, size_t b_row, size_t depth) {
+    constexpr size_t W = tile_lanes<A>;
+    auto strip = [&]<int R, int N>(size_t column) {
+        size_t i = 0;
+        for (; i + R <= m; i += R)
+            product_block<A, R, N, add>(c + i * c_row + column, c_row, n - column, a + i * a_row, a_row, a_column,
+                                        b + column, b_row, depth);
+        for (; i < m; i++)
+            product_block<A, 1, N, add>(c + i * c_row + column, c_row, n - column, a + i * a_row, a_row, a_column,
+                                        b + column, b_row, depth);
+    };
+    constexpr bool wide = tile_registers == 32;
+    for (size_t column = 0; column < n;) {
+        if (wide && n - column > 3 * W) strip.template operator()<4, 4>(column), column += 4 * W;
+        else if (n - column > W) strip.template operator()<wide ? 8 : 4, 2>(column), column += 2 * W;
+        else strip.template operator()<8, 1>(column), column += W;
+    }
+}
+
+// E as a product's operand would hold it: bf16(x) without its branch for NaN, so that loops of it become vector code.
+template <class E> inline Acc<E> rounded_operand(Acc<E> x) {
+    if constexpr (std::is_same_v<E, bf16>) {
+        uint32_t u = std::bit_cast<uint32_t>(x);
+        return std::bit_cast<float>((u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u);
+    } else {
+        return x;
+    }
+}
+
+// Keys and values as (K, Tk, D) each, in Acc: a tile of one head is then contiguous.
+template <class A> struct KeysByHead { AlignedScratch<A> key, value; };
+template <class E>
+inline KeysByHead<Acc<E>> keys_by_head(const E* kv, size_t kv_stride, size_t Tk, size_t K, size_t D) {
+    KeysByHead<Acc<E>> to{AlignedScratch<Acc<E>>(K * Tk * D), AlignedScratch<Acc<E>>(K * Tk * D)};
+#pragma omp parallel for schedule(static)
+    for (size_t t = 0; t < Tk; t++)
+        for (size_t head = 0; head < K; head++)
+            for (size_t d = 0; d < D; d++) {
+                to.key.data()[(head * Tk + t) * D + d] = Acc<E>(kv[t * kv_stride + head * D + d]);
+                to.value.data()[(head * Tk + t) * D + d] = Acc<E>(kv[t * kv_stride + (K + head) * D + d]);
+            }
+    return to;
+}
+
+// to (D, 64) = scale * x^T for the n <= 64 rows of x, zero beyond.
+template <class X>
+inline void load_transposed(Acc<X>* to, const X* x, size_t stride, size_t n, size_t D, Acc<X> scale) {
+    if (n < attention_tile) std::fill_n(to, D * attention_tile, Acc<X>(0));
+    for (size_t i = 0; i < n; i++)
+        for (size_t d = 0; d < D; d++) to[d * attention_tile + i] = scale * Acc<X>(x[i * stride + d]);
+}
+
+// to (n, row) = scale * x, each row padded with zeros: they are read, and chance denormals would be slow.
+template <class X>
+inline void load_rows(Acc<X>* to, size_t row, const X* x, size_t stride, size_t n, size_t D, Acc<X> scale) {
+    for (size_t i = 0; i < n; i++) {
+        for (size_t d = 0; d < D; d++) to[i * row + d] = scale * Acc<X>(x[i * stride + d]);
+        std::fill_n(to + i * row + D, row - D, Acc<X>(0));
+    }
+}
+
+// One task: a tile of queries, one head. q, dout, ... point at its first query's head, key and value at its KV head.
+template <class A> struct TileTask {
+    const TileMap& map;
+    const QueryTile& tile;
+    const Tokens &qt, &kt;
+    const A *key, *value; // (Tk, D)
+    size_t H, D;
+    size_t queries() const { return size_t(tile.end - tile.begin); }
+};
+template <class A> inline TileTask<A> tile_task(const TileMap& map, size_t tile, const Tokens& qt, const Tokens& kt,
+                                                KeysByHead<A>& keys, size_t head, size_t H, size_t D) {
+    const size_t at = head * kt.size() * D;
+    return {map, map.tiles[tile], qt, kt, keys.key.data() + at, keys.value.data() + at, H, D};
+}
+
+// f(first key, number of keys <= 64, masked) for all that the tile visits.
+template <class A, class F> inline void for_each_key_tile(const TileTask<A>& task, F f) {
+    for (int32_t r = task.tile.first_range; r < task.tile.last_range; r++) {
+        const KeyRange& range = task.map.ranges[r];
+        for (int32_t begin = range.begin; begin < range.end; begin += attention_tile)
+            f(size_t(begin), size_t(std::min(attention_tile, range.end - begin)), range.masked);
+    }
+}
+
+// Index and document of a tile's queries; the columns of the padding see nothing.
+struct QueryLabels {
+    int32_t index[attention_tile], doc[attention_tile];
+    template <class A> explicit QueryLabels(const TileTask<A>& task) {
+        std::fill_n(index, attention_tile, -1), std::fill_n(doc, attention_tile, -1);
+        std::copy_n(task.qt.index.data() + task.tile.begin, task.queries(), index);
+        std::copy_n(task.qt.doc.data() + task.tile.begin, task.queries(), doc);
+    }
+};
+
+// s (n keys, 64 queries) = -inf where the query does not see the key, and in the anchor's column.
+template <class A> inline void mask_scores(A* s, const QueryLabels& q, const Tokens& kt, size_t begin, size_t n) {
+    for (size_t k = 0; k < n; k++) {
+        const int32_t index = kt.index[begin + k], doc = kt.doc[begin + k];
+        const bool key = !is_anchor(index, doc);
+        A* row = s + k * attention_tile;
+#pragma omp simd
+        for (int i = 0; i < attention_tile; i++)
+            row[i] = key & visible(q.index[i], q.doc[i], index, doc) ? row[i] : minus_infinity<A>;
+    }
+}
+
+// One step of the online softmax: s (n, 64) becomes exp(s - m), rounded to E as an operand of P V; m and l go on, and
+// alpha = exp(old m - m) is the factor for O. A column that has seen nothing keeps m = -inf and gets zeros.
+template <class E> inline void softmax_step(Acc<E>* s, Acc<E>* m, Acc<E>* l, Acc<E>* alpha, size_t n) {
+    using A = Acc<E>;
+    A old[attention_tile], from[attention_tile];
+    std::copy_n(m, attention_tile, old);
+    for (size_t k = 0; k < n; k++)
+#pragma omp simd
+        for (int i = 0; i < attention_tile; i++) m[i] = std::max(m[i], s[k * attention_tile + i]);
+#pragma omp simd
+    for (int i = 0; i < attention_tile; i++) {
+        from[i] = m[i] == minus_infinity<A> ? A(0) : m[i];
+        alpha[i] = fast_exp(old[i] - from[i]);
+        l[i] *= alpha[i];
+    }
+    for (size_t k = 0; k < n; k++)
+#pragma omp simd
+        for (int i = 0; i < attention_tile; i++) {
+            const A p = fast_exp(s[k * attention_tile + i] - from[i]);
+            l[i] += p;
+            s[k * attention_tile + i] = rounded_operand<E>(p);
+        }
+}
+
+// A row of D elements in whole vectors, as the rows of tile_product's b must be.
+template <class A> constexpr size_t padded_row(size_t D) {
+    return (D + tile_lanes<A> - 1) / tile_lanes<A> * tile_lanes<A>;
+}
+
+template <class A> inline A attention_scale(size_t D) { return A(1 / std::sqrt(double(D))); }
+
+inline void attention_require(const TileMap& map, size_t H, size_t K, size_t D) {
+    REQUIRE(K > 0 && H > 0 && H % K == 0 && D > 0, "the heads must be a multiple of the KV heads");
+    for (const QueryTile& tile : map.tiles)
+        REQUIRE(tile.end - tile.begin <= attention_tile, "build the map with tiles of at most 64 queries");
+}
+
+// The state before any key: the anchor's score and value, or nothing.
+template <class E> void attention_begin(Cpu, Acc<E>* o /*(T, H, D)*/, Acc<E>* lse /*(T, H)*/,
+                                        const E* q /*(T, H, D), q_stride apart*/, size_t q_stride,
+                                        const E* anchor /*(B, 2, K, D): k0, v0; or null*/, const Tokens& qt, size_t H,
+                                        size_t K, size_t D) {
+    using A = Acc<E>;
+    attention_require({}, H, K, D);
+    const A scale = attention_scale<A>(D);
+    for (size_t b = 0; b < qt.rows(); b++) {
+        const E* k0 = anchor ? anchor + b * 2 * K * D : nullptr;
+#pragma omp parallel for schedule(static)
+        for (size_t t = qt.row_begin[b]; t < size_t(qt.row_begin[b + 1]); t++)
+            for (size_t h = 0; h < H; h++) {
+                A* to = o + (t * H + h) * D;
+                lse[t * H + h] = minus_infinity<A>;
+                std::fill_n(to, D, A(0));
+                if (!anchor) continue;
+                const E *query = q + t * q_stride + h * D, *key = k0 + h / (H / K) * D, *value = key + K * D;
+                A score = 0;
+                for (size_t d = 0; d < D; d++) score += A(query[d]) * A(key[d]), to[d] = A(value[d]);
+                lse[t * H + h] = scale * score;
+            }
+    }
+}
+
+// From the tile's state to its state.
+template <class E> inline void forward_tile(const TileTask<Acc<E>>& task, Acc<E>* o, Acc<E>* lse, const E* q,
+                                            size_t q_stride, AlignedScratch<Acc<E>>& scratch) {
+    using A = Acc<E>;
+    constexpr size_t N = attention_tile;
+    const size_t n = task.queries(), H = task.H, D = task.D;
+    A *s = scratch.data(), *m = s + N * N, *l = m + N, *alpha = l + N, *qT = alpha + N, *oT = qT + N * D;
+    const QueryLabels labels(task);
+    load_transposed(qT, q, q_stride, n, D, attention_scale<A>(D));
+    load_transposed(oT, o, H * D, n, D, A(1));
+    std::fill_n(m, N, A(0));
+    for (size_t i = 0; i < n; i++) m[i] = lse[i * H];
+    for (size_t i = 0; i < N; i++) l[i] = m[i] == minus_infinity<A> ? A(0) : A(1);
+
+    for_each_key_tile(task, [&](size_t begin, size_t keys, bool masked) {
+        tile_product<false>(s, N, keys, N, task.key + begin * D, D, 1, qT, N, D); // S^T = K Q^T
+        if (masked) mask_scores(s, labels, task.kt, begin, keys);
+        softmax_step<E>(s, m, l, alpha, keys);
+        for (size_t d = 0; d < D; d++)
+#pragma omp simd
+            for (size_t i = 0; i < N; i++) oT[d * N + i] *= alpha[i];
+        tile_product<true>(oT, N, D, N, task.value + begin * D, 1, D, s, N, keys); // O^T += V^T P^T
+    });
+
+    for (size_t i = 0; i < n; i++) {
+        if (l[i] == 0) continue; // has seen nothing: LSE = -inf and O = 0 as they came
+        lse[i * H] = m[i] + std::log(l[i]);
+        for (size_t d = 0; d < D; d++) o[i * H * D + d] = oT[d * N + i] / l[i];
+    }
+}
+
+// Goes on from the state (o, lse) with the keys of kt: token t's K heads of key, then K heads of value, stand at
+// kv + t kv_stride. Every (tile, head) is computed alone, so the bits do not depend on the threads.
+template <class E> void attention_forward(Cpu, Acc<E>* o /*(T, H, D)*/, Acc<E>* lse /*(T, H)*/, const E* q,
+                                          size_t q_stride, const E* kv, size_t kv_stride, const TileMap& map,
+                                          const Tokens& qt, const Tokens& kt, size_t H, size_t K, size_t D) {
+    attention_require(map, H, K, D);
+    if (map.tiles.empty()) return;
+    const size_t tiles = map.tiles.size();
+    KeysByHead<Acc<E>> keys = keys_by_head(kv, kv_stride, kt.size(), K, D);
+#pragma omp parallel
+    {
+        AlignedScratch<Acc<E>> scratch(attention_tile * (attention_tile + 3 + 2 * D));
+#pragma omp for schedule(dynamic, 1)
+        for (size_t i = 0; i < H * tiles; i++) {
+            const size_t h = i / tiles, t = map.tiles[i % tiles].begin, at = t * H + h;
+            forward_tile(tile_task(map, i % tiles, qt, kt, keys, h / (H / K), H, D), o + at * D, lse + at,
+                         q + t * q_stride + h * D, q_stride, scratch);
+        }
+    }
+}
+
+// The one rounding of the output to its storage.
+template <class E> void attention_end(Cpu, E* out /*(count)*/, const Acc<E>* o, size_t count) {
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < count; i++) out[i] = E(o[i]);
+}
+
+// One query of one head: delta, the start of dq, and what the anchor receives. Without an anchor k0 is null.
+template <class E> inline void backward_begin_query(Acc<E>* delta, Acc<E>* dq, Acc<E>* dk0, const E* dout, const E* out,
+                                                    Acc<E> lse, const E* q, const E* k0, size_t key_to_value,
+                                                    size_t D) {
+    using A = Acc<E>;
+    A sum = 0, score = 0, dp0 = 0;
+    for (size_t d = 0; d < D; d++) sum += A(dout[d]) * A(out[d]);
+    *delta = sum;
+    std::fill_n(dq, D, A(0));
+    if (!k0) return;
+    const E* v0 = k0 + key_to_value;
+    A* dv0 = dk0 + key_to_value;
+    for (size_t d = 0; d < D; d++) score += A(q[d]) * A(k0[d]), dp0 += A(dout[d]) * A(v0[d]);
+    const A scale = attention_scale<A>(D), p0 = std::exp(scale * score - lse), ds0 = scale * p0 * (dp0 - sum);
+    for (size_t d = 0; d < D; d++) {
+        dq[d] = ds0 * A(k0[d]);
+        dk0[d] += ds0 * A(q[d]);
+        dv0[d] += p0 * A(dout[d]);
+    }
+}
+
+// delta, the anchor's share of dQ (or 0) as its start, and dk0, dv0 added to danchor. Tokens are taken in blocks whose
+// sums are then added in order, so that the bits do not depend on the threads.
+template <class E> void attention_backward_begin(Cpu, Acc<E>* delta /*(T, H)*/, Acc<E>* dq /*(T, H, D)*/,
+                                                 Acc<E>* danchor /*(B, 2, K, D), added to; or null*/,
+                                                 const E* dout /*(T, H, D)*/, const E* out /*(T, H, D)*/,
+                                                 const Acc<E>* lse /*(T, H)*/, const E* q, size_t q_stride,
+                                                 const E* anchor /*(B, 2, K, D) or null*/, const Tokens& qt, size_t H,
+                                                 size_t K, size_t D) {
+    using A = Acc<E>;
+    attention_require({}, H, K, D);
+    REQUIRE(!anchor == !danchor, "pass the anchor's gradient with the anchor");
+    constexpr size_t block = 256;
+    const size_t G = H / K, width = 2 * K * D;
+    for (size_t b = 0; b < qt.rows(); b++) {
+        const size_t first = qt.row_begin[b], n = qt.row_begin[b + 1] - first, blocks = (n + block - 1) / block;
+        std::vector<A> partial(anchor ? blocks * width : 0);
+#pragma omp parallel for collapse(2) schedule(static)
+        for (size_t part = 0; part < blocks; part++)
+            for (size_t head = 0; head < K; head++) {
+                const E* k0 = anchor ? anchor + b * width + head * D : nullptr;
+                A* dk0 = anchor ? partial.data() + part * width + head * D : nullptr;
+                for (size_t t = first + part * block; t < first + std::min(n, (part + 1) * block); t++)
+                    for (size_t h = head * G, at = t * H + h; h < (head + 1) * G; h++, at++)
+                        backward_begin_query(delta + at, dq + at * D, dk0, dout + at * D, out + at * D, lse[at],
+                                             q + t * q_stride + h * D, k0, K * D, D);
+            }
+        for (size_t part = 0; anchor && part < blocks; part++)
+            for (size_t i = 0; i < width; i++) danchor[b * width + i] += partial[part * width + i];
+    }
+}
+
+// What the task adds to its rows of dq, and to dkv (Tk, 2, K, D) of its KV head.
+template <class E> inline void backward_tile(const TileTask<Acc<E>>& task, Acc<E>* dq, Acc<E>* dkey, Acc<E>* dvalue,
+                                             size_t dkv_row, const E* dout, const E* q, size_t q_stride,
+                                             const Acc<E>* lse, const Acc<E>* delta, AlignedScratch<Acc<E>>& scratch) {
+    using A = Acc<E>;
+    constexpr size_t N = attention_tile;
+    const size_t n = task.queries(), H = task.H, D = task.D, row = padded_row<A>(D);
+    A *p = scratch.data(), *ds = p + N * N, *qT = ds + N * N, *doutT = qT + N * D, *dqT = doutT + N * D;
+    A *q_rows = dqT + N * D, *dout_rows = q_rows + N * row;
+    const A scale = attention_scale<A>(D);
+    const QueryLabels labels(task);
+    load_transposed(qT, q, q_stride, n, D, scale);
+    load_transposed(doutT, dout, H * D, n, D, A(1));
+    load_rows(q_rows, row, q, q_stride, n, D, scale);
+    load_rows(dout_rows, row, dout, H * D, n, D, A(1));
+    std::fill_n(dqT, N * D, A(0));
+
+    // With LSE = +inf, the columns of the padding and queries that see nothing get P = 0.
+    A tile_lse[N], tile_delta[N];
+    std::fill_n(tile_lse, N, -minus_infinity<A>);
+    std::fill_n(tile_delta, N, A(0));
+    for (size_t i = 0; i < n; i++) {
+        if (lse[i * H] != minus_infinity<A>) tile_lse[i] = lse[i * H];
+        tile_delta[i] = delta[i * H];
+    }
+
+    for_each_key_tile(task, [&](size_t begin, size_t keys, bool masked) {
+        const A *key = task.key + begin * D, *value = task.value + begin * D;
+        A *dk = dkey + begin * dkv_row, *dv = dvalue + begin * dkv_row;
+        tile_product<false>(p, N, keys, N, key, D, 1, qT, N, D);       // S^T = K Q^T
+        tile_product<false>(ds, N, keys, N, value, D, 1, doutT, N, D); // dP^T = V dO^T
+        if (masked) mask_scores(p, labels, task.kt, begin, keys);
+        for (size_t k = 0; k < keys; k++)
+#pragma omp simd
+            for (size_t i = 0; i < N; i++) {
+                const A probability = fast_exp(p[k * N + i] - tile_lse[i]);
+                p[k * N + i] = rounded_operand<E>(probability);
+                ds[k * N + i] = rounded_operand<E>(probability * (ds[k * N + i] - tile_delta[i]));
+            }
+        tile_product<true>(dv, dkv_row, keys, D, p, N, 1, dout_rows, row, n); // dV += P^T dO
+        tile_product<true>(dk, dkv_row, keys, D, ds, N, 1, q_rows, row, n);   // dK += dS^T Q
+        tile_product<true>(dqT, N, D, N, key, 1, D, ds, N, keys);             // dQ^T += K^T dS^T
+    });
+
+    for (size_t i = 0; i < n; i++)
+        for (size_t d = 0; d < D; d++) dq[i * H * D + d] += scale * dqT[d * N + i];
+}
+
+// Adds what the queries of qt and the keys of kt give each other. Each KV head's tiles are dealt to `parts` tasks of
+// nearly equal work; a task owns its dq rows, and a copy of dkv unless it is the first. The copies are added in order,
+// so the bits depend on the number of threads (through `parts`), but not on their timing.
+template <class E> void attention_backward(Cpu, Acc<E>* dq /*(T, H, D)*/, Acc<E>* dkv /*(Tk, 2, K, D)*/,
+                                           const E* dout /*(T, H, D)*/, const E* q, size_t q_stride, const E* kv,
+                                           size_t kv_stride, const Acc<E>* lse, const Acc<E>* delta, const TileMap& map,
+                                           const Tokens& qt, const Tokens& kt, size_t H, size_t K, size_t D) {
+    using A = Acc<E>;
+    attention_require(map, H, K, D);
+    if (map.tiles.empty()) return;
+    const size_t Tk = kt.size(), tiles = map.tiles.size(), G = H / K, width = 2 * K * D;
+    const size_t threads = omp_get_max_threads(), parts = std::min(threads / std::gcd(K, threads), tiles);
+    KeysByHead<A> keys = keys_by_head(kv, kv_stride, Tk, K, D);
+    std::vector<A> copies((parts - 1) * Tk * width);
+#pragma omp parallel
+    {
+        AlignedScratch<A> scratch(attention_tile * (2 * attention_tile + 3 * D + 2 * padded_row<A>(D)));
+#pragma omp for schedule(dynamic, 1)
+        for (size_t i = 0; i < K * parts; i++) {
+            const size_t head = i / parts, part = i % parts;
+            A* dkey = (part == 0 ? dkv : copies.data() + (part - 1) * Tk * width) + head * D;
+            for (size_t j = part; j < tiles; j += parts)
+                for (size_t h = head * G; h < (head + 1) * G; h++) {
+                    const size_t t = map.tiles[j].begin, at = t * H + h;
+                    backward_tile(tile_task(map, j, qt, kt, keys, head, H, D), dq + at * D, dkey, dkey + K * D, width,
+                                  dout + at * D, q + t * q_stride + h * D, q_stride, lse + at, delta + at, scratch);
+                }
+        }
+#pragma omp for schedule(static)
+        for (size_t i = 0; i < Tk * width; i++)
+            for (size_t part = 1; part < parts; part++) dkv[i] += copies[(part - 1) * Tk * width + i];
+    }
+}
+
+#ifdef __CUDACC__
+// Gpu: kernels follow.
+#endif
