@@ -28,7 +28,8 @@ inline int64_t file_check(F call, const char* text, const std::string& path, con
     while (result < 0 && errno == EINTR);
     if (result >= 0) return result;
     const char* advice = errno == ENOSPC || errno == EDQUOT ? "; free some space or choose another folder"
-                         : errno == ENOENT ? "; does it exist, on a file system that all ranks share?" : "";
+                         : errno == ENOENT                  ? "; does it exist, on a file system that all ranks share?"
+                                                            : "";
     fail("%s: %s%s (%s at %s:%d)", path.c_str(), strerror(errno), advice, text, file, line);
 }
 
@@ -39,7 +40,9 @@ struct File {
     File(int fd, const std::string& path) : fd(fd), path(path) {}
     File(File&& other) : fd(other.fd), path(std::move(other.path)) { other.fd = -1; }
     File(const File&) = delete;
-    ~File() { if (fd >= 0) close(fd); }
+    ~File() {
+        if (fd >= 0) close(fd);
+    }
 };
 
 inline File file_open(const std::string& path) {
@@ -407,10 +410,14 @@ inline ShardHeader shard_open(const File& file) {
 // Fills dst with elements [begin, end) of one field, from as many shards as it takes.
 inline void shard_read(const Checkpoint& checkpoint, ShardField field, Type expected, size_t begin, size_t end,
                        void* dst) {
-    const struct { const char *name, *option; } names[] = {
-        {"m", "--opt_dtype"}, {"v", "--opt_dtype"}, {"master", "--master"}};
+    const struct {
+        const char *name, *option;
+    } names[] = {{"m", "--opt_dtype"}, {"v", "--opt_dtype"}, {"master", "--master"}};
     const int index = int(field);
-    struct Shard { std::string path; ShardHeader header; };
+    struct Shard {
+        std::string path;
+        ShardHeader header;
+    };
     std::vector<Shard> shards;
     for (const CheckpointEntry& entry : checkpoint.files) {
         if (entry.name.rfind("optimizer_", 0) != 0) continue;
@@ -425,9 +432,9 @@ inline void shard_read(const Checkpoint& checkpoint, ShardField field, Type expe
                  checkpoint.path.c_str(), at);
         const ShardHeader& h = shard->header;
         if (h.type[index] != int32_t(expected))
-            fail("%s: %s is %s in the checkpoint and %s in this run; change %s", shard->path.c_str(),
-                 names[index].name, h.type[index] < 0 ? "missing" : type_name(Type(h.type[index])),
-                 type_name(expected), names[index].option);
+            fail("%s: %s is %s in the checkpoint and %s in this run; change %s", shard->path.c_str(), names[index].name,
+                 h.type[index] < 0 ? "missing" : type_name(Type(h.type[index])), type_name(expected),
+                 names[index].option);
         uint64_t offset = sizeof h + (at - h.begin) * type_size(expected);
         for (int before = 0; before < index; before++) offset += shard_bytes(h, before);
         size_t n = std::min<size_t>(end, h.end) - at;

@@ -19,7 +19,7 @@ struct Comm {
 // The world. Call first (again: the same world). Fails when a launcher started more ranks than the backend sees.
 Comm comm_init(int* argc, char*** argv);
 void comm_finalize(const Comm& world); // a second call does nothing
-const char* comm_backend(); // "serial" or "MPI"
+const char* comm_backend();            // "serial" or "MPI"
 
 // The ranks that pass the same color >= 0, ordered by (key, rank).
 Comm comm_split(const Comm& comm, int color, int key);
@@ -47,9 +47,8 @@ struct Shift {
     Comm comm;
     void* backend = nullptr; // null: nothing under way
 };
-template <class E>
-Shift shift_start(Cpu, const Comm& comm, const E* send, size_t send_count, int to, E* receive, size_t receive_count,
-                  int from);
+template <class E> Shift shift_start(Cpu, const Comm& comm, const E* send, size_t send_count, int to, E* receive,
+                                     size_t receive_count, int from);
 void shift_wait(Shift& shift); // afterwards `receive` is filled, `send` is free, and a second wait does nothing
 
 // How many ranks the launcher says it started (mpirun, srun): a backend that sees fewer would train the same model
@@ -84,8 +83,7 @@ template <class E> void comm_reduce_scatter(Cpu cpu, const Comm& comm, E* data, 
 template <class E> void comm_all_gather(Cpu cpu, const Comm& comm, E* data, const size_t* begin) {
     comm_all_gather(cpu, comm, type_of<E>(), data, begin);
 }
-template <class E>
-Shift shift_start(Cpu cpu, const Comm& comm, const E* send, size_t send_count, int to, E* receive,
-                  size_t receive_count, int from) {
+template <class E> Shift shift_start(Cpu cpu, const Comm& comm, const E* send, size_t send_count, int to, E* receive,
+                                     size_t receive_count, int from) {
     return shift_start(cpu, comm, type_of<E>(), send, send_count, to, receive, receive_count, from);
 }

@@ -14,12 +14,12 @@
 #include <unistd.h>
 #include <vector>
 
-#define MPI_CHECK(call)                                                                                              \
-    do {                                                                                                             \
-        int mpi_status = (call);                                                                                     \
-        if (mpi_status != MPI_SUCCESS)                                                                               \
-            fail("%s:%d: %s: %s; see whether all hosts and ranks are up", __FILE__, __LINE__, #call,                 \
-                 error_text(mpi_status).c_str());                                                                    \
+#define MPI_CHECK(call)                                                                              \
+    do {                                                                                             \
+        int mpi_status = (call);                                                                     \
+        if (mpi_status != MPI_SUCCESS)                                                               \
+            fail("%s:%d: %s: %s; see whether all hosts and ranks are up", __FILE__, __LINE__, #call, \
+                 error_text(mpi_status).c_str());                                                    \
     } while (0)
 
 static std::string error_text(int status) {
@@ -38,7 +38,9 @@ static bool mpi_is_up() {
 
 int world_rank() {
     int rank = 0;
-    if (mpi_is_up()) MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    if (mpi_is_up()) return MPI_Comm_rank(MPI_COMM_WORLD, &rank), rank;
+    for (const char* name : {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"}) // before MPI: as the launcher says
+        if (const char* value = getenv(name)) rank = atoi(value);
     return rank;
 }
 
@@ -127,7 +129,8 @@ static void wait_all(Transfer& t) {
         if (count > 0) idle = 0;
         if (waited > t.comm.timeout)
             fail("%s: no progress for %g s: another rank has died, hangs or is late; see its output (--timeout sets "
-                 "the limit)", t.operation.c_str(), t.comm.timeout);
+                 "the limit)",
+                 t.operation.c_str(), t.comm.timeout);
         constexpr timespec pause = {0, 50000};
         if (idle < 2000) sched_yield();
         else nanosleep(&pause, nullptr);
@@ -140,7 +143,8 @@ Comm comm_init(int* argc, char*** argv) {
     Comm world = make_comm(MPI_COMM_WORLD, Comm().timeout);
     if (world.size < comm_launched_ranks())
         fail("started as one of %d ranks, but MPI sees %d: the launcher and this MPI do not know each other; use the "
-             "mpirun of the MPI it was built with, or srun --mpi=pmix", comm_launched_ranks(), world.size);
+             "mpirun of the MPI it was built with, or srun --mpi=pmix",
+             comm_launched_ranks(), world.size);
     return world;
 }
 
@@ -200,7 +204,7 @@ void comm_gather(Cpu cpu, const Comm& comm, Type type, void* all, const void* mi
 template <class E> static void sum_in_order(E* out, const std::vector<const E*>& source, size_t count) {
     using A = std::conditional_t<std::is_integral_v<E>, E, Acc<E>>;
     constexpr size_t block = 512; // partial sums stay in the first-level cache
-    #pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static)
     for (size_t first = 0; first < count; first += block) {
         A sum[block];
         size_t n = std::min(block, count - first);
@@ -243,12 +247,18 @@ template <class E> static void reduce_scatter(const Comm& comm, E* data, const s
 
 static void reduce_scatter(const Comm& comm, Type type, void* data, const size_t* begin, const char* operation) {
     switch (type) {
-        case Type::f32: return reduce_scatter(comm, (float*)data, begin, operation);
-        case Type::bf16: return reduce_scatter(comm, (bf16*)data, begin, operation);
-        case Type::f64: return reduce_scatter(comm, (double*)data, begin, operation);
-        case Type::i32: return reduce_scatter(comm, (int32_t*)data, begin, operation);
-        case Type::i64: return reduce_scatter(comm, (int64_t*)data, begin, operation);
-        case Type::u8: return reduce_scatter(comm, (uint8_t*)data, begin, operation);
+        case Type::f32:
+            return reduce_scatter(comm, (float*)data, begin, operation);
+        case Type::bf16:
+            return reduce_scatter(comm, (bf16*)data, begin, operation);
+        case Type::f64:
+            return reduce_scatter(comm, (double*)data, begin, operation);
+        case Type::i32:
+            return reduce_scatter(comm, (int32_t*)data, begin, operation);
+        case Type::i64:
+            return reduce_scatter(comm, (int64_t*)data, begin, operation);
+        case Type::u8:
+            return reduce_scatter(comm, (uint8_t*)data, begin, operation);
     }
 }
 

@@ -10,7 +10,8 @@ Comm comm_init(int*, char***) {
     int launched = comm_launched_ranks();
     if (launched > 1)
         fail("started as one of %d ranks, but built without MPI: every rank would train alone; install MPI "
-             "(Debian: libopenmpi-dev) and build again, or start it without mpirun or srun", launched);
+             "(Debian: libopenmpi-dev) and build again, or start it without mpirun or srun",
+             launched);
     return {};
 }
 void comm_finalize(const Comm&) {}

@@ -12,10 +12,10 @@ struct RopeConfig {
     double factor = 1;
     double low_freq_factor = 1, high_freq_factor = 4; // llama3
     double beta_fast = 32, beta_slow = 1;             // yarn
-    double attention_factor = 0;                      // yarn, longrope: scale of cos and sin; 0: by the method's formula
-    double mscale = 0, mscale_all_dim = 0;            // yarn, when attention_factor is 0
-    int32_t max_context = 4096;                       // max_position_embeddings
-    int32_t original_context = 0;                     // context before scaling; 0: max_context
+    double attention_factor = 0;           // yarn, longrope: scale of cos and sin; 0: by the method's formula
+    double mscale = 0, mscale_all_dim = 0; // yarn, when attention_factor is 0
+    int32_t max_context = 4096;            // max_position_embeddings
+    int32_t original_context = 0;          // context before scaling; 0: max_context
     float short_factor[64] = {}, long_factor[64] = {}; // longrope, one per frequency
 };
 
@@ -55,6 +55,7 @@ inline Config make_qwen2() {
     return c;
 }
 
+// clang-format off
 //                                          L    C    H   K   F      V      base   context
 inline const NamedConfig named_configs[] = {
     {"tiny",        make_config(            2,   64,  2,  2,  192,   512,   10000, 512)},
@@ -66,6 +67,7 @@ inline const NamedConfig named_configs[] = {
     {"mistral-7b",  make_config(            32, 4096, 32, 8,  14336, 32768, 1000000, 32768)},
     {"qwen2-1.5b",  make_qwen2()},
 };
+// clang-format on
 
 // A weights file is this header, then the parameters in PARAM order, each padded to param_alignment
 // elements. Numbers are little-endian; a double takes two words.
@@ -88,11 +90,32 @@ static_assert(sizeof(WeightsHeader) == weights_header_bytes);
 
 inline WeightsHeader header_from_config(const Config& c, Type dtype, uint64_t elements) {
     WeightsHeader h;
-    const int32_t ints[] = {weights_magic, weights_version, int32_t(dtype), c.L, c.C, c.H, c.K, c.D, c.F, c.V,
-                            c.tied, c.qkv_bias, c.bos, c.eos, c.rope.max_context, c.rope.original_context,
+    const int32_t ints[] = {weights_magic,
+                            weights_version,
+                            int32_t(dtype),
+                            c.L,
+                            c.C,
+                            c.H,
+                            c.K,
+                            c.D,
+                            c.F,
+                            c.V,
+                            c.tied,
+                            c.qkv_bias,
+                            c.bos,
+                            c.eos,
+                            c.rope.max_context,
+                            c.rope.original_context,
                             int32_t(c.rope.scaling)};
-    const double reals[] = {c.eps, c.rope.base, c.rope.factor, c.rope.low_freq_factor, c.rope.high_freq_factor,
-                            c.rope.beta_fast, c.rope.beta_slow, c.rope.attention_factor, c.rope.mscale,
+    const double reals[] = {c.eps,
+                            c.rope.base,
+                            c.rope.factor,
+                            c.rope.low_freq_factor,
+                            c.rope.high_freq_factor,
+                            c.rope.beta_fast,
+                            c.rope.beta_slow,
+                            c.rope.attention_factor,
+                            c.rope.mscale,
                             c.rope.mscale_all_dim};
     memcpy(h.word, ints, sizeof ints);
     memcpy(h.word + 18, &elements, 8);
@@ -104,9 +127,12 @@ inline WeightsHeader header_from_config(const Config& c, Type dtype, uint64_t el
 
 // Why a configuration cannot be run, or an empty string.
 inline std::string config_fault(const Config& c) {
-    const struct { const char* name; int64_t value, most; } sizes[] = {
-        {"layers", c.L, 1024}, {"channels", c.C, 1 << 20}, {"heads", c.H, 1 << 14}, {"kv_heads", c.K, 1 << 14},
-        {"head size", c.D, 1024}, {"ffn", c.F, 1 << 22}, {"vocab", c.V, 1 << 24}};
+    const struct {
+        const char* name;
+        int64_t value, most;
+    } sizes[] = {{"layers", c.L, 1024},      {"channels", c.C, 1 << 20}, {"heads", c.H, 1 << 14},
+                 {"kv_heads", c.K, 1 << 14}, {"head size", c.D, 1024},   {"ffn", c.F, 1 << 22},
+                 {"vocab", c.V, 1 << 24}};
     for (auto& s : sizes)
         if (s.value < 1 || s.value > s.most)
             return std::string(s.name) + " is " + std::to_string(s.value) + ", outside 1.." + std::to_string(s.most);
@@ -124,8 +150,11 @@ inline std::string config_fault(const Config& c) {
 // The configuration and element type in a header; `path` is for the messages.
 inline Config config_from_header(const WeightsHeader& h, const char* path, Type* dtype, uint64_t* elements) {
     const int32_t* w = h.word;
-    if (w[0] != weights_magic) fail("%s: not a weights file (magic %08x, expected %08x); convert it with scripts/convert_hf.py", path, w[0], weights_magic);
-    if (w[1] != weights_version) fail("%s: version %d of the format, this program reads %d; convert it again", path, w[1], weights_version);
+    if (w[0] != weights_magic)
+        fail("%s: not a weights file (magic %08x, expected %08x); convert it with scripts/convert_hf.py", path, w[0],
+             weights_magic);
+    if (w[1] != weights_version)
+        fail("%s: version %d of the format, this program reads %d; convert it again", path, w[1], weights_version);
     if (w[2] < 0 || w[2] > 2) fail("%s: unknown element type %d", path, w[2]);
     Config c;
     c.L = w[3], c.C = w[4], c.H = w[5], c.K = w[6], c.D = w[7], c.F = w[8], c.V = w[9];

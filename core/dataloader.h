@@ -34,8 +34,8 @@ struct PackOptions {
     size_t S = 4096;          // tokens in a row
     int32_t V = 0;            // the model's vocabulary
     uint64_t seed = 0;
-    int32_t bos = -1;         // the model's BOS, or EOS if it has none: used when the shards name no BOS
-    double mean = 1024;       // generator: mean document length
+    int32_t bos = -1;   // the model's BOS, or EOS if it has none: used when the shards name no BOS
+    double mean = 1024; // generator: mean document length
 };
 
 // Where the next row starts; with the same data and options it determines all rows to come.
@@ -50,8 +50,8 @@ struct Cursor {
 // label -1, a document of its own at the row's end (doc 0 in full mode, where causality hides it from the rest).
 struct Row {
     std::vector<int32_t> token, doc, pos, label; // (S)
-    int64_t counted = 0;   // labels >= 0
-    int64_t inputs = 0;    // tokens of the data; no BOS, anchor, tag or padding
+    int64_t counted = 0;                         // labels >= 0
+    int64_t inputs = 0;                          // tokens of the data; no BOS, anchor, tag or padding
     int64_t anchors = 0, tags = 0, padding = 0;
     int64_t documents = 0; // as they appear in the row: one cut by its start or end counts
 };
@@ -61,8 +61,8 @@ struct Segment {
     int64_t document, offset; // in the corpus; its first text token
     const Source* source;
     int32_t own_bos, tags, text; // counts
-    bool ends;                // holds the document's last token
-    size_t at;                // in the loader's buffer; there the next token follows unless it ends
+    bool ends;                   // holds the document's last token
+    size_t at;                   // in the loader's buffer; there the next token follows unless it ends
 
     int32_t head() const { return own_bos + tags; }
     int32_t size() const { return own_bos + tags + text; }
@@ -70,16 +70,18 @@ struct Segment {
 };
 
 // Tokens [from, to) of a segment. A row is its anchor, then its chunks in order, then padding.
-struct Chunk { int32_t segment, from, to; };
+struct Chunk {
+    int32_t segment, from, to;
+};
 
 struct Loader {
     PackOptions options;
     Corpus corpus;
     Cursor cursor;
-    int32_t bos = -1; // the anchor, and the label of Boundary::bos
+    int32_t bos = -1;              // the anchor, and the label of Boundary::bos
     std::vector<Segment> segments; // of the row at hand
     std::vector<Chunk> chunks;
-    std::vector<int32_t> buffer;   // the segments' tokens back to back
+    std::vector<int32_t> buffer; // the segments' tokens back to back
 };
 
 // Independent hash streams under one seed.
@@ -128,7 +130,8 @@ inline void loader_seek(Loader& l, const Cursor& c) {
     bool sound = c.epoch >= 0 && c.rows >= 0 && c.document >= 0 && c.document < l.corpus.documents && c.offset >= 0;
     if (!sound || c.offset > corpus_document(l.corpus, document_at(l, c.epoch, c.document)).tokens)
         fail("the saved position (epoch %lld, document %lld, token %lld) is not inside this data; resume with the data "
-             "and options the run was started with", (long long)c.epoch, (long long)c.document, (long long)c.offset);
+             "and options the run was started with",
+             (long long)c.epoch, (long long)c.document, (long long)c.offset);
     l.cursor = c;
 }
 
@@ -175,9 +178,9 @@ inline void layout_chunks(Loader& l) {
     const uint64_t key = hash64(hash64(l.options.seed, stream_chunks), uint64_t(l.cursor.rows));
     uint64_t draws = 0;
     auto draw = [&](uint64_t n) { return int64_t(hash64(key, draws++) % n); }; // bias below n / 2^64
-    std::vector<Chunk> cuttings;       // document after document
-    std::vector<size_t> next_of;       // (segments) in `cuttings`
-    std::vector<int32_t> order;        // segment of each place in the row
+    std::vector<Chunk> cuttings;                                               // document after document
+    std::vector<size_t> next_of;                                               // (segments) in `cuttings`
+    std::vector<int32_t> order;                                                // segment of each place in the row
     for (int32_t i = 0; i < int32_t(l.segments.size()); i++) {
         const Segment& s = l.segments[i];
         int32_t cuts = 0, cut[2] = {};
@@ -188,8 +191,7 @@ inline void layout_chunks(Loader& l) {
             std::sort(cut, cut + cuts);
         }
         next_of.push_back(cuttings.size());
-        for (int32_t k = 0; k <= cuts; k++)
-            cuttings.push_back({i, k ? cut[k - 1] : 0, k < cuts ? cut[k] : s.size()});
+        for (int32_t k = 0; k <= cuts; k++) cuttings.push_back({i, k ? cut[k - 1] : 0, k < cuts ? cut[k] : s.size()});
         order.insert(order.end(), size_t(cuts) + 1, i);
     }
     if (l.options.interleave)

@@ -13,6 +13,7 @@ using Flag = bool;
 
 // OPTION(type, name, short, default, range, help). Range: "low..high", "a|b|c", or "" for any text.
 // SECTION(title) starts a paragraph of --help.
+// clang-format off
 #define OPTIONS(OPTION, SECTION)                                                                                       \
     SECTION("Model")                                                                                                   \
     OPTION(Text, model, 'e', "", "", "weights (.bin), or a size to start from scratch: tiny, 30M, 120M, llama2-7b, "   \
@@ -103,6 +104,7 @@ using Flag = bool;
     OPTION(Flag, dump_params, 0, false, "", "print offset, shape and Hugging Face name of every tensor, and exit")     \
     OPTION(Flag, options_table, 0, false, "", "print this list as Markdown, and exit")                                 \
     OPTION(Flag, help, 'h', false, "", "print this list, and exit")
+// clang-format on
 
 struct Options {
 #define FIELD(type, name, letter, value, range, help) type name = value;

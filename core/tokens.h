@@ -43,29 +43,29 @@ static_assert(sizeof(DocumentEntry) == 16);
 struct Shard {
     std::string path;
     std::shared_ptr<const uint8_t> bytes;
-    int64_t size = 0;           // of the file
-    int32_t token_bytes = 0;    // 2 or 4
+    int64_t size = 0;        // of the file
+    int32_t token_bytes = 0; // 2 or 4
     int64_t tokens = 0;
-    int32_t vocabulary = 0, bos = -1;
-    uint64_t tokenizer = 0;     // hash, 0: unknown
-    bool headless = false;      // the first document does not start with BOS (llm.c only)
-    int64_t first_document = 0; // number of its first document in the corpus
-    std::vector<int64_t> begin; // (documents + 1): first token of each document, then the end
+    int32_t vocabulary = 0, bos = -1, eos = -1;
+    uint64_t tokenizer = 0;         // hash, 0: unknown
+    bool headless = false;          // the first document does not start with BOS (llm.c only)
+    int64_t first_document = 0;     // number of its first document in the corpus
+    std::vector<int64_t> begin;     // (documents + 1): first token of each document, then the end
     std::vector<int32_t> source_of; // (documents), empty when there are no sources
     std::vector<Source> sources;
 };
 
 // The documents of all shards in order, or of the generator.
 struct Corpus {
-    std::vector<Shard> shards;  // none: the generator
+    std::vector<Shard> shards; // none: the generator
     int64_t documents = 0;
     int64_t text = 0;           // tokens that are no document's own BOS; 0: unbounded
     int32_t V = 0;              // the model's vocabulary: larger ids are refused
-    int32_t bos = -1;           // as the shards name it, -1: they do not
+    int32_t bos = -1, eos = -1; // as the shards name them, -1: they do not
     int32_t max_tags = 0;       // longest tag sequence of any source
     double mean = 0;            // generator: mean document length
     uint64_t seed = 0;
-    int64_t cached = -1;        // generator: the document in `cache`
+    int64_t cached = -1; // generator: the document in `cache`
     std::vector<int32_t> cache;
 };
 
@@ -134,7 +134,7 @@ inline void shard_open_llmc(Shard& s, const int32_t* word, bool gpt2) {
     int32_t version = gpt2 ? 1 : 7;
     if (word[1] != version) fail("%s: version %d of llm.c's format, expected %d", path, word[1], version);
     s.token_bytes = gpt2 ? 2 : 4, s.tokens = word[2];
-    s.vocabulary = gpt2 ? 50257 : 128256, s.bos = gpt2 ? 50256 : 128000;
+    s.vocabulary = gpt2 ? 50257 : 128256, s.bos = gpt2 ? 50256 : 128000, s.eos = gpt2 ? 50256 : 128001;
     if (s.tokens < 0) fail("%s: absurd token count %lld", path, (long long)s.tokens);
     int64_t expected = tokens_header_bytes + s.tokens * s.token_bytes;
     if (s.size != expected)
@@ -154,7 +154,8 @@ inline int64_t table_end(const Shard& s, const char* what, int64_t at, int64_t c
         fail("%s: absurd number of %ss: %lld", s.path.c_str(), what, (long long)count);
     if (at < first || at > s.size - count * entry)
         fail("%s: the %s table (%lld entries at byte %lld) is not inside the file of %lld bytes behind its tokens; "
-             "it is truncated or damaged", s.path.c_str(), what, (long long)count, (long long)at, (long long)s.size);
+             "it is truncated or damaged",
+             s.path.c_str(), what, (long long)count, (long long)at, (long long)s.size);
     return at + count * entry;
 }
 
@@ -203,10 +204,10 @@ inline void shard_open_own(Shard& s, const int32_t* word) {
     memcpy(&s.tokenizer, word + 12, 8);
     memcpy(&document_table, word + 14, 8);
     memcpy(&source_table, word + 16, 8);
-    s.token_bytes = word[2], s.vocabulary = word[3], s.bos = word[9];
+    s.token_bytes = word[2], s.vocabulary = word[3], s.bos = word[9], s.eos = word[10];
     if (s.token_bytes != 2 && s.token_bytes != 4) fail("%s: %d bytes per token, expected 2 or 4", path, s.token_bytes);
     if (s.vocabulary < 1) fail("%s: absurd vocabulary size %d", path, s.vocabulary);
-    for (int32_t id : {s.bos, word[10]})
+    for (int32_t id : {s.bos, s.eos})
         if (id < -1 || id >= s.vocabulary)
             fail("%s: bos or eos is %d, outside its vocabulary of %d", path, id, s.vocabulary);
     if (s.tokens < 0) fail("%s: absurd token count %lld", path, (long long)s.tokens);
@@ -262,7 +263,7 @@ inline void corpus_open(Corpus& c, const std::string& paths, int32_t V) {
         }
         for (const Source& source : s.sources) c.max_tags = std::max(c.max_tags, source.n_tags);
     }
-    c.bos = c.shards[0].bos;
+    c.bos = c.shards[0].bos, c.eos = c.shards[0].eos;
     if (c.text == 0) fail("%s: no document holds a token besides its BOS: nothing to train on", paths.c_str());
 }
 

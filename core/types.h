@@ -8,21 +8,22 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#include <unistd.h>
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 #define HOST_DEVICE __host__ __device__
+using Stream = cudaStream_t;
 #else
 #define HOST_DEVICE
+using Stream = void*;
 #endif
 
-// Device tags: the first argument of every layer chooses the machine it runs on. The Gpu tag will
-// carry the stream; the Cpu tag carries nothing, and OpenMP's threads are taken from the environment.
+// Device tags: the first argument of every layer chooses the machine it runs on. The Gpu tag carries the stream; the
+// Cpu tag carries nothing, and OpenMP's threads are taken from the environment.
 struct Cpu {};
 struct Gpu {
-#ifdef __CUDACC__
-    cudaStream_t stream = nullptr;
-#endif
+    Stream stream = nullptr;
 };
 
 // bfloat16: the upper half of a float, rounded to nearest even. A NaN stays a (quiet) NaN.
@@ -86,14 +87,15 @@ int world_rank();
     vsnprintf(message, sizeof message, format, args);
     va_end(args);
     fflush(stdout);
+    if (world_rank() > 0) usleep(300000); // what fails on every rank is said once: rank 0 ends the others meanwhile
     fprintf(stderr, "train_llama: rank %d: %s\n", world_rank(), message);
     fflush(stderr);
     abort_all_ranks(1);
 }
 
 // Checks a caller's promise, in release builds too: REQUIRE(T > 0, "pass at least one token").
-#define REQUIRE(condition, advice)                                                                    \
-    do {                                                                                              \
+#define REQUIRE(condition, advice)                                                                       \
+    do {                                                                                                 \
         if (!(condition)) fail("%s:%d: '%s' does not hold: %s", __FILE__, __LINE__, #condition, advice); \
     } while (0)
 

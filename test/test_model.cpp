@@ -1,0 +1,204 @@
+// The whole model: gradients against finite differences, recomputation, batching, memory, the update's decision.
+#include "model.h"
+#include "fails.h"
+
+constexpr Attention all_modes[] = {Attention::full, Attention::intra, Attention::intra_reset, Attention::anchor};
+
+// A central difference with h = 1e-5 is good to about 1e-9 here (loss of order 3, third derivatives of order 10).
+TEST_CASE("model gradients are those of finite differences, in every attention mode") {
+    for (Attention mode : all_modes)
+        for (int family = 0; family < 3; family++) {
+            CAPTURE(int(mode));
+            CAPTURE(family);
+            const Config c = small_config(family == 1, family == 2);
+            const std::vector<Row> rows = {make_row(mode, 19, c.V, 11, family == 2), make_row(mode, 19, c.V, 12)};
+            TestModel<double, double> t(c, small_layout(19, 2));
+            const double counted = double(rows[0].counted + rows[1].counted);
+            t.gradients(rows, mode, Comm{}, counted, 2);
+            std::vector<double> grad(t.m.grad_flat, t.m.grad_flat + t.m.elements);
+            for (const ParamInfo& p : param_table(c))
+                for (int k = 0; k < 3 && p.count(); k++) {
+                    size_t i = p.offset + hash64(5, p.offset + k) % p.count();
+                    double numeric = finite_difference([&] { return t.loss(rows, mode); }, t.m.param_flat, i);
+                    CAPTURE(p.name);
+                    CHECK(grad[i] == doctest::Approx(numeric).epsilon(1e-6).scale(1e-3));
+                }
+        }
+}
+
+TEST_CASE("recomputed activations give the same bits") {
+    const Config c = small_config(false, true);
+    const std::vector<Row> rows = {make_row(Attention::anchor, 23, c.V, 3)};
+    TestModel<float, float> kept(c, small_layout(23, 1));
+    kept.gradients(rows, Attention::anchor, Comm{}, 20, 1);
+    std::vector<Recompute> policies = {recompute_parse("attention"), recompute_parse("ffn,norm"),
+                                       recompute_parse("qkv")};
+    for (int parts = 1; parts <= 6; parts++) policies.push_back(recompute_first(parts));
+    for (const Recompute& policy : policies) {
+        CAPTURE(recompute_text(policy));
+        Layout layout = small_layout(23, 1);
+        layout.recompute = policy;
+        TestModel<float, float> again(c, layout);
+        again.gradients(rows, Attention::anchor, Comm{}, 20, 1);
+        CHECK(memcmp(kept.m.grad_flat, again.m.grad_flat, kept.m.elements * sizeof(float)) == 0);
+    }
+}
+
+// The sums have some 60 terms of order 0.1 in double: 1e-13 is a hundred times their rounding.
+TEST_CASE("loss and gradients do not depend on how the update is cut in micro-batches") {
+    const Config c = small_config();
+    std::vector<Row> rows;
+    for (int i = 0; i < 4; i++) rows.push_back(make_row(Attention::anchor, 17, c.V, 40 + i));
+    rows[2].label.assign(17, -1); // one row without any label: a mean of means would be wrong
+    rows[2].counted = 0;
+    double counted = 0;
+    for (const Row& r : rows) counted += double(r.counted);
+    TestModel<double, double> one(c, small_layout(17, 1)), four(c, small_layout(17, 4));
+    double a = one.gradients(rows, Attention::anchor, Comm{}, counted, 1);
+    double b = four.gradients(rows, Attention::anchor, Comm{}, counted, 4);
+    CHECK(std::fabs(a - b) < 1e-13);
+    CHECK(largest_error(one.m.grad_flat, four.m.grad_flat, one.m.elements) < 1e-13);
+}
+
+// Storage rounds each activation to 8 bits and two layers pass on about ten roundings: 10 x 2^-9 of the largest
+// gradient is expected, five times that allowed.
+TEST_CASE("float and bf16 gradients follow double") {
+    const Config c = small_config();
+    const std::vector<Row> rows = {make_row(Attention::anchor, 31, c.V, 8)};
+    TestModel<double, double> truth(c, small_layout(31, 1));
+    TestModel<float, float> single(c, small_layout(31, 1));
+    TestModel<bf16, float> half(c, small_layout(31, 1));
+    for (size_t i = 0; i < truth.m.elements; i++)
+        half.m.param_flat[i] = bf16(float(truth.m.param_flat[i])), single.m.param_flat[i] = half.m.param_flat[i],
+        truth.m.param_flat[i] = half.m.param_flat[i];
+    double loss = truth.gradients(rows, Attention::anchor, Comm{}, 25, 1), largest = 0;
+    for (size_t i = 0; i < truth.m.elements; i++) largest = std::max(largest, std::fabs(truth.m.grad_flat[i]));
+    CHECK(single.gradients(rows, Attention::anchor, Comm{}, 25, 1) == doctest::Approx(loss).epsilon(1e-5));
+    CHECK(half.gradients(rows, Attention::anchor, Comm{}, 25, 1) == doctest::Approx(loss).epsilon(0.02));
+    CHECK(largest_error(single.m.grad_flat, truth.m.grad_flat, truth.m.elements) < 50 * 0x1p-24 * largest);
+    CHECK(largest_error(half.m.grad_flat, truth.m.grad_flat, truth.m.elements) < 50 * 0x1p-9 * largest);
+}
+
+TEST_CASE("parameters: no overlap, aligned, and the table names every Hugging Face tensor once") {
+    for (int family = 0; family < 4; family++) {
+        Config c = small_config(family & 1, family & 2);
+        size_t end = 0;
+        for (const ParamInfo& p : param_table(c)) {
+            CHECK(p.offset >= end);
+            CHECK(p.offset % param_alignment == 0);
+            end = p.offset + p.count();
+        }
+        CHECK(param_elements(c) >= end);
+    }
+    size_t llama = 0;
+    for (const ParamInfo& p : param_table(named_configs[3].config)) llama += p.count();
+    CHECK(llama == 6738415616); // LLaMA-2-7B
+}
+
+static Setup small_setup(const Comm& world) {
+    Setup s;
+    s.world = s.ring = world;
+    s.config = small_config();
+    s.layout = small_layout(17, 1);
+    s.o.lr = 0.01;
+    return s;
+}
+
+TEST_CASE("a bad update is decided on before it is made, and leaves weights and moments as they were") {
+    Setup s = small_setup(Comm{});
+    TestModel<float, float> t(s.config, s.layout);
+    TrainState state;
+    auto step = [&](double loss, float poison) {
+        StepResult r;
+        r.loss = loss, r.counted = 10;
+        for (size_t i = 0; i < t.m.elements; i++) t.m.grad_flat[i] = float(0.01 * hash_normal(state.step, i));
+        if (poison != 0) t.m.grad_flat[5] = poison;
+        step_update(t.m, s, state, r);
+        return r.skipped;
+    };
+    for (int i = 0; i < 130; i++) CHECK(step(2 + 0.01 * hash_normal(1, i), 0).empty());
+    std::vector<float> before(t.m.param_flat, t.m.param_flat + t.m.elements);
+    std::vector<float> moments((float*)t.m.moment1, (float*)t.m.moment1 + t.m.elements);
+    s.o.max_z_loss = 6, s.o.max_z_grad = 6;
+    CHECK(step(NAN, 0) == "the loss is not finite");
+    CHECK(step(INFINITY, 0) == "the loss is not finite");
+    CHECK(step(2, NAN) == "the gradient norm is not finite");
+    CHECK(step(2, INFINITY) == "the gradient norm is not finite");
+    CHECK(step(50, 0) == "the loss is an outlier");
+    CHECK(step(2, 1000) == "the gradient norm is an outlier");
+    CHECK(memcmp(before.data(), t.m.param_flat, before.size() * 4) == 0);
+    CHECK(memcmp(moments.data(), t.m.moment1, moments.size() * 4) == 0);
+    CHECK(state.updates == 130);
+    CHECK(state.step == 136);
+    for (double v : state.losses.value) CHECK(std::isfinite(v));
+    for (double v : state.norms.value) CHECK(std::isfinite(v));
+    CHECK(step(2, 0).empty()); // and the run goes on
+    CHECK(memcmp(before.data(), t.m.param_flat, before.size() * 4) != 0);
+}
+
+TEST_CASE("an update without labels is skipped and said") {
+    Setup s = small_setup(Comm{});
+    TestModel<float, float> t(s.config, s.layout);
+    TrainState state;
+    StepResult r;
+    r.loss = NAN;
+    memset((void*)t.m.grad_flat, 0, t.m.elements * 4);
+    step_update(t.m, s, state, r);
+    CHECK(r.skipped == "no token of this update has a label");
+}
+
+TEST_CASE("learning rate schedules") {
+    Setup s;
+    s.o.lr = 1, s.o.steps = 110, s.o.warmup = 10, s.o.final_lr = 0.1;
+    CHECK(learning_rate(s, 0) == doctest::Approx(0.1));
+    CHECK(learning_rate(s, 9) == doctest::Approx(1));
+    CHECK(learning_rate(s, 60) == 1); // constant
+    s.o.schedule = "linear";
+    CHECK(learning_rate(s, 60) == doctest::Approx(0.55));
+    s.o.schedule = "cosine";
+    CHECK(learning_rate(s, 60) == doctest::Approx(0.55));
+    CHECK(learning_rate(s, 35) == doctest::Approx(0.1 + 0.9 * (0.5 + std::sqrt(0.125))));
+    CHECK(learning_rate(s, 110) == doctest::Approx(0.1));
+    s.o.lr = 0;
+    CHECK(learning_rate(s, 10) == doctest::Approx(3e-4));
+    s.weights = "model.bin";
+    CHECK(learning_rate(s, 10) == doctest::Approx(2e-5));
+}
+
+TEST_CASE("memory: recomputation takes less, the states cost what the design says") {
+    Setup s;
+    s.config = named_configs[3].config; // llama2-7b
+    s.dtype = s.grad_dtype = Type::bf16;
+    s.layout.S = 65536, s.layout.moments = Type::bf16;
+    auto part = [&](const Layout& layout, const char* name) {
+        for (auto& p : measure(s, layout).parts)
+            if (p.name == name) return double(p.bytes);
+        return 0.0;
+    };
+    const double parameters = 6738415616;
+    auto states = [&](const Layout& l) {
+        return part(l, "weights") + part(l, "gradients") + part(l, "moments") + part(l, "master weights");
+    };
+    CHECK(states(s.layout) / parameters == doctest::Approx(8).epsilon(1e-4));
+    s.layout.master = true;
+    CHECK(states(s.layout) / parameters == doctest::Approx(12).epsilon(1e-4));
+    s.layout.world = s.layout.ring = 4;
+    CHECK(part(s.layout, "moments") == doctest::Approx(parameters).epsilon(1e-4));
+    size_t before = measure(s, s.layout).used;
+    for (int parts = 1; parts <= 6; parts++) {
+        s.layout.recompute = recompute_first(parts);
+        size_t now = measure(s, s.layout).used;
+        CHECK(now < before);
+        before = now;
+    }
+}
+
+TEST_CASE("sampling: temperature 0 takes the largest, top_k its share") {
+    const float logits[] = {0, 3, 1, 2.5f};
+    CHECK(sample_token(logits, 4, 0, 0, 0.99) == 1);
+    int counts[4] = {};
+    for (int i = 0; i < 4000; i++) counts[sample_token(logits, 4, 1, 2, hash_uniform(9, i))]++;
+    CHECK(counts[0] + counts[2] == 0);
+    // p = 1 / (1 + e^-0.5) = 0.622; five standard deviations of 4000 draws are 0.038
+    CHECK(std::fabs(counts[1] / 4000.0 - 0.6225) < 0.038);
+}

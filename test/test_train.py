@@ -1,0 +1,295 @@
+"""The program as a user runs it: options, training, checkpoints, ranks, evaluation."""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+BINARY = os.environ.get("TRAIN_LLAMA", str(ROOT / "train_llama"))
+sys.path.insert(0, str(ROOT / "data"))
+from token_file import write_tokens  # noqa: E402
+
+MPIRUN = ["mpirun", "--oversubscribe", "--allow-run-as-root", "--bind-to", "none", "-np"]
+HAS_MPI = shutil.which("mpirun") is not None and "ranks by MPI" in subprocess.run(
+    ["make", "-n", "-W", "build/train_llama.o", "train_llama"], cwd=ROOT, capture_output=True, text=True).stdout
+SMALL = ["-e", "tiny", "--layers", "1", "--channels", "32", "--heads", "2", "--ffn", "48", "-c", "64", "--generator_mean",
+         "20", "--vocab", "64", "-l", "3e-3"]
+needs_mpi = pytest.mark.skipif(not HAS_MPI, reason="built without MPI")
+
+
+def command(*args, ranks=1):
+    return (MPIRUN + [str(ranks)] if ranks > 1 else []) + [BINARY, *map(str, args)]
+
+
+def run(*args, ranks=1, ok=True, cwd=None, threads=1):
+    done = subprocess.run(command(*args, ranks=ranks), capture_output=True, text=True, cwd=cwd, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done.stdout if ok else done.stderr
+
+
+def events(folder, kind="step"):
+    lines = [json.loads(line) for line in open(folder / "log.jsonl")]
+    return [line for line in lines if line["event"] == kind]
+
+
+def digest(checkpoint):
+    """What must be equal between two runs: every file that the manifest lists."""
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in checkpoint.iterdir() if f.suffix == ".bin"}
+
+
+def newest(folder):
+    return max(folder.glob("step_????????"))
+
+
+def test_the_bare_command_says_what_it_takes(tmp_path):
+    out = run("--steps", 2, "-c", 32, cwd=tmp_path)
+    assert "a random model of size tiny" in out and "made-up documents" in out and "step 2/2" in out
+
+
+def test_every_option_refuses_a_bad_value_by_name():
+    table = re.findall(r"^\| (?:`-.`, )?`--(\w+)` \| (.*?) \| ((?:\\\||[^|])*) \|", run("--options_table"), re.M)
+    assert len(table) > 50
+    tried = 0
+    for name, _, span in table:
+        if ".." in span:
+            low, high = span.split("..")
+            bad = ["4k", "", "nan", str(float(high) * 10 + 1), "-1" if float(low) >= 0 else "x"]
+        elif "\\|" in span:
+            bad = ["nonsense", span.replace("\\|", "|"), ""]
+        elif span == "" and name in ("help", "plan", "resume", "tied", "shuffle", "interleave"):
+            bad = ["2", "yes"]
+        else:
+            continue
+        for value in bad:
+            message = run(f"--{name}={value}", ok=False)
+            assert f"--{name}" in message and len(message.strip().split("\n")) == 1, message
+            tried += 1
+    assert tried > 150
+    assert "--nonsense" in run("--nonsense", "1", ok=False)
+    assert "wants a value" in run("--context", ok=False)
+    assert "recompute" in run("--recompute", "norm,nonsense", ok=False)
+
+
+@pytest.mark.parametrize("args, message", [
+    (["-e", "missing.bin"], "missing.bin"),
+    (["-i", "missing_*.bin"], "missing_"),
+    (["-c", "1"], "at least 2"),
+    (["--total_batch", "65"], "not a multiple"),
+    (["--channels", "33", "--heads", "2"], "multiple"),
+    (["--heads", "3", "--channels", "33", "--kv_heads", "1"], "even"),
+    (["--dtype", "double", "--opt_dtype", "float"], "double"),
+    (["--rope_scaling", "longrope"], "longrope"),
+    (["--prompt", "1,x", "--generate", "4"], "--prompt"),
+    (["--generate", "100"], "--context"),
+    (["--memory", "0.0001"], "GiB"),
+    (["--device", "gpu"], "GPU"),
+])
+def test_bad_input_ends_with_a_clear_line(args, message, tmp_path):
+    shown = run(*SMALL, *args, ok=False, cwd=tmp_path)
+    assert message in shown, shown
+
+
+def test_the_loss_falls_and_the_log_tells(tmp_path):
+    run(*SMALL, "--steps", 60, "-o", tmp_path / "run", "--dtype", "float")
+    steps = events(tmp_path / "run")
+    assert [s["step"] for s in steps] == list(range(1, 61))
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
+    assert events(tmp_path / "run", "start")[0]["context"] == "64"
+    for field in ("norm", "lr", "tokens_per_second", "memory_gib", "imbalance", "counted"):
+        assert steps[0][field] > 0
+
+
+@pytest.mark.parametrize("extra", [
+    [], ["--dtype", "bf16", "--master", "none"], ["--dtype", "bf16", "--master", "float", "--grad_dtype", "float"],
+    ["--interleave", "--schedule", "cosine", "--warmup", "4", "--total_batch", "256", "-b", "2"]])
+def test_resume_is_bit_exact(tmp_path, extra):
+    args = [*SMALL, *extra, "--steps", 12, "--save_every", 5, "--keep", 0]
+    run(*args, "-o", tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for later in ("step_00000010", "step_00000012"):
+        shutil.rmtree(tmp_path / "cut" / later)
+    out = run(*args, "-o", tmp_path / "cut", "--resume")
+    assert "going on from step 5" in out
+    assert digest(tmp_path / "whole" / "step_00000012") == digest(tmp_path / "cut" / "step_00000012")
+
+
+def test_a_run_repeats_bit_for_bit(tmp_path):
+    for name in "ab":
+        run(*SMALL, "--steps", 6, "-o", tmp_path / name, threads=2)
+    assert digest(newest(tmp_path / "a")) == digest(newest(tmp_path / "b"))
+
+
+def test_a_new_run_does_not_overwrite_an_old_one(tmp_path):
+    run(*SMALL, "--steps", 2, "-o", tmp_path / "run")
+    assert "--resume" in run(*SMALL, "--steps", 2, "-o", tmp_path / "run", ok=False)
+
+
+@needs_mpi
+def test_resume_on_another_number_of_ranks(tmp_path):
+    args = [*SMALL, "-c", 72, "--total_batch", 288, "--save_every", 4]
+    run(*args, "--steps", 16, "-o", tmp_path / "whole")
+    for steps, ranks in ((4, 4), (8, 2), (12, 1), (16, 4)):
+        run(*args, "--steps", steps, "--ring", min(ranks, 2), "-o", tmp_path / "cut", "--resume", ranks=ranks)
+    whole, cut = events(tmp_path / "whole"), events(tmp_path / "cut")
+    for a, b in zip(whole, cut, strict=True):
+        assert a["tokens"] == b["tokens"] and a["counted"] == b["counted"]
+        assert abs(a["loss"] - b["loss"]) < 1e-3
+
+
+@needs_mpi
+@pytest.mark.parametrize("attention", ["full", "intra", "intra_reset", "anchor"])
+def test_ranks_train_alike(tmp_path, attention):
+    args = [*SMALL, "--attention", attention, "--steps", 3, "-b", 2, "--total_batch", 256, "--dtype", "double"]
+    run(*args, "-o", tmp_path / "1")
+    run(*args, "-o", tmp_path / "2", ranks=2)
+    run(*args, "-o", tmp_path / "21", "--ring", 1, ranks=2)
+    run(*args, "-o", tmp_path / "3", "-c", 64, ranks=3)
+    for name in ("2", "21", "3"):
+        for a, b in zip(events(tmp_path / "1"), events(tmp_path / name), strict=True):
+            assert abs(a["loss"] - b["loss"]) < 1e-9 and abs(a["norm"] - b["norm"]) < 1e-9 * a["norm"]
+
+
+@needs_mpi
+def test_a_ring_that_does_not_divide_is_refused():
+    assert "--ring 2" in run(*SMALL, "--ring", 2, ok=False, ranks=3)
+
+
+def test_sigterm_saves_and_leaves(tmp_path):
+    process = subprocess.Popen(command(*SMALL, "--steps", 100000, "-o", tmp_path / "run"), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 0 and "leaving" in rest
+    assert "going on from step" in run(*SMALL, "--steps", 1, "-o", tmp_path / "run", "--resume")
+
+
+def test_killed_at_any_instant_the_newest_checkpoint_loads(tmp_path):
+    folder, reached = tmp_path / "run", 0
+    for i in range(12):
+        process = subprocess.Popen(command(*SMALL, "--steps", 100000, "--save_every", 1, "-o", folder, "--resume"),
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        time.sleep(0.25 + (i * 0.6180339 % 1) * 0.5)
+        process.kill()
+        process.wait()
+        done = newest(folder) if list(folder.glob("step_????????")) else None
+        step = int(done.name[5:]) if done else 0
+        assert step >= reached
+        reached = step
+    out = run(*SMALL, "--steps", reached + 1, "-o", folder, "--resume")
+    assert f"going on from step {reached}" in out and reached > 0
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path):
+    run(*SMALL, "--steps", 4, "--save_every", 2, "-o", tmp_path / "run")
+    weights = newest(tmp_path / "run") / "weights.bin"
+    data = bytearray(weights.read_bytes())
+    data[5000] ^= 4
+    weights.write_bytes(data)
+    done = subprocess.run(command(*SMALL, "--steps", 5, "-o", tmp_path / "run", "--resume"), capture_output=True, text=True)
+    assert done.returncode == 0 and "going on from step 2" in done.stdout
+    assert "weights.bin" in done.stderr and "step_00000004" in done.stderr
+
+
+def test_trained_weights_start_another_run(tmp_path):
+    run(*SMALL, "--steps", 2, "-o", tmp_path / "run")
+    weights = newest(tmp_path / "run") / "weights.bin"
+    out = run("-e", weights, "-c", 128, "--rope_base", "50000", "--steps", 1, "-o", tmp_path / "next")
+    assert "RoPE base 50000" in out and "lr 2.00e-05" in out
+    assert "fixes the model's shape" in run("-e", weights, "--layers", 2, ok=False)
+    saved = newest(tmp_path / "next") / "weights.bin"
+    assert np.fromfile(saved, "<i4", 16)[14] == 512 and np.fromfile(saved, "<f8", 13)[11] == 50000
+
+
+def test_eval_scores_every_label_once(tmp_path):
+    documents = [[62, *np.random.default_rng(i).integers(0, 60, size=10 + i)] for i in range(30)]
+    write_tokens(tmp_path / "val.bin", documents, 64, bos=62)
+    texts = sum(len(d) - 1 for d in documents)
+    rows = -(-texts // 63)
+    run(*SMALL, "-j", tmp_path / "val.bin", "--eval", tmp_path / "a.csv", "--val_rows", rows)
+    lines = np.genfromtxt(tmp_path / "a.csv", delimiter=",", names=True)
+    assert len(set(zip(lines["row"], lines["index"]))) == len(lines)
+    assert np.all(np.abs(lines["loss"] - np.log(64)) < 1)
+    if HAS_MPI:
+        run(*SMALL, "-j", tmp_path / "val.bin", "--eval", tmp_path / "b.csv", "--val_rows", rows, "--ring", 1, ranks=3)
+        run(*SMALL, "-j", tmp_path / "val.bin", "--eval", tmp_path / "c.csv", "--val_rows", rows, ranks=2)
+        for other in "bc":
+            again = np.genfromtxt(tmp_path / f"{other}.csv", delimiter=",", names=True)
+            assert np.array_equal(again[["row", "index", "label"]], lines[["row", "index", "label"]])
+            assert np.abs(again["loss"] - lines["loss"]).max() < 1e-5
+
+
+def test_generation_is_what_the_logits_say(tmp_path):
+    tokens = [int(t) for t in run(*SMALL, "--generate", 8, "--prompt", "5,9,11", "--temperature", 0).split()]
+    assert tokens[:3] == [5, 9, 11] and 4 <= len(tokens) <= 11
+    write_tokens(tmp_path / "row.bin", [tokens], 64)
+    run(*SMALL, "-c", len(tokens), "-i", tmp_path / "row.bin", "--attention", "full", "--dump_logits", tmp_path / "logits")
+    logits = np.fromfile(tmp_path / "logits", "<f4").reshape(len(tokens), 64)
+    assert logits[2:-1].argmax(axis=1).tolist() == tokens[3:]
+    sampled = [run(*SMALL, "--generate", 8, "--prompt", "5,9,11", "--seed", s) for s in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_samples_and_validation_while_training(tmp_path):
+    write_tokens(tmp_path / "data.bin", [[62, *range(60)] for _ in range(50)], 64, bos=62)
+    (tmp_path / "data.vocab").write_text("".join(f"<{i}>\n" for i in range(64)))
+    out = run(*SMALL, "-i", tmp_path / "data.bin", "-j", tmp_path / "data.bin", "--steps", 60, "--val_every", 30,
+              "--sample_every", 60, "--vocab_file", tmp_path / "data.vocab", "-l", "1e-2", "--temperature", 0)
+    losses = [float(x) for x in re.findall(r"validation loss ([\d.]+)", out)]
+    assert len(losses) == 2 and losses[1] < losses[0] < 4.2
+    assert "<62>" in out
+
+
+def test_the_plan_is_what_a_run_takes(tmp_path):
+    """The arena is all but the program itself, which a run of a tiny model shows."""
+    def peak(name, *args):
+        run(*args, "--steps", 2, "-o", tmp_path / name)
+        return events(tmp_path / name)[-1]["memory_gib"]
+
+    program = peak("small", *SMALL)
+    model = ["-e", "tiny", "--layers", 4, "--channels", 768, "--heads", 12, "--ffn", 2048, "--vocab", 16384, "-c", 1024]
+    for name, extra in (("kept", []), ("again", ["--recompute", "all"])):
+        planned = float(re.search(r"  all +([\d.]+) of", run(*model, *extra, "--plan")).group(1))
+        assert planned > 0.5
+        assert abs(peak(name, *model, *extra) - program - planned) < 0.05 * planned
+
+
+def test_the_plan_of_a_7b_needs_no_gpu():
+    out = run("-e", "llama2-7b", "-c", 65536, "--device", "gpu", "--plan", "--ranks", 8)
+    assert "6.74B parameters" in out and "8 ranks in rings of 8" in out
+    total = float(re.search(r"  all +([\d.]+) of", out).group(1))
+    assert 40 < total < 139
+
+
+def test_dump_params_names_every_tensor():
+    lines = [line.split("\t") for line in run("--dump_params", "-e", "qwen2-1.5b").splitlines()]
+    names = [name for _, _, name in lines]
+    assert len(names) == len(set(names)) == 28 * 12 + 2
+    assert "lm_head.weight" not in names and "model.layers.27.self_attn.v_proj.bias" in names
+    shapes = dict((name, shape) for _, shape, name in lines)
+    assert shapes["model.layers.0.self_attn.k_proj.weight"] == "256x1536"
+    assert shapes["model.layers.0.self_attn.k_proj.bias"] == "256"
+    ends = [int(o) + int(np.prod([int(n) for n in s.split("x")])) for o, s, _ in lines]
+    assert all(int(o) >= end for (o, _, _), end in zip(lines[1:], ends))
+
+
+def test_llmc_shards_train(tmp_path):
+    header = np.zeros(256, "<i4")
+    tokens = np.tile(np.r_[50256, np.arange(100)], 20)
+    header[:3] = 20240520, 1, len(tokens)
+    with open(tmp_path / "gpt2.bin", "wb") as f:
+        f.write(header.tobytes() + tokens.astype("<u2").tobytes())
+    out = run("-e", "tiny", "-i", tmp_path / "gpt2.bin", "-c", 64, "--steps", 2)
+    assert "20 documents, 2000 tokens" in out

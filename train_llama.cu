@@ -1,0 +1,1209 @@
+// train_llama: trains LLaMA-2-class models on long contexts, every layer written by hand. Read this first.
+//
+// The way of the data: tokens are packed into rows (core/dataloader.h), a row is spread over the ranks of a
+// ring (layers/ring.cuh), model_forward and model_backward carry it through the layers, model_update adds the
+// gradients of all ranks and moves the weights.
+//
+//   L layers   B batch (rows a ring works on at once)   T local tokens (of all B rows on this rank)
+//   S sequence (global tokens of a row)   C channels   H heads   K KV heads   D head size
+//   F feed-forward   V vocabulary   E element type   G element type of weight gradients
+#include "attention_anchor.cuh"
+#include "core/arena.h"
+#include "core/checkpoint.h"
+#include "core/comm.h"
+#include "core/config.h"
+#include "core/dataloader.h"
+#include "core/log.h"
+#include "core/options.h"
+#include "core/types.h"
+#include "layers/adamw.cuh"
+#include "layers/embedding.cuh"
+#include "layers/grad_norm.cuh"
+#include "layers/loss.cuh"
+#include "layers/matmul.cuh"
+#include "layers/ring.cuh"
+#include "layers/rmsnorm.cuh"
+#include "layers/swiglu.cuh"
+#include "rope.cuh"
+#include <csignal>
+#include <functional>
+#include <omp.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
+
+// Parameters, in the order of the weights file. A tensor made of several Hugging Face tensors holds their rows
+// one after the other: one product reads the input once. Rows of 0: this model has no such tensor.
+//
+// clang-format off
+//        field        Hugging Face names                                    rows              columns  decay  start
+#define PARAMS_FIRST(PARAM)                                                                                            \
+    PARAM(embed,       "model.embed_tokens.weight",                          V,                C,       true,  normal)
+#define PARAMS_LAYER(PARAM)                                                                                            \
+    PARAM(att_norm,    "input_layernorm.weight",                             1,                C,       false, ones)   \
+    PARAM(wqkv,        "self_attn.q_proj.weight|self_attn.k_proj.weight|self_attn.v_proj.weight",                      \
+                                                                             (H + 2 * K) * D,  C,       true,  normal) \
+    PARAM(bqkv,        "self_attn.q_proj.bias|self_attn.k_proj.bias|self_attn.v_proj.bias",                            \
+                                                                             bias * (H + 2 * K) * D, 1, false, zeros)  \
+    PARAM(wo,          "self_attn.o_proj.weight",                            C,                H * D,   true,  scaled) \
+    PARAM(ffn_norm,    "post_attention_layernorm.weight",                    1,                C,       false, ones)   \
+    PARAM(wgate_up,    "mlp.gate_proj.weight|mlp.up_proj.weight",            2 * F,            C,       true,  normal) \
+    PARAM(wdown,       "mlp.down_proj.weight",                               C,                F,       true,  scaled)
+#define PARAMS_LAST(PARAM)                                                                                             \
+    PARAM(final_norm,  "model.norm.weight",                                  1,                C,       false, ones)   \
+    PARAM(head,        "lm_head.weight",                                     untied * V,       C,       true,  normal)
+
+// Activations of a layer. `kept` holds one for every layer; the others are kept or, when --recompute names them,
+// share one place that the backward fills again.
+//
+//        field        elements             type  policy
+#define ACTIVATIONS(ACT)                                                                                               \
+    ACT(x,             T * C,               E,    kept)      /* residual stream that enters the layer */               \
+    ACT(att_normed,    T * C,               E,    norm)                                                                \
+    ACT(att_rstd,      T,                   A,    kept)                                                                \
+    ACT(qkv,           T * (H + 2 * K) * D, E,    qkv)       /* after RoPE: (T, H + 2K, D) */                          \
+    ACT(att,           T * H * D,           E,    attention)                                                           \
+    ACT(lse,           T * H,               A,    attention)                                                           \
+    ACT(h,             T * C,               E,    residual)  /* residual stream between attention and feed-forward */  \
+    ACT(ffn_normed,    T * C,               E,    norm)                                                                \
+    ACT(ffn_rstd,      T,                   A,    kept)                                                                \
+    ACT(gate_up,       T * 2 * F,           E,    ffn)                                                                 \
+    ACT(act,           T * F,               E,    swiglu)
+// clang-format on
+
+#define FIELD(name, ...) E* name;
+template <class E> struct LayerParams { PARAMS_LAYER(FIELD) };
+template <class E> struct Params {
+    PARAMS_FIRST(FIELD)
+    PARAMS_LAST(FIELD)
+    std::vector<LayerParams<E>> layer;
+};
+#undef FIELD
+
+#define FIELD(name, elements, type, policy) type* name;
+template <class E, class A = Acc<E>> struct LayerActs { ACTIVATIONS(FIELD) E* out; }; // out: the next layer's x
+#undef FIELD
+
+// What the backward computes again, from cheap to dear.
+struct Recompute {
+    bool norm = false, swiglu = false, residual = false, qkv = false, ffn = false, attention = false;
+    static constexpr bool kept = false;
+};
+
+enum class Start { zeros, ones, normal, scaled }; // scaled: normal / sqrt(2 L), for what is added to the residual
+
+// One row of the table, for one layer: what sizes, offsets, files, initialisation and decay are derived from.
+struct ParamInfo {
+    const char *name, *hf;
+    int layer; // -1: outside the layers
+    size_t rows, columns, offset;
+    bool decay;
+    Start start;
+    size_t count() const { return rows * columns; }
+};
+
+std::vector<ParamInfo> param_table(const Config& c) {
+    const size_t C = c.C, H = c.H, K = c.K, D = c.D, F = c.F, V = c.V, bias = c.qkv_bias, untied = !c.tied;
+    std::vector<ParamInfo> table;
+    size_t offset = 0;
+    auto add = [&](const char* name, const char* hf, int layer, size_t rows, size_t columns, bool decay, Start start) {
+        table.push_back({name, hf, layer, rows, columns, offset, decay, start});
+        offset += (rows * columns + param_alignment - 1) / param_alignment * param_alignment;
+    };
+#define ADD(name, hf, rows, columns, decay, start) add(#name, hf, layer, rows, columns, decay, Start::start);
+    int layer = -1;
+    PARAMS_FIRST(ADD)
+    for (layer = 0; layer < c.L; layer++) { PARAMS_LAYER(ADD) }
+    layer = -1;
+    PARAMS_LAST(ADD)
+#undef ADD
+    return table;
+}
+
+// Elements of the flat buffer, padding included.
+size_t param_elements(const Config& c) {
+    ParamInfo last = param_table(c).back();
+    return last.offset + (last.count() + param_alignment - 1) / param_alignment * param_alignment;
+}
+
+template <class E> Params<E> params_place(E* flat, const Config& c) {
+    Params<E> p;
+    p.layer.resize(c.L);
+    auto next = [flat, table = param_table(c), i = size_t(0)]() mutable {
+        const ParamInfo& info = table[i++];
+        return info.count() ? flat + info.offset : nullptr;
+    };
+#define PLACE(name, ...) p.name = next();
+#define PLACE_LAYER(name, ...) layer.name = next();
+    PARAMS_FIRST(PLACE)
+    for (LayerParams<E>& layer : p.layer) { PARAMS_LAYER(PLACE_LAYER) }
+    PARAMS_LAST(PLACE)
+#undef PLACE
+#undef PLACE_LAYER
+    if (c.tied) p.head = p.embed;
+    return p;
+}
+
+// How a model is laid out on a rank; with the configuration it determines every byte of memory.
+struct Layout {
+    size_t S = 0, B = 1;     // tokens of a row, rows
+    int ring = 1, world = 1; // ranks of a sequence, ranks in all
+    size_t head_chunk = 512;
+    bool train = true, master = false;
+    Type moments = Type::f32;
+    Recompute recompute;
+
+    size_t tokens() const { return B * (ring_padded_length(S, ring) / ring); } // T
+};
+
+template <class Dev, class E, class G> struct Model {
+    using A = Acc<E>;
+    Dev dev;
+    Config config;
+    Layout layout;
+    Comm world;
+    RopePrecision precision = RopePrecision::exact;
+
+    Params<E> params;
+    Params<G> grads;
+    E* param_flat;
+    G* grad_flat;
+    size_t elements;            // of the flat buffers
+    std::vector<size_t> shards; // rank r updates [shards[r], shards[r + 1])
+    void *moment1, *moment2;    // this rank's shard, of layout.moments
+    A* master;                  // this rank's shard in full precision, or null
+
+    std::vector<LayerActs<E>> acts;
+    int32_t *token, *pos, *label, *argmax; // (T)
+    A* angles;                             // (T, D / 2, 2) cos and sin
+    E *x_last, *final_normed;              // (T, C)
+    A* final_rstd;                         // (T)
+    E* logits;                             // (head_chunk, V)
+    A* loss;                               // (T)
+    E *dx, *datt, *dqkv;                   // (T, C), (T, H D), (T, (H + 2K) D)
+    RingScratch<E> scratch;
+
+    size_t shard_begin() const { return shards[world.rank]; }
+    size_t shard_count() const { return shards[world.rank + 1] - shards[world.rank]; }
+};
+
+// Hands out the memory; with an arena that has no base it only measures.
+template <class Dev, class E, class G> void model_place(Model<Dev, E, G>& m, Arena& arena) {
+    using A = Acc<E>;
+    const Config& c = m.config;
+    const size_t L = c.L, C = c.C, H = c.H, K = c.K, D = c.D, F = c.F, V = c.V, T = m.layout.tokens();
+    const Recompute& again = m.layout.recompute;
+    const bool train = m.layout.train;
+    m.elements = param_elements(c);
+    const size_t share = (m.elements / param_alignment + m.layout.world - 1) / m.layout.world * param_alignment;
+    m.shards.clear();
+    for (int r = 0; r <= m.layout.world; r++) m.shards.push_back(std::min(r * share, m.elements));
+
+    m.param_flat = arena.take<E>("weights", m.elements);
+    m.params = params_place(m.param_flat, c);
+    m.grad_flat = arena.take<G>("gradients", train ? m.elements : 0);
+    m.grads = params_place(m.grad_flat, c);
+    const size_t mine = train ? share : 0, moment_bytes = mine * type_size(m.layout.moments); // on every rank alike
+    m.moment1 = arena.take<uint8_t>("moments", moment_bytes);
+    m.moment2 = arena.take<uint8_t>("moments", moment_bytes);
+    m.master = arena.take<A>("master weights", m.layout.master ? mine : 0);
+    if (!m.layout.master) m.master = nullptr;
+
+    m.acts.resize(L);
+    auto act = [&](auto field, size_t count, bool shared) {
+        using X = std::remove_pointer_t<std::remove_reference_t<decltype(m.acts[0].*field)>>;
+        X* one = shared ? arena.take<X>("activations, shared", count) : nullptr;
+        for (auto& layer : m.acts) layer.*field = shared ? one : arena.take<X>("activations, kept", count);
+    };
+#define PLACE(name, elements, type, policy) act(&LayerActs<E>::name, elements, again.policy || !train);
+    ACTIVATIONS(PLACE)
+#undef PLACE
+    m.x_last = arena.take<E>("activations, kept", T * C);
+    for (size_t l = 0; l < L; l++) m.acts[l].out = l + 1 < L ? m.acts[l + 1].x : m.x_last;
+
+    m.token = arena.take<int32_t>("inputs", T);
+    m.pos = arena.take<int32_t>("inputs", T);
+    m.label = arena.take<int32_t>("inputs", T);
+    m.argmax = arena.take<int32_t>("inputs", T);
+    m.angles = arena.take<A>("inputs", T * D);
+    m.final_normed = arena.take<E>("head", T * C);
+    m.final_rstd = arena.take<A>("head", T);
+    m.logits = arena.take<E>("head", std::min(m.layout.head_chunk, T) * V);
+    m.loss = arena.take<A>("head", T);
+    m.dx = arena.take<E>("backward", train ? T * C : 0);
+    m.datt = arena.take<E>("backward", train ? T * H * D : 0);
+    m.dqkv = arena.take<E>("backward", train ? T * (H + 2 * K) * D : 0);
+    const RingScratchSizes n = ring_scratch_sizes(T, m.layout.ring, m.layout.B, H, K, D);
+    m.scratch.state = arena.take<A>("ring", n.state);
+    m.scratch.anchor = arena.take<E>("ring", n.anchor);
+    m.scratch.send = arena.take<E>("ring", n.send);
+    for (E*& receive : m.scratch.receive) receive = arena.take<E>("ring", n.receive);
+    m.scratch.delta = arena.take<A>("ring", train ? n.delta : 0);
+    m.scratch.dkv = arena.take<A>("ring", train ? n.dkv : 0);
+    m.scratch.danchor = arena.take<A>("ring", train ? n.danchor : 0);
+    for (A*& send : m.scratch.dkv_send) send = arena.take<A>("ring", train ? n.dkv_send : 0);
+    m.scratch.dkv_receive = arena.take<A>("ring", train ? n.dkv_receive : 0);
+}
+
+// Some rows, cut for this rank: the plan says which tokens are ours and how attention meets the others'.
+struct Batch {
+    Comm ring;
+    RingPlan plan;
+    size_t T = 0;
+    std::vector<int32_t> token, pos, label; // (T)
+    int64_t counted = 0, pairs = 0;         // labels that count and visible pairs, of the whole rows
+};
+
+// Rows shorter than the ring needs are padded: the padding is a document of its own, behind everything else,
+// without labels, so nobody sees it and no gradient comes from it.
+Batch batch_make(const std::vector<Row>& rows, Attention attention, const Comm& ring) {
+    const size_t B = rows.size(), S = rows[0].token.size(), padded = ring_padded_length(S, ring.size);
+    Batch b;
+    b.ring = ring;
+    std::vector<int32_t> doc(B * padded);
+    for (size_t r = 0; r < B; r++) {
+        const Row& row = rows[r];
+        int32_t* d = doc.data() + r * padded;
+        std::copy(row.doc.begin(), row.doc.end(), d);
+        int32_t last = *std::max_element(row.doc.begin(), row.doc.end());
+        std::fill(d + S, d + padded, attention == Attention::full ? 0 : last + 1);
+        b.counted += row.counted;
+        b.pairs += visible_pairs(row.doc.data(), S);
+    }
+    bool anchored = attention == Attention::anchor || attention == Attention::full;
+    ring_plan_build(b.plan, doc.data(), anchored, B, padded, ring.rank, ring.size);
+    b.T = b.plan.local.index.size();
+    b.token.resize(b.T), b.pos.resize(b.T), b.label.resize(b.T);
+    for (size_t r = 0, t = 0; r < B; r++)
+        for (; t < size_t(b.plan.local.row_begin[r + 1]); t++) {
+            size_t i = b.plan.local.index[t];
+            bool real = i < S;
+            b.token[t] = real ? rows[r].token[i] : 0;
+            b.pos[t] = real ? rows[r].pos[i] : 0;
+            b.label[t] = real ? rows[r].label[i] : -1;
+        }
+    return b;
+}
+
+inline void copy_to_device(Cpu, void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
+
+// Brings the batch's arrays to the device, and the angles of its positions: they serve every layer.
+template <class Dev, class E, class G> void model_input(Model<Dev, E, G>& m, const Batch& b) {
+    REQUIRE(b.T <= m.layout.tokens(), "the batch is larger than the layout that was placed");
+    copy_to_device(m.dev, m.token, b.token.data(), b.T * 4);
+    copy_to_device(m.dev, m.pos, b.pos.data(), b.T * 4);
+    copy_to_device(m.dev, m.label, b.label.data(), b.T * 4);
+    std::vector<double> frequency(m.config.D / 2);
+    double factor = rope_frequencies(frequency.data(), m.config.rope, m.config.D, m.layout.S);
+    rope_table<E>(m.dev, m.angles, m.pos, frequency.data(), factor, m.precision, b.T, m.config.D);
+}
+
+// Tokens to final_normed. Every line is one layer: outputs, inputs, sizes.
+template <class Dev, class E, class G> void model_forward(Model<Dev, E, G>& m, const Batch& b) {
+    const auto [dev, c, T] = std::tuple(m.dev, m.config, b.T);
+    const size_t L = c.L, C = c.C, H = c.H, K = c.K, D = c.D, F = c.F;
+    const E* none = nullptr;
+
+    model_input(m, b);
+    embedding_forward(dev, m.acts[0].x, m.token, m.params.embed, T, C);
+    for (size_t l = 0; l < L; l++) {
+        const LayerParams<E>& w = m.params.layer[l];
+        const LayerActs<E>& a = m.acts[l];
+        rmsnorm_forward(dev, a.att_normed, a.att_rstd, a.x, w.att_norm, T, C, c.eps);
+        matmul_forward(dev, a.qkv, a.att_normed, w.wqkv, w.bqkv, none, T, C, (H + 2 * K) * D);
+        rope_forward(dev, a.qkv, m.angles, m.precision, T, H, K, D);
+        ring_attention_forward(dev, b.ring, b.plan, a.att, a.lse, a.qkv, m.scratch, H, K, D);
+        matmul_forward(dev, a.h, a.att, w.wo, none, a.x, T, H * D, C);
+        rmsnorm_forward(dev, a.ffn_normed, a.ffn_rstd, a.h, w.ffn_norm, T, C, c.eps);
+        matmul_forward(dev, a.gate_up, a.ffn_normed, w.wgate_up, none, none, T, C, 2 * F);
+        swiglu_forward(dev, a.act, a.gate_up, T, F);
+        matmul_forward(dev, a.out, a.act, w.wdown, none, a.h, T, F, C);
+    }
+    rmsnorm_forward(dev, m.final_normed, m.final_rstd, m.x_last, m.params.final_norm, T, C, c.eps);
+}
+
+// The lines of the forward whose outputs were not kept.
+template <class Dev, class E, class G> void recompute_layer(Model<Dev, E, G>& m, const Batch& b, size_t l) {
+    const auto [dev, c, T] = std::tuple(m.dev, m.config, b.T);
+    const size_t C = c.C, H = c.H, K = c.K, D = c.D, F = c.F;
+    const E* none = nullptr;
+    const LayerParams<E>& w = m.params.layer[l];
+    const LayerActs<E>& a = m.acts[l];
+    const Recompute& again = m.layout.recompute;
+
+    if (again.norm) rmsnorm_forward(dev, a.att_normed, a.att_rstd, a.x, w.att_norm, T, C, c.eps);
+    if (again.qkv) matmul_forward(dev, a.qkv, a.att_normed, w.wqkv, w.bqkv, none, T, C, (H + 2 * K) * D);
+    if (again.qkv) rope_forward(dev, a.qkv, m.angles, m.precision, T, H, K, D);
+    if (again.attention) ring_attention_forward(dev, b.ring, b.plan, a.att, a.lse, a.qkv, m.scratch, H, K, D);
+    if (again.residual) matmul_forward(dev, a.h, a.att, w.wo, none, a.x, T, H * D, C);
+    if (again.norm) rmsnorm_forward(dev, a.ffn_normed, a.ffn_rstd, a.h, w.ffn_norm, T, C, c.eps);
+    if (again.ffn) matmul_forward(dev, a.gate_up, a.ffn_normed, w.wgate_up, none, none, T, C, 2 * F);
+    if (again.swiglu) swiglu_forward(dev, a.act, a.gate_up, T, F);
+}
+
+// Logits and losses, a chunk of tokens at a time: (T, V) would be the largest tensor of all. Backward at once,
+// while the chunk's logits are there: they become dlogits, final_normed its own gradient, and the head's
+// gradient is added. `scale` is 1 / (tokens counted in the whole update).
+template <class Dev, class E, class G> void head_forward_backward(Model<Dev, E, G>& m, const Batch& b, double scale) {
+    const size_t C = m.config.C, V = m.config.V;
+    const E* none = nullptr;
+    for (size_t t = 0, n; t < b.T; t += n) {
+        n = std::min(m.layout.head_chunk, b.T - t);
+        E* normed = m.final_normed + t * C;
+        matmul_forward(m.dev, m.logits, normed, m.params.head, none, none, n, C, V);
+        loss_forward_backward(m.dev, m.loss + t, m.logits, m.label + t, scale, n, V);
+        matmul_backward_weight(m.dev, m.grads.head, (G*)nullptr, m.logits, normed, n, C, V);
+        matmul_backward_input(m.dev, normed, m.logits, m.params.head, n, C, V);
+    }
+}
+
+// Losses and likeliest tokens alone. `visit(t, n)` may look at the logits of tokens [t, t + n).
+template <class Dev, class E, class G, class Visit>
+void head_forward(Model<Dev, E, G>& m, const Batch& b, Visit visit) {
+    const size_t C = m.config.C, V = m.config.V;
+    const E* none = nullptr;
+    for (size_t t = 0, n; t < b.T; t += n) {
+        n = std::min(m.layout.head_chunk, b.T - t);
+        matmul_forward(m.dev, m.logits, m.final_normed + t * C, m.params.head, none, none, n, C, V);
+        loss_forward(m.dev, m.loss + t, m.argmax + t, m.logits, m.label + t, n, V);
+        visit(t, n);
+    }
+}
+
+// The forward's lines in reverse. Weight gradients are added to; the gradient of an activation is written over
+// that activation as soon as nothing needs it any more, so the feed-forward takes no memory of its own.
+template <class Dev, class E, class G> void model_backward(Model<Dev, E, G>& m, const Batch& b) {
+    const auto [dev, c, T] = std::tuple(m.dev, m.config, b.T);
+    const size_t L = c.L, C = c.C, H = c.H, K = c.K, D = c.D, F = c.F;
+    G* no_bias = nullptr;
+    E *dx = m.dx, *datt = m.datt, *dqkv = m.dqkv;
+
+    E* dfinal = m.final_normed; // head_forward_backward left it there
+    rmsnorm_backward(dev, dx, m.grads.final_norm, dfinal, m.x_last, m.params.final_norm, m.final_rstd,
+                     (const E*)nullptr, T, C);
+    for (size_t l = L; l-- > 0;) {
+        recompute_layer(m, b, l);
+        const LayerParams<E>& w = m.params.layer[l];
+        const LayerParams<G>& g = m.grads.layer[l];
+        const LayerActs<E>& a = m.acts[l];
+        E *dact = a.act, *dgate_up = a.gate_up, *dffn_normed = a.ffn_normed, *datt_normed = a.att_normed;
+
+        matmul_backward_weight(dev, g.wdown, no_bias, dx, a.act, T, F, C);
+        matmul_backward_input(dev, dact, dx, w.wdown, T, F, C);
+        swiglu_backward(dev, dgate_up, dact, a.gate_up, T, F);
+        matmul_backward_weight(dev, g.wgate_up, no_bias, dgate_up, a.ffn_normed, T, C, 2 * F);
+        matmul_backward_input(dev, dffn_normed, dgate_up, w.wgate_up, T, C, 2 * F);
+        rmsnorm_backward(dev, dx, g.ffn_norm, dffn_normed, a.h, w.ffn_norm, a.ffn_rstd, dx, T, C);
+        matmul_backward_weight(dev, g.wo, no_bias, dx, a.att, T, H * D, C);
+        matmul_backward_input(dev, datt, dx, w.wo, T, H * D, C);
+        ring_attention_backward(dev, b.ring, b.plan, dqkv, datt, a.att, a.lse, a.qkv, m.scratch, H, K, D);
+        rope_backward(dev, dqkv, m.angles, m.precision, T, H, K, D);
+        matmul_backward_weight(dev, g.wqkv, g.bqkv, dqkv, a.att_normed, T, C, (H + 2 * K) * D);
+        matmul_backward_input(dev, datt_normed, dqkv, w.wqkv, T, C, (H + 2 * K) * D);
+        rmsnorm_backward(dev, dx, g.att_norm, datt_normed, a.x, w.att_norm, a.att_rstd, dx, T, C);
+    }
+    embedding_backward(dev, m.grads.embed, dx, m.token, T, C);
+}
+
+// Sums the gradients over all ranks, each rank keeping its shard (ZeRO-1), and returns the norm of the sum.
+template <class Dev, class E, class G> double model_reduce(Model<Dev, E, G>& m) {
+    comm_reduce_scatter(m.dev, m.world, m.grad_flat, m.shards.data());
+    double squared = grad_norm_squared(m.dev, m.grad_flat + m.shard_begin(), m.shard_count());
+    comm_sum(m.dev, m.world, &squared, 1);
+    return std::sqrt(squared);
+}
+
+// AdamW on this rank's shard, tensor by tensor because only matrices decay; then everyone gets every shard.
+template <class Dev, class E, class G, class M> void model_update_as(Model<Dev, E, G>& m, AdamW adamw) {
+    const size_t begin = m.shard_begin(), end = begin + m.shard_count();
+    const double decay = adamw.weight_decay;
+    for (const ParamInfo& p : param_table(m.config)) {
+        size_t first = std::max(begin, p.offset), last = std::min(end, p.offset + p.count());
+        if (first >= last) continue;
+        adamw.weight_decay = p.decay ? decay : 0;
+        auto* master = m.master ? m.master + (first - begin) : nullptr;
+        adamw_update(m.dev, m.param_flat + first, master, (M*)m.moment1 + (first - begin),
+                     (M*)m.moment2 + (first - begin), m.grad_flat + first, last - first, first, adamw);
+    }
+    comm_all_gather(m.dev, m.world, m.param_flat, m.shards.data());
+}
+
+template <class Dev, class E, class G> void model_update(Model<Dev, E, G>& m, const AdamW& adamw) {
+    if constexpr (std::is_same_v<E, double>) return model_update_as<Dev, E, G, double>(m, adamw);
+    else if (m.layout.moments == Type::bf16) model_update_as<Dev, E, G, bf16>(m, adamw);
+    else model_update_as<Dev, E, G, float>(m, adamw);
+}
+
+// Random weights: a pure function of the seed and the place in the flat buffer, the same for any number of ranks.
+template <class Dev, class E, class G> void model_init(Model<Dev, E, G>& m, uint64_t seed) {
+    for (const ParamInfo& p : param_table(m.config)) {
+        const double deviation = p.start == Start::scaled ? 0.02 / std::sqrt(2.0 * m.config.L) : 0.02;
+        const bool random = p.start == Start::normal || p.start == Start::scaled;
+#pragma omp parallel for schedule(static)
+        for (size_t i = p.offset; i < p.offset + p.count(); i++)
+            m.param_flat[i] = E(random ? deviation * hash_normal(seed, i) : p.start == Start::ones ? 1.0 : 0.0);
+    }
+}
+
+// What a command line means: the model, its layout in memory, the numbers of the run.
+struct Setup {
+    Options o;
+    Comm world, ring;
+    Config config;
+    Layout layout;
+    std::string weights; // file to start from; empty: random weights
+    Type dtype = Type::f32, grad_dtype = Type::f32;
+    Attention attention = Attention::anchor;
+    Boundary boundary = Boundary::mask;
+    RopePrecision precision = RopePrecision::exact;
+    double memory = 0; // bytes of a rank
+
+    int groups() const { return layout.world / layout.ring; } // rings side by side
+    int group() const { return world.rank / layout.ring; }
+    int64_t rows_per_update() const { return o.total_batch ? o.total_batch / layout.S : layout.B * groups(); }
+};
+
+// Index of `value` among the choices "a|b|c"; the parser has checked that it is one.
+int choice(const std::string& value, const char* choices) {
+    std::string all = choices;
+    size_t at = ("|" + all + "|").find("|" + value + "|");
+    return int(std::count(all.begin(), all.begin() + at, '|'));
+}
+
+PackOptions pack_options(const Setup& s, bool train) {
+    PackOptions p;
+    p.attention = s.attention, p.boundary = s.boundary;
+    p.domain_tags = s.o.domain_tags, p.interleave = s.o.interleave && train, p.shuffle = s.o.shuffle && train;
+    p.S = s.layout.S, p.V = s.config.V, p.seed = uint64_t(s.o.seed);
+    p.bos = s.config.bos >= 0 ? s.config.bos : s.config.eos;
+    p.mean = double(s.o.generator_mean);
+    return p;
+}
+
+// The configuration: a file's, or a named size with the changes asked for.
+Config setup_config(Setup& s) {
+    Options& o = s.o;
+    bool gpu = o.device == "gpu";
+    if (o.model.empty()) {
+        o.model = access("model.bin", R_OK) == 0 ? "model.bin" : gpu ? "llama2-7b" : "tiny";
+        if (s.world.rank == 0 && o.model != "model.bin" && !o.dump_params)
+            printf("no --model and no model.bin here: a random model of size %s\n", o.model.c_str());
+    }
+    const NamedConfig* named = nullptr;
+    for (const NamedConfig& n : named_configs)
+        if (o.model == n.name) named = &n;
+    if (!named) {
+        const WeightsFile file = weights_open(o.model, o.dump_params);
+        if (o.layers || o.channels || o.heads || o.kv_heads || o.ffn || o.vocab || o.tied)
+            fail("%s fixes the model's shape: --layers, --channels, --heads, --kv_heads, --ffn, --vocab and --tied go "
+                 "with a named size",
+                 o.model.c_str());
+        if (file.elements && file.elements != param_elements(file.config))
+            fail("%s: %llu elements, its configuration has %zu", o.model.c_str(), (unsigned long long)file.elements,
+                 param_elements(file.config));
+        s.weights = o.model;
+        return file.config;
+    }
+    Config c = named->config;
+    bool width = o.channels || o.heads;
+    if (o.layers) c.L = int(o.layers);
+    if (o.channels) c.C = int(o.channels);
+    if (o.heads) c.H = int(o.heads);
+    if (o.heads && !o.kv_heads) c.K = c.H;
+    if (o.kv_heads) c.K = int(o.kv_heads);
+    if (o.ffn) c.F = int(o.ffn);
+    if (width && c.C % c.H) fail("--channels %d is not a multiple of --heads %d", c.C, c.H);
+    if (width) c.D = c.C / c.H;
+    if (o.tied) c.tied = true;
+    if (!o.train_data.empty()) { // from scratch: the data's tokenizer is the model's
+        Corpus corpus;
+        corpus_open(corpus, o.train_data, INT32_MAX);
+        c.V = corpus.shards[0].vocabulary;
+        if (corpus.bos >= 0 || corpus.eos >= 0) c.bos = corpus.bos, c.eos = corpus.eos;
+    }
+    if (o.vocab) c.V = int(o.vocab);
+    return c;
+}
+
+// RoPE as asked for on the command line; a longer context is written into the model that is saved.
+void setup_rope(Setup& s) {
+    RopeConfig& r = s.config.rope;
+    const int S = int(s.layout.S);
+    if (s.o.rope_base > 0) r.base = s.o.rope_base;
+    if (s.o.rope_factor > 0) r.factor = s.o.rope_factor;
+    if (s.o.rope_scaling != "model") {
+        r.scaling = RopeScaling(choice(s.o.rope_scaling, "none|linear|dynamic|yarn|longrope|llama3"));
+        if (r.scaling == RopeScaling::longrope && r.long_factor[0] == 0)
+            fail("--rope_scaling longrope needs the factors of a converted model; these weights hold none");
+    }
+    if (S > r.max_context && s.o.rope_base == 0 && s.o.rope_scaling == "model" && r.scaling == RopeScaling::none &&
+        s.world.rank == 0 && !s.weights.empty())
+        printf("context %d is beyond the model's %d at RoPE base %g: consider --rope_base\n", S, r.max_context, r.base);
+    if (r.original_context == 0 && r.scaling != RopeScaling::none) r.original_context = r.max_context;
+    if (r.scaling != RopeScaling::dynamic) r.max_context = std::max(r.max_context, S);
+}
+
+struct RecomputePart {
+    const char* name;
+    bool Recompute::*field;
+};
+// Cheapest first: the order in which `auto` gives up memory. Attention last: it is the dearest by far.
+constexpr RecomputePart recompute_parts[] = {{"norm", &Recompute::norm},         {"swiglu", &Recompute::swiglu},
+                                             {"residual", &Recompute::residual}, {"qkv", &Recompute::qkv},
+                                             {"ffn", &Recompute::ffn},           {"attention", &Recompute::attention}};
+
+Recompute recompute_first(int parts) {
+    Recompute r;
+    for (int i = 0; i < parts; i++) r.*recompute_parts[i].field = true;
+    return r;
+}
+
+std::string recompute_text(const Recompute& r) {
+    std::string text;
+    for (auto& part : recompute_parts)
+        if (r.*part.field) text += (text.empty() ? "" : ",") + std::string(part.name);
+    return text.empty() ? "none" : text;
+}
+
+Recompute recompute_parse(const std::string& text) {
+    if (text == "none") return {};
+    if (text == "all") return recompute_first(6);
+    Recompute r;
+    for (size_t at = 0, end; at <= text.size(); at = end + 1) {
+        end = std::min(text.find(',', at), text.size());
+        std::string name = text.substr(at, end - at);
+        auto part = std::find_if(std::begin(recompute_parts), std::end(recompute_parts),
+                                 [&](const RecomputePart& p) { return name == p.name; });
+        if (part == std::end(recompute_parts))
+            fail("option --recompute takes none, all, auto or a list of norm,swiglu,residual,qkv,ffn,attention, not "
+                 "'%s'",
+                 text.c_str());
+        r.*part->field = true;
+    }
+    return r;
+}
+
+// Calls f.operator()<E, G>() for the element types of weights and gradients.
+template <class F> auto with_types(Type dtype, Type grad, F f) {
+    if (dtype == Type::f64) return f.template operator()<double, double>();
+    if (dtype == Type::f32) return f.template operator()<float, float>();
+    if (grad == Type::f32) return f.template operator()<bf16, float>();
+    return f.template operator()<bf16, bf16>();
+}
+
+// The memory that a layout takes, part by part, without taking it.
+Arena measure(const Setup& s, const Layout& layout) {
+    return with_types(s.dtype, s.grad_dtype, [&]<class E, class G>() {
+        Model<Cpu, E, G> m;
+        m.config = s.config, m.layout = layout;
+        m.world.size = layout.world;
+        Arena arena;
+        model_place(m, arena);
+        return arena;
+    });
+}
+
+double machine_memory(const Comm& world) {
+    return double(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE) / comm_host(world).size;
+}
+
+// Element types, master weights and recomputation: what was asked for, else the most precise and fastest that fits.
+void setup_memory(Setup& s) {
+    const Options& o = s.o;
+    Layout& layout = s.layout;
+    bool gpu = o.device == "gpu";
+    auto type = [](const std::string& name, Type other) {
+        return name == "float" ? Type::f32 : name == "bf16" ? Type::bf16 : name == "double" ? Type::f64 : other;
+    };
+    s.dtype = type(o.dtype, gpu ? Type::bf16 : Type::f32);
+    s.grad_dtype = type(o.grad_dtype, s.dtype);
+    layout.moments = type(o.opt_dtype, s.dtype);
+    if (s.dtype == Type::f64 && (s.grad_dtype != Type::f64 || layout.moments != Type::f64))
+        fail("--dtype double keeps gradients and moments in double: leave --grad_dtype and --opt_dtype away");
+    if (s.dtype == Type::f32 && s.grad_dtype == Type::bf16) fail("--grad_dtype bf16 goes with --dtype bf16");
+    if (s.dtype != Type::bf16 && o.master == "float") fail("--master float goes with --dtype bf16");
+
+    s.memory = o.memory > 0 ? o.memory * (1 << 30) : gpu ? 139.0 * (1 << 30) : machine_memory(s.world);
+    auto fits = [&](bool master, int parts) {
+        layout.master = master;
+        layout.recompute = o.recompute == "auto" ? recompute_first(parts) : recompute_parse(o.recompute);
+        return measure(s, layout).used < 0.92 * s.memory; // the rest: context, libraries, messages
+    };
+    bool may = s.dtype == Type::bf16 && o.master != "none", must = o.master == "float";
+    for (int most : {5, 6}) // attention is recomputed only when nothing else fits
+        for (int master = may; master >= must; master--)
+            for (int parts = 0; parts <= most; parts++)
+                if (fits(master, parts)) return;
+    fits(must, 6);
+}
+
+void print_plan(const Setup& s) {
+    Arena arena = measure(s, s.layout);
+    const Config& c = s.config;
+    size_t parameters = 0;
+    for (const ParamInfo& p : param_table(c)) parameters += p.count();
+    printf("%s: %.2fB parameters, context %zu, %zu x %d rank%s in rings of %d, %s, recompute %s\n\n", s.o.model.c_str(),
+           parameters / 1e9, s.layout.S, s.layout.B, s.layout.world, s.layout.world > 1 ? "s" : "", s.layout.ring,
+           type_name(s.dtype), recompute_text(s.layout.recompute).c_str());
+    printf("  memory of a rank         GiB\n");
+    for (const Arena::Part& part : arena.parts)
+        printf("  %-20s %8.3f\n", part.name.c_str(), double(part.bytes) / (1 << 30));
+    printf("  %-20s %8.3f of %.1f%s\n", "all", double(arena.used) / (1 << 30), s.memory / (1 << 30),
+           arena.used < 0.92 * s.memory ? "" : ": does not fit; try --batch 1, more ranks, or --master none");
+}
+
+// Reads the command line's meaning; bad combinations end here, before any work.
+Setup setup_read(const Options& options, const Comm& world) {
+    Setup s;
+    s.o = options, s.world = world;
+    const Options& o = s.o;
+    if (o.device == "gpu" && !o.plan) fail("this build has no GPU layers; use --device cpu");
+    s.attention = Attention(choice(o.attention, "full|intra|intra_reset|anchor"));
+    s.boundary = Boundary(choice(o.boundary_loss, "mask|next|bos"));
+    s.precision = RopePrecision(choice(o.rope_precision, "exact|bf16_table|bf16_rotation|bf16_angle"));
+    s.config = setup_config(s);
+    std::string fault = config_fault(s.config);
+    if (!fault.empty()) fail("%s", fault.c_str());
+    s.layout.world = o.plan && o.ranks ? int(o.ranks) : world.size;
+    s.layout.ring = o.ring ? int(o.ring) : s.layout.world;
+    if (s.layout.world % s.layout.ring) fail("--ring %d does not divide the %d ranks", s.layout.ring, s.layout.world);
+    s.layout.S = o.context ? size_t(o.context) : size_t(s.config.rope.max_context);
+    if (s.layout.S < 2) fail("--context must be at least 2: a row holds the anchor and something to predict");
+    s.layout.B = size_t(o.batch), s.layout.head_chunk = size_t(o.head_chunk);
+    s.layout.train = o.eval.empty() && o.dump_logits.empty() && o.generate == 0;
+    setup_rope(s);
+    if (s.o.rope_scaling == "model" && o.rope_factor > 0 && s.config.rope.scaling == RopeScaling::none)
+        fail("--rope_factor needs --rope_scaling: these weights have none");
+    int64_t step_tokens = int64_t(s.layout.S * s.layout.B) * s.groups();
+    if (o.total_batch % step_tokens)
+        fail("--total_batch %lld is not a multiple of context x batch x rings = %lld", (long long)o.total_batch,
+             (long long)step_tokens);
+    s.ring = comm_split(world, o.plan ? 0 : s.group(), world.rank);
+    setup_memory(s);
+    return s;
+}
+
+// What a checkpoint holds beside weights and moments.
+struct TrainState {
+    int64_t step = 0;    // updates done or skipped
+    int64_t updates = 0; // updates done: AdamW's bias correction counts these
+    int64_t tokens = 0;  // inputs seen
+    Cursor cursor;
+    Outliers losses, norms;
+};
+
+// Reads weights of any element type into the model's.
+template <class Dev, class E, class G> void weights_load(Model<Dev, E, G>& m, const std::string& path) {
+    const WeightsFile file = weights_open(path);
+    if (file.elements != m.elements)
+        fail("%s: %llu elements, the model has %zu", path.c_str(), (unsigned long long)file.elements, m.elements);
+    auto read_as = [&]<class X>() {
+        const size_t piece = 1 << 22;
+        std::vector<X> buffer(std::min(piece, m.elements));
+        for (size_t i = 0; i < m.elements; i += piece) {
+            size_t n = std::min(piece, m.elements - i);
+            weights_read(file, i, n, buffer.data());
+            for (size_t j = 0; j < n; j++) m.param_flat[i + j] = E(Acc<E>(buffer[j]));
+        }
+    };
+    if (file.dtype == Type::f32) read_as.template operator()<float>();
+    if (file.dtype == Type::bf16) read_as.template operator()<bf16>();
+    if (file.dtype == Type::f64) read_as.template operator()<double>();
+}
+
+template <class Dev, class E, class G> void master_from_params(Model<Dev, E, G>& m) {
+    if (m.master)
+        for (size_t i = 0; i < m.shard_count(); i++) m.master[i] = Acc<E>(m.param_flat[m.shard_begin() + i]);
+}
+
+// Every rank writes its optimizer shard, rank 0 the weights and the state as well.
+template <class Dev, class E, class G> void save(Model<Dev, E, G>& m, const Setup& s, const TrainState& state) {
+    if (s.o.out.empty()) return;
+    const size_t begin = m.shard_begin(), end = begin + m.shard_count();
+    WeightsHeader header = header_from_config(m.config, type_of<E>(), m.elements);
+    ShardHeader shard = shard_header(begin, end, m.layout.moments, m.layout.moments, m.master);
+    std::vector<CheckpointFile> files = {shard_file(m.world.rank, shard, m.moment1, m.moment2, m.master)};
+    if (m.world.rank == 0) {
+        files.push_back({"weights.bin", {{&header, sizeof header}, {m.param_flat, m.elements * sizeof(E)}}});
+        files.push_back({"state.bin", {{&state, sizeof state}}});
+    }
+    checkpoint_save(m.world, s.o.out, state.step, files, int(s.o.keep));
+}
+
+// Goes on from the newest sound checkpoint, whatever number of ranks wrote it; false when there is none.
+template <class Dev, class E, class G> bool resume(Model<Dev, E, G>& m, const Setup& s, TrainState& state) {
+    Checkpoint from = checkpoint_newest(m.world, s.o.out);
+    if (from.step < 0) return false;
+    weights_load(m, from.path + "/weights.bin");
+    checkpoint_read(from, "state.bin", 0, &state, sizeof state);
+    size_t begin = m.shard_begin(), end = begin + m.shard_count();
+    shard_read(from, ShardField::m, m.layout.moments, begin, end, m.moment1);
+    shard_read(from, ShardField::v, m.layout.moments, begin, end, m.moment2);
+    if (m.master) shard_read(from, ShardField::master, type_of<Acc<E>>(), begin, end, m.master);
+    return true;
+}
+
+// This ring's rows among the next `count`: row j goes to ring j mod rings. The others are stepped over, so that
+// every rank's cursor is the same.
+std::vector<Row> take_rows(Loader& loader, const Setup& s, int64_t count) {
+    std::vector<Row> mine;
+    for (int64_t j = 0; j < count; j++)
+        if (j % s.groups() == s.group()) loader_next(loader, mine.emplace_back());
+        else loader_skip(loader);
+    return mine;
+}
+
+double learning_rate(const Setup& s, int64_t step) {
+    const Options& o = s.o;
+    double peak = o.lr > 0 ? o.lr : s.weights.empty() ? 3e-4 : 2e-5;
+    if (step < o.warmup) return peak * double(step + 1) / double(o.warmup);
+    double left = o.steps > o.warmup ? 1 - double(step - o.warmup) / double(o.steps - o.warmup) : 0;
+    double shape = o.schedule == "cosine" ? 0.5 - 0.5 * std::cos(M_PI * left) : o.schedule == "linear" ? left : 1;
+    return peak * (o.final_lr + (1 - o.final_lr) * shape);
+}
+
+// Model FLOPs of some rows: 6 N per token (N: parameters but the input embedding), and per layer 12 H D per visible
+// pair; nothing for recomputation. A tied embedding counts, as the head.
+double model_flops(const Config& c, double tokens, double pairs) {
+    double parameters = 0;
+    for (const ParamInfo& p : param_table(c)) parameters += double(p.count());
+    if (!c.tied) parameters -= double(c.V) * c.C;
+    return 6 * parameters * tokens + 12.0 * c.L * c.H * c.D * pairs;
+}
+
+// What an update did, the same on every rank.
+struct StepResult {
+    double loss = 0, norm = 0, lr = 0;
+    int64_t counted = 0, inputs = 0; // labels and data tokens, over all ranks
+    double pairs = 0, imbalance = 1, moved = 0;
+    bool stop = false;   // a signal asks to save and leave
+    std::string skipped; // why; empty: the update was done
+};
+
+volatile sig_atomic_t signal_caught = 0;
+
+// Gradients of one update: all micro-batches forward and backward. The count of labels is known first, so every
+// micro-batch weighs its tokens alike, however the update is cut.
+template <class Dev, class E, class G> StepResult step_gradients(Model<Dev, E, G>& m, const Setup& s, Loader& loader) {
+    std::vector<Row> rows = take_rows(loader, s, s.rows_per_update());
+    StepResult r;
+    for (const Row& row : rows) r.counted += row.counted, r.inputs += row.inputs;
+    int64_t counts[2] = {r.counted, r.inputs};
+    comm_sum(Cpu{}, s.world, counts, 2);
+    r.counted = counts[0] / s.layout.ring, r.inputs = counts[1] / s.layout.ring;
+
+    memset((void*)m.grad_flat, 0, m.elements * sizeof(G));
+    double sums[3] = {0, 0, double(signal_caught != 0)};
+    for (size_t first = 0; first < rows.size() && r.counted; first += s.layout.B) {
+        Batch b = batch_make({rows.begin() + first, rows.begin() + first + s.layout.B}, s.attention, s.ring);
+        model_forward(m, b);
+        head_forward_backward(m, b, 1.0 / double(r.counted));
+        model_backward(m, b);
+        for (size_t t = 0; t < b.T; t++) sums[0] += double(m.loss[t]);
+        sums[1] += double(b.pairs) / s.layout.ring;
+        r.imbalance = std::max(r.imbalance, b.plan.imbalance), r.moved = std::max(r.moved, b.plan.moved);
+    }
+    comm_sum(Cpu{}, s.world, sums, 3);
+    r.loss = r.counted ? sums[0] / double(r.counted) : NAN, r.pairs = sums[1], r.stop = sums[2] > 0;
+    return r;
+}
+
+// Decides on the update before it touches anything, then does it: a skipped one leaves weights and moments as
+// they were. Only finite values enter the statistics.
+template <class Dev, class E, class G>
+void step_update(Model<Dev, E, G>& m, const Setup& s, TrainState& state, StepResult& r) {
+    const Options& o = s.o;
+    r.norm = model_reduce(m);
+    r.lr = learning_rate(s, state.step);
+    double z_loss = outliers_z(state.losses, r.loss), z_norm = outliers_z(state.norms, r.norm);
+    outliers_add(state.losses, r.loss), outliers_add(state.norms, r.norm);
+    if (r.counted == 0) r.skipped = "no token of this update has a label";
+    else if (!std::isfinite(r.loss)) r.skipped = "the loss is not finite";
+    else if (!std::isfinite(r.norm)) r.skipped = "the gradient norm is not finite";
+    else if (o.max_z_loss > 0 && z_loss > o.max_z_loss) r.skipped = "the loss is an outlier";
+    else if (o.max_z_grad > 0 && z_norm > o.max_z_grad) r.skipped = "the gradient norm is an outlier";
+    state.step++;
+    state.tokens += r.inputs;
+    if (!r.skipped.empty()) return;
+    state.updates++;
+    double scale = o.clip > 0 && r.norm > o.clip ? o.clip / r.norm : 1;
+    model_update(m, {r.lr, o.beta1, o.beta2, o.adam_eps, o.weight_decay, state.updates, scale, uint64_t(o.seed)});
+}
+
+// A scored token of the validation data.
+struct Score {
+    int32_t row, index, doc, label, correct;
+    float loss;
+};
+
+// Scores `count` rows of the loader, spread over the rings; each rank returns its own tokens.
+template <class Dev, class E, class G>
+std::vector<Score> score_rows(Model<Dev, E, G>& m, const Setup& s, Loader& loader, int64_t count) {
+    std::vector<Row> rows = take_rows(loader, s, count);
+    std::vector<Score> scores;
+    for (size_t first = 0; first < rows.size(); first += s.layout.B) {
+        size_t last = std::min(first + s.layout.B, rows.size());
+        Batch b = batch_make({rows.begin() + first, rows.begin() + last}, s.attention, s.ring);
+        model_forward(m, b);
+        head_forward(m, b, [](size_t, size_t) {});
+        for (size_t r = 0, t = 0; r < last - first; r++)
+            for (int32_t row = int32_t((first + r) * s.groups() + s.group()); t < size_t(b.plan.local.row_begin[r + 1]);
+                 t++)
+                if (b.label[t] >= 0)
+                    scores.push_back({row, b.plan.local.index[t], b.plan.local.doc[t], b.label[t],
+                                      m.argmax[t] == b.label[t], float(m.loss[t])});
+    }
+    return scores;
+}
+
+// Mean loss over the first --val_rows rows of the validation data, in the file's order.
+template <class Dev, class E, class G> double validation_loss(Model<Dev, E, G>& m, const Setup& s, Loader& loader) {
+    loader_seek(loader, {});
+    double sums[2] = {};
+    for (const Score& score : score_rows(m, s, loader, s.o.val_rows)) sums[0] += score.loss, sums[1] += 1;
+    comm_sum(Cpu{}, s.world, sums, 2);
+    return sums[0] / sums[1];
+}
+
+// Writes the scores of all ranks, in row order, as CSV.
+template <class Dev, class E, class G> void evaluate(Model<Dev, E, G>& m, const Setup& s, Loader& loader) {
+    std::vector<Score> mine = score_rows(m, s, loader, s.o.val_rows), all;
+    std::vector<int64_t> counts(s.world.size);
+    int64_t count = int64_t(mine.size());
+    comm_gather(Cpu{}, s.world, counts.data(), &count, 1);
+    size_t most = size_t(*std::max_element(counts.begin(), counts.end()));
+    mine.resize(most);
+    all.resize(most * counts.size());
+    comm_gather(Cpu{}, s.world, (uint8_t*)all.data(), (uint8_t*)mine.data(), most * sizeof(Score));
+    if (s.world.rank != 0) return;
+    std::vector<Score> scores;
+    for (size_t r = 0; r < counts.size(); r++)
+        scores.insert(scores.end(), all.begin() + r * most, all.begin() + r * most + counts[r]);
+    std::sort(scores.begin(), scores.end(),
+              [](const Score& a, const Score& b) { return std::pair(a.row, a.index) < std::pair(b.row, b.index); });
+    FILE* file = fopen(s.o.eval.c_str(), "w");
+    if (!file) fail("%s: %s", s.o.eval.c_str(), strerror(errno));
+    fprintf(file, "row,index,doc,label,correct,loss\n");
+    double loss = 0, correct = 0;
+    for (const Score& x : scores) {
+        fprintf(file, "%d,%d,%d,%d,%d,%.6f\n", x.row, x.index, x.doc, x.label, x.correct, x.loss);
+        loss += x.loss, correct += x.correct;
+    }
+    if (fclose(file) != 0) fail("%s: %s", s.o.eval.c_str(), strerror(errno));
+    double n = double(std::max<size_t>(scores.size(), 1));
+    printf("%zu tokens: loss %.4f, perplexity %.3f, correct %.2f%% -> %s\n", scores.size(), loss / n,
+           std::exp(loss / n), 100 * correct / n, s.o.eval.c_str());
+}
+
+// Writes the logits of the first row, float32 (S, V), and prints its loss.
+template <class Dev, class E, class G> void dump_logits(Model<Dev, E, G>& m, const Setup& s, Loader& loader) {
+    if (s.world.size > 1) fail("--dump_logits runs on one rank");
+    Row row;
+    loader_next(loader, row);
+    Batch b = batch_make({row}, s.attention, s.ring);
+    FILE* file = fopen(s.o.dump_logits.c_str(), "wb");
+    if (!file) fail("%s: %s", s.o.dump_logits.c_str(), strerror(errno));
+    std::vector<float> line(m.config.V);
+    double loss = 0;
+    model_forward(m, b);
+    head_forward(m, b, [&](size_t t, size_t n) {
+        for (size_t i = 0; i < n; i++) {
+            std::copy_n(m.logits + i * line.size(), line.size(), line.begin());
+            if (fwrite(line.data(), 4, line.size(), file) != line.size())
+                fail("%s: %s", s.o.dump_logits.c_str(), strerror(errno));
+            loss += double(m.loss[t + i]);
+        }
+    });
+    if (fclose(file) != 0) fail("%s: %s", s.o.dump_logits.c_str(), strerror(errno));
+    printf("loss %.6f over %lld tokens, logits (%zu, %d) -> %s\n", loss / double(row.counted), (long long)row.counted,
+           b.T, m.config.V, s.o.dump_logits.c_str());
+}
+
+// A token drawn from softmax(logits / temperature) among the top_k likeliest; temperature 0: the likeliest.
+template <class E> int32_t sample_token(const E* logits, size_t V, double temperature, size_t top_k, double uniform) {
+    std::vector<int32_t> order(V);
+    for (size_t i = 0; i < V; i++) order[i] = int32_t(i);
+    size_t k = temperature == 0 ? 1 : top_k == 0 ? V : std::min(top_k, V);
+    std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](int32_t a, int32_t b) {
+        return std::pair(-double(logits[a]), a) < std::pair(-double(logits[b]), b);
+    });
+    std::vector<double> weight(k);
+    double sum = 0;
+    for (size_t i = 0; i < k; i++)
+        sum += weight[i] = k == 1 ? 1 : std::exp((double(logits[order[i]]) - double(logits[order[0]])) / temperature);
+    double left = uniform * sum;
+    for (size_t i = 0; i < k; i++)
+        if ((left -= weight[i]) < 0) return order[i];
+    return order[k - 1];
+}
+
+// Continues `tokens` to `length`. Every rank computes the same on its own, without the ring; each token runs the
+// whole prefix again, which needs no cache of keys and is right for every setting of the model.
+template <class Dev, class E, class G>
+void generate(Model<Dev, E, G>& m, const Setup& s, std::vector<int32_t>& tokens, size_t length, uint64_t stream) {
+    const size_t C = m.config.C, V = m.config.V;
+    const E* none = nullptr;
+    while (tokens.size() < length) {
+        const size_t n = tokens.size();
+        Row row;
+        row.token = tokens;
+        row.doc.assign(n, 1), row.label.assign(n, -1), row.pos.resize(n);
+        for (size_t i = 0; i < n; i++) row.pos[i] = int32_t(i);
+        row.doc[0] = 0; // one document behind the anchor: plain causal attention
+        Batch b = batch_make({row}, Attention::anchor, Comm{});
+        model_forward(m, b);
+        matmul_forward(m.dev, m.logits, m.final_normed + (n - 1) * C, m.params.head, none, none, 1, C, V);
+        double uniform = hash_uniform(hash64(uint64_t(s.o.seed), stream), n);
+        tokens.push_back(sample_token(m.logits, V, s.o.temperature, size_t(s.o.top_k), uniform));
+        if (tokens.back() == m.config.eos) break;
+    }
+}
+
+// Pieces of a vocabulary file, by token id: one a line, with \n, \\ and \xNN as escapes.
+std::vector<std::string> pieces_read(const std::string& path) {
+    std::vector<std::string> pieces;
+    if (path.empty()) return pieces;
+    FILE* file = fopen(path.c_str(), "rb");
+    if (!file) fail("%s: %s", path.c_str(), strerror(errno));
+    std::string piece;
+    for (int c; (c = fgetc(file)) != EOF;) {
+        unsigned byte = 0;
+        if (c == '\n') pieces.push_back(piece), piece.clear();
+        else if (c != '\\') piece += char(c);
+        else if ((c = fgetc(file)) == 'n') piece += '\n';
+        else if (c == 'x' && fscanf(file, "%2x", &byte) == 1) piece += char(byte);
+        else piece += char(c);
+    }
+    fclose(file);
+    return pieces;
+}
+
+void print_tokens(const std::vector<int32_t>& tokens, const std::vector<std::string>& pieces) {
+    for (int32_t t : tokens)
+        if (size_t(t) < pieces.size()) printf("%s", pieces[t].c_str());
+        else printf("%d ", t);
+    printf("\n");
+    fflush(stdout);
+}
+
+// --prompt's token ids, or BOS alone.
+std::vector<int32_t> prompt_read(const Setup& s) {
+    std::vector<int32_t> tokens;
+    const char* at = s.o.prompt.c_str();
+    while (*at) {
+        char* end;
+        long id = strtol(at, &end, 10);
+        if (end == at || (*end && *end != ',') || id < 0 || id >= s.config.V)
+            fail("option --prompt takes token ids below %d with commas between, not '%s'", s.config.V,
+                 s.o.prompt.c_str());
+        tokens.push_back(int32_t(id));
+        at = *end ? end + 1 : end;
+    }
+    if (tokens.empty()) tokens.push_back(std::max(0, s.config.bos >= 0 ? s.config.bos : s.config.eos));
+    return tokens;
+}
+
+double peak_memory_gib() {
+    FILE* file = fopen("/proc/self/status", "r");
+    char line[256];
+    double kib = 0;
+    while (file && fgets(line, sizeof line, file)) sscanf(line, "VmHWM: %lf kB", &kib);
+    if (file) fclose(file);
+    return kib / (1 << 20);
+}
+
+void log_step(Log& log, const Setup& s, const TrainState& state, const StepResult& r, double seconds) {
+    double tokens = double(s.rows_per_update()) * double(s.layout.S);
+    double flops = model_flops(s.config, tokens, r.pairs) / seconds / s.world.size;
+    double memory = peak_memory_gib();
+    if (r.skipped.empty())
+        log_note(
+            log,
+            "step %lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.0f ms | %.0f tok/s | %.1f GFLOP/s/rank | %.2f GiB",
+            (long long)state.step, (long long)s.o.steps, r.loss, r.norm, r.lr, seconds * 1e3, tokens / seconds,
+            flops / 1e9, memory);
+    else
+        log_note(log, "step %lld/%lld | loss %.4f | norm %.3f | skipped: %s", (long long)state.step,
+                 (long long)s.o.steps, r.loss, r.norm, r.skipped.c_str());
+    log_values(log, r.skipped.empty() ? "step" : "skip",
+               {{"step", double(state.step)},
+                {"loss", r.loss},
+                {"norm", r.norm},
+                {"lr", r.lr},
+                {"seconds", seconds},
+                {"tokens", double(state.tokens)},
+                {"counted", double(r.counted)},
+                {"tokens_per_second", tokens / seconds},
+                {"flops_per_second_per_rank", flops},
+                {"memory_gib", memory},
+                {"imbalance", r.imbalance},
+                {"moved", r.moved}});
+}
+
+void announce(const Log& log, const Setup& s, const Loader& loader) {
+    const Layout& l = s.layout;
+    double parameters = 0;
+    for (const ParamInfo& p : param_table(s.config)) parameters += double(p.count());
+    log_note(log, "%s: %.2fM parameters in %s, RoPE base %g; %d rank%s (%s), %d thread%s each, rings of %d",
+             s.o.model.c_str(), parameters / 1e6, type_name(s.dtype), s.config.rope.base, l.world,
+             l.world > 1 ? "s" : "", comm_backend(), omp_get_max_threads(), omp_get_max_threads() > 1 ? "s" : "",
+             l.ring);
+    if (s.o.train_data.empty())
+        log_note(log, "no --train_data: made-up documents of %lld tokens in the mean", (long long)s.o.generator_mean);
+    else
+        log_note(log, "%s: %lld documents, %lld tokens", s.o.train_data.c_str(), (long long)loader.corpus.documents,
+                 (long long)loader.corpus.text);
+    log_note(log, "%s attention, context %zu, %lld tokens an update, memory %.2f GiB a rank, recompute %s, master %s",
+             s.o.attention.c_str(), l.S, (long long)(s.rows_per_update() * l.S), double(measure(s, l).used) / (1 << 30),
+             recompute_text(l.recompute).c_str(), l.master ? "float" : "none");
+}
+
+template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setup& s) {
+    const Options& o = s.o;
+    constexpr int most_skips = 50; // in a row: the run is lost
+    if (!o.out.empty() && s.world.rank == 0) {
+        directory_make(o.out);
+        for (const std::string& name : directory_list(o.out))
+            if (!o.resume && step_from_name(name) >= 0)
+                fail("%s holds %s of another run: pass --resume to go on, or another --out", o.out.c_str(),
+                     name.c_str());
+    }
+    TrainState state;
+    bool resumed = o.resume && resume(m, s, state);
+    Log log = log_open(o, o.out, s.world.rank);
+    if (o.resume && !resumed) log_note(log, "no checkpoint in '%s': a new run", o.out.c_str());
+    if (resumed) log_note(log, "going on from step %lld", (long long)state.step);
+    else master_from_params(m);
+
+    Loader loader, validation;
+    loader_open(loader, o.train_data, pack_options(s, true));
+    loader_seek(loader, state.cursor);
+    if (o.domain_tags && loader.corpus.max_tags == 0) log_note(log, "--domain_tags: no source of this data has tags");
+    if (!o.val_data.empty()) loader_open(validation, o.val_data, pack_options(s, false));
+    std::vector<std::string> pieces = pieces_read(o.vocab_file);
+    announce(log, s, loader);
+
+    int skips = 0;
+    int64_t saved = resumed ? state.step : -1;
+    while (state.step < o.steps) {
+        double start = seconds_now();
+        StepResult r = step_gradients(m, s, loader);
+        step_update(m, s, state, r);
+        state.cursor = loader.cursor;
+        log_step(log, s, state, r, seconds_now() - start);
+
+        skips = r.skipped.empty() ? 0 : skips + 1;
+        bool lost = !r.skipped.empty() && (o.on_bad == "stop" || skips == most_skips);
+        bool last = state.step == o.steps || r.stop || lost;
+        if (!o.val_data.empty() && (last || state.step % o.val_every == 0)) {
+            double loss = validation_loss(m, s, validation);
+            log_note(log, "step %lld | validation loss %.4f | perplexity %.2f", (long long)state.step, loss,
+                     std::exp(loss));
+            log_values(log, "validation", {{"step", double(state.step)}, {"loss", loss}});
+        }
+        if (o.sample_every && (last || state.step % o.sample_every == 0)) {
+            std::vector<int32_t> tokens = prompt_read(s);
+            generate(m, s, tokens, std::min<size_t>(tokens.size() + 64, m.layout.tokens()), uint64_t(state.step));
+            if (s.world.rank == 0) print_tokens(tokens, pieces);
+        }
+        if (last || (o.save_every && state.step % o.save_every == 0)) {
+            save(m, s, state);
+            saved = state.step;
+        }
+        if (lost)
+            fail("stopped after step %lld: %s; weights are those before it", (long long)state.step, r.skipped.c_str());
+        if (r.stop) {
+            log_note(log, "signal %d: saved step %lld, leaving", int(signal_caught), (long long)saved);
+            break;
+        }
+    }
+    log_close(log);
+    return 0;
+}
+
+template <class Dev, class E, class G> int run(Dev dev, Setup& s) {
+    Model<Dev, E, G> m;
+    m.dev = dev, m.config = s.config, m.layout = s.layout, m.world = s.world, m.precision = s.precision;
+    Arena arena = measure(s, s.layout);
+    if (double(arena.used) > s.memory) {
+        if (s.world.rank == 0) print_plan(s);
+        fail("%.2f GiB are needed and a rank has %.2f", double(arena.used) / (1 << 30), s.memory / (1 << 30));
+    }
+    const size_t planned = arena.used;
+    arena = {device_allocate(dev, planned), 0, {}};
+    model_place(m, arena);
+    REQUIRE(arena.used == planned, "every rank must place what was measured");
+    if (s.weights.empty()) model_init(m, uint64_t(s.o.seed));
+    else weights_load(m, s.weights);
+    if (s.layout.train) return train(m, s);
+
+    if (s.o.generate) {
+        std::vector<int32_t> tokens = prompt_read(s);
+        size_t length = tokens.size() + size_t(s.o.generate);
+        if (length > m.layout.tokens())
+            fail("prompt and continuation are %zu tokens: pass --context %zu or more", length, length * s.layout.ring);
+        generate(m, s, tokens, length, 0);
+        if (s.world.rank == 0) print_tokens(tokens, pieces_read(s.o.vocab_file));
+        return 0;
+    }
+    Loader loader;
+    loader_open(loader, s.o.val_data.empty() ? s.o.train_data : s.o.val_data, pack_options(s, false));
+    if (!s.o.eval.empty()) evaluate(m, s, loader);
+    else dump_logits(m, s, loader);
+    return 0;
+}
+
+// One line for every Hugging Face tensor: offset in elements, shape, name. The converters read this.
+void dump_params(const Config& c) {
+    for (const ParamInfo& p : param_table(c)) {
+        if (p.count() == 0) continue;
+        std::string names = p.hf;
+        size_t pieces = 1 + std::count(names.begin(), names.end(), '|'), row = 0;
+        for (size_t i = 0, at = 0; i < pieces; i++) {
+            size_t rows = pieces == 1 ? p.rows : pieces == 2 ? p.rows / 2 : size_t(i == 0 ? c.H : c.K) * c.D;
+            size_t end = std::min(names.find('|', at), names.size());
+            std::string name = names.substr(at, end - at);
+            if (p.layer >= 0) name = "model.layers." + std::to_string(p.layer) + "." + name;
+            bool vector = p.rows == 1 || p.columns == 1;
+            printf("%zu\t", p.offset + row * p.columns);
+            if (vector) printf("%zu\t%s\n", p.rows == 1 ? p.columns : rows, name.c_str());
+            else printf("%zux%zu\t%s\n", rows, p.columns, name.c_str());
+            row += rows, at = end + 1;
+        }
+    }
+}
+
+// Threads share the host's cores with the ranks beside this one, unless the user has said how many. They inherit
+// from the first one that denormals count as zero: below 1e-38 an addition would take a hundred times as long.
+void set_threads(const Comm& world) {
+#ifdef __SSE__
+    _mm_setcsr(_mm_getcsr() | 0x8040); // flush to zero, denormals are zero
+#endif
+    int share = int(sysconf(_SC_NPROCESSORS_ONLN)) / comm_host(world).size;
+    if (!getenv("OMP_NUM_THREADS")) omp_set_num_threads(std::max(1, std::min(omp_get_num_procs(), share)));
+}
+
+#ifndef TRAIN_LLAMA_NO_MAIN
+int main(int argc, char** argv) {
+    const Options options = options_parse(argc, argv);
+    if (options.help) return options_help(), 0;
+    if (options.options_table) return options_markdown(), 0;
+    Comm world = comm_init(&argc, &argv);
+    world.timeout = double(options.timeout);
+    set_threads(world);
+    signal(SIGTERM, [](int number) { signal_caught = number; });
+    signal(SIGUSR1, [](int number) { signal_caught = number; });
+
+    Setup setup = setup_read(options, world);
+    int status = 0;
+    if (options.dump_params) dump_params(setup.config);
+    else if (options.plan) print_plan(setup);
+    else
+        status =
+            with_types(setup.dtype, setup.grad_dtype, [&]<class E, class G>() { return run<Cpu, E, G>(Cpu{}, setup); });
+    comm_finalize(world);
+    return status;
+}
+#endif
