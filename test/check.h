@@ -36,7 +36,9 @@ template <class E> struct Buffer {
     }
     Buffer(const Buffer&) = delete;
     Buffer(Buffer&& other) : store(std::move(other.store)), count(other.count) { other.store.clear(); }
-    ~Buffer() { if (!store.empty()) CHECK_MESSAGE(intact(), "a guard word was overwritten"); }
+    ~Buffer() {
+        if (!store.empty()) CHECK_MESSAGE(intact(), "a guard word was overwritten");
+    }
 
     E* data() { return store.data() + guard; }
     const E* data() const { return store.data() + guard; }
@@ -48,11 +50,15 @@ template <class E> struct Buffer {
             if constexpr (std::is_integral_v<E>) data()[i] = std::numeric_limits<E>::lowest();
             else data()[i] = E(std::numeric_limits<float>::quiet_NaN());
     }
-    void fill(double value) { for (size_t i = 0; i < count; i++) data()[i] = E(value); }
+    void fill(double value) {
+        for (size_t i = 0; i < count; i++) data()[i] = E(value);
+    }
     bool intact() const {
         auto* low = (const uint8_t*)store.data();
         auto* high = (const uint8_t*)(store.data() + guard + count);
-        auto whole = [](const uint8_t* p) { return std::all_of(p, p + guard * sizeof(E), [](uint8_t b) { return b == guard_byte; }); };
+        auto whole = [](const uint8_t* p) {
+            return std::all_of(p, p + guard * sizeof(E), [](uint8_t b) { return b == guard_byte; });
+        };
         return whole(low) && whole(high);
     }
 };
@@ -92,7 +98,8 @@ template <class E> double ulp(double x) {
 
 // The rule for kernels: the largest error against the double reference is at most twice that of the
 // bf16 (or float) reference, plus 2 ulp of the output type at the tensor's largest value.
-template <class E, class Y> void check_2x(const Buffer<E>& result, const Buffer<Y>& yardstick, const Buffer<double>& truth) {
+template <class E, class Y>
+void check_2x(const Buffer<E>& result, const Buffer<Y>& yardstick, const Buffer<double>& truth) {
     double allowed = 2 * largest_error(yardstick, truth) + 2 * ulp<E>(largest_value(truth));
     CHECK(largest_error(result, truth) <= allowed);
 }

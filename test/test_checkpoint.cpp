@@ -317,13 +317,16 @@ TEST_CASE("damaged and unfinished checkpoints are named, and the newest sound on
     CHECK(c.step == 20);
     CHECK(wrong_values(c, 0, elements) == 0);
     if (w.rank == 0)
-        CHECK(said == "train_llama: " + folder / "step_00000050.tmp: not used: unfinished\n"
-                      "train_llama: " + folder / "step_00000045: not used: MANIFEST: No such file or directory\n"
-                      "train_llama: " + folder / "step_00000040: not used: optimizer_00000.bin: the checksum differs, "
-                      "so its contents are damaged\n"
-                      "train_llama: " + folder / "step_00000030: not used: MANIFEST: damaged, or of another version\n");
-    else
-        CHECK(said == "");
+        CHECK(said == "train_llama: " +
+                          folder / "step_00000050.tmp: not used: unfinished\n"
+                                   "train_llama: " +
+                          folder / "step_00000045: not used: MANIFEST: No such file or directory\n"
+                                   "train_llama: " +
+                          folder / "step_00000040: not used: optimizer_00000.bin: the checksum differs, "
+                                   "so its contents are damaged\n"
+                                   "train_llama: " +
+                          folder / "step_00000030: not used: MANIFEST: damaged, or of another version\n");
+    else CHECK(said == "");
 }
 
 TEST_CASE("kill -9 at 50 random instants of a save: the newest is sound, and no finished save is lost") {

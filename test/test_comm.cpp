@@ -134,7 +134,9 @@ TEST_CASE("long data") {
     Comm w = world();
     const size_t n = 4'500'017;
     Buffer<double> data(n);
-    auto reset = [&] { for (size_t i = 0; i < n; i++) data[i] = double((w.rank + 1) * (i % 1009)); };
+    auto reset = [&] {
+        for (size_t i = 0; i < n; i++) data[i] = double((w.rank + 1) * (i % 1009));
+    };
     auto count_wrong = [&](double factor) {
         size_t wrong = 0;
         for (size_t i = 0; i < n; i++) wrong += data[i] != factor * double(i % 1009);
@@ -271,12 +273,24 @@ static void send(const Comm& w, size_t count) {
     Shift shift = shift_start(Cpu(), w, (const float*)many, count, 0, (float*)nullptr, 0, 0);
     shift_wait(shift);
 }
-TEST_CASE("ends: killed" * doctest::skip()) { meet([](const Comm&) { raise(SIGKILL); }, broadcast); }
-TEST_CASE("ends: stopped" * doctest::skip()) { meet([](const Comm&) { raise(SIGSTOP); }, sum); }
-TEST_CASE("ends: absent" * doctest::skip()) { meet([](const Comm&) { sleep(30); }, receive); }
-TEST_CASE("ends: shorter" * doctest::skip()) { meet([](const Comm& w) { send(w, 999); }, receive); }
-TEST_CASE("ends: longer" * doctest::skip()) { meet([](const Comm& w) { send(w, 1001); }, receive); }
-TEST_CASE("ends: early" * doctest::skip()) { meet([](const Comm&) { fail("this rank gives up"); }, sum); }
+TEST_CASE("ends: killed" * doctest::skip()) {
+    meet([](const Comm&) { raise(SIGKILL); }, broadcast);
+}
+TEST_CASE("ends: stopped" * doctest::skip()) {
+    meet([](const Comm&) { raise(SIGSTOP); }, sum);
+}
+TEST_CASE("ends: absent" * doctest::skip()) {
+    meet([](const Comm&) { sleep(30); }, receive);
+}
+TEST_CASE("ends: shorter" * doctest::skip()) {
+    meet([](const Comm& w) { send(w, 999); }, receive);
+}
+TEST_CASE("ends: longer" * doctest::skip()) {
+    meet([](const Comm& w) { send(w, 1001); }, receive);
+}
+TEST_CASE("ends: early" * doctest::skip()) {
+    meet([](const Comm&) { fail("this rank gives up"); }, sum);
+}
 
 TEST_CASE("a rank that dies, hangs or disagrees ends all ranks in time") {
     if (world().size > 1 || std::string(comm_backend()) != "MPI" || system("command -v mpirun > /dev/null") != 0) {
@@ -285,7 +299,9 @@ TEST_CASE("a rank that dies, hangs or disagrees ends all ranks in time") {
     }
     char self[4096] = "";
     CHECK(readlink("/proc/self/exe", self, sizeof self - 1) > 0);
-    const struct { const char *name, *message; } cases[] = {
+    const struct {
+        const char *name, *message;
+    } cases[] = {
         {"killed", "signal 9"},
         {"stopped", "rank 0: sum: no progress for 1 s"},
         {"absent", "rank 0: shift from rank 1: no progress for 1 s"},
@@ -296,8 +312,9 @@ TEST_CASE("a rank that dies, hangs or disagrees ends all ranks in time") {
     for (auto& c : cases) {
         CAPTURE(c.name);
         std::string command = "env -i PATH=\"$PATH\" LD_LIBRARY_PATH=\"$LD_LIBRARY_PATH\" HOME=/tmp OMP_NUM_THREADS=1 "
-            "OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 timeout -s KILL 60 "
-            "mpirun --oversubscribe -np 2 '" + std::string(self) + "' --no-skip -tc='ends: " + c.name + "' 2>&1";
+                              "OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 timeout -s KILL 60 "
+                              "mpirun --oversubscribe -np 2 '" +
+                              std::string(self) + "' --no-skip -tc='ends: " + c.name + "' 2>&1";
         auto start = std::chrono::steady_clock::now();
         std::string output;
         FILE* pipe = popen(command.c_str(), "r");

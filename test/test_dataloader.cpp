@@ -364,10 +364,12 @@ TEST_CASE("options and cursors that do not fit are refused") {
     o = options_for(64);
     CHECK(message(o, {7, 0, 50, 99}) == "");
     const Cursor unsound[] = {{-1, 0, 0, 0}, {0, 1, 0, 0}, {0, -1, 0, 0}, {0, 0, 51, 0}, {0, 0, -1, 0}, {0, 0, 0, -1}};
-    for (const Cursor& c : unsound)
-        CHECK(message(o, c).find("is not inside this data") != std::string::npos);
+    for (const Cursor& c : unsound) CHECK(message(o, c).find("is not inside this data") != std::string::npos);
     for (double mean : {1.0, -1.0, std::nan("")}) {
         o.mean = mean;
-        CHECK(fails_with([&] { Loader l; loader_open(l, "", o); }).find("mean document length") != std::string::npos);
+        CHECK(fails_with([&] {
+                  Loader l;
+                  loader_open(l, "", o);
+              }).find("mean document length") != std::string::npos);
     }
 }

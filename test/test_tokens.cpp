@@ -52,11 +52,19 @@ TEST_CASE("llm.c shards: documents begin at BOS, with or without one at the star
         CHECK((l.cursor.epoch == 1 && l.cursor.document == 0 && l.cursor.offset == 3));
     }
     write_file(folder / "a.bin", llmc_shard(20240801, 7, {128000, 3}));
-    auto opened = [&](int32_t V) { return fails_with([&] { Corpus c; corpus_open(c, folder / "a.bin", V); }); };
+    auto opened = [&](int32_t V) {
+        return fails_with([&] {
+            Corpus c;
+            corpus_open(c, folder / "a.bin", V);
+        });
+    };
     CHECK(opened(128256) == "");
     CHECK(opened(32000).find("vocabulary of 128256, the model has 32000") != std::string::npos);
     write_file(folder / "b.bin", llmc_shard(20240520, 1, {50256, 3}));
-    std::string both = fails_with([&] { Corpus c; corpus_open(c, folder / "?.bin", 130000); });
+    std::string both = fails_with([&] {
+        Corpus c;
+        corpus_open(c, folder / "?.bin", 130000);
+    });
     CHECK(both.find("another tokenizer") != std::string::npos);
 }
 
@@ -68,7 +76,10 @@ TEST_CASE("shards made with different tokenizers are not mixed") {
         Bytes other = shard;
         if (at) put(other, at == 36 ? -1 : vocabulary - 1, at);
         write_file(folder / "b.bin", other);
-        std::string message = fails_with([&] { Corpus c; corpus_open(c, folder / "?.bin", vocabulary); });
+        std::string message = fails_with([&] {
+            Corpus c;
+            corpus_open(c, folder / "?.bin", vocabulary);
+        });
         CHECK((message.find("b.bin: made with another tokenizer than") != std::string::npos) == (at > 0));
         CHECK((message == "") == (at == 0));
     }
@@ -145,8 +156,7 @@ TEST_CASE("readers refuse: missing, empty, truncated, wrong magic or version, ab
     for (int64_t at : {int64_t(-1), int64_t(10), INT64_MAX, INT64_MIN})
         refused(changed(own, at, documents + 16), "document 1 begins at token");
     refused(changed(own, int64_t(3), documents + 32), "document 2 begins at token 3, outside 4..9");
-    for (int source : {-1, 3, 0x7fffffff})
-        refused(changed(own, source, documents + 8), "document 0 has source");
+    for (int source : {-1, 3, 0x7fffffff}) refused(changed(own, source, documents + 8), "document 0 has source");
     for (int n : {-1, 16}) refused(changed(own, n, sources + 64), "tag tokens, outside 0..15");
     for (int tag : {-1, vocabulary}) refused(changed(own, tag, sources + 128 + 68), "source 'book': tag token");
     refused(changed(own, vocabulary + 1, 12), "vocabulary of 60001, the model has 60000");
@@ -169,12 +179,12 @@ TEST_CASE("a token id out of range is named with file and offset, where it is re
                            std::to_string(id) + ", outside the model's vocabulary of 60000";
         CHECK(opening(path).find(want) != std::string::npos);
         CHECK(fails_with([&] { // skipping reads no token, and the first row holds none of the second document
-            Loader l;
-            Row row;
-            loader_open(l, path, options_for(64));
-            loader_next(l, row);
-            while (l.cursor.epoch == 0) loader_skip(l);
-        }) == "");
+                  Loader l;
+                  Row row;
+                  loader_open(l, path, options_for(64));
+                  loader_next(l, row);
+                  while (l.cursor.epoch == 0) loader_skip(l);
+              }) == "");
 
         b = own_shard(texts, token_bytes, true);
         put(b, uint16_t(207), 1024 + 101 * size_t(token_bytes)); // where the second document's BOS should be

@@ -1,0 +1,93 @@
+# make               this help
+# make train_llama   the trainer, with MPI if it is there, else for one rank
+# make demo          installs what is missing, trains a small model, extends its context, draws demo.png
+# make test          installs what is missing, runs every test that needs no GPU (SAN=1: under ASan and UBSan)
+# make test-gpu      the tests that need a GPU
+# make bench         speed of the layers on this machine
+# make lint          include graph, layout, whitespace
+# make format        clang-format over the sources
+# make docs          writes the option table into README.md
+# make deps          installs compiler, MPI, doctest (apt, when root) and the Python packages (.venv)
+# make clean
+#
+# CUDA=1 builds with nvcc, MPI=0 leaves MPI aside, ARCH=x86-64-v3 instead of this machine's CPU, SAN=1 sanitizers.
+
+.PHONY: help demo test test-gpu bench lint format docs deps clean
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^$$/q'
+
+ARCH ?= native
+CXX  ?= g++
+CUDA ?= 0
+MPICXX := $(shell command -v mpicxx 2>/dev/null)
+MPI    ?= $(if $(MPICXX),1,0)
+BUILD  := build$(if $(SAN),/san)
+PYTHON := $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
+
+comma      := ,
+HOST_FLAGS := -march=$(ARCH) -fopenmp -fno-math-errno
+CXXFLAGS   := -std=c++20 $(HOST_FLAGS) -Wall -Wextra -Wno-restrict -I. $(if $(SAN),-g -fsanitize=address$(comma)undefined -fno-omit-frame-pointer)
+COMPILE    := $(CXX) $(CXXFLAGS) -x c++
+ifeq ($(CUDA),1)
+COMPILE := nvcc -std=c++20 -O3 -arch=sm_90 -I. -x cu $(foreach f,$(HOST_FLAGS),-Xcompiler=$(f))
+endif
+ifeq ($(MPI),1)
+COMM      := core/comm_mpi.cpp
+MPI_FLAGS := $(shell $(MPICXX) --showme:compile 2>/dev/null || $(MPICXX) -compile_info 2>/dev/null | cut -d' ' -f2-)
+MPI_LIBS  := $(shell $(MPICXX) --showme:link 2>/dev/null || $(MPICXX) -link_info 2>/dev/null | cut -d' ' -f2-)
+else
+COMM := core/comm_serial.cpp
+endif
+HEADERS := attention_anchor.cuh rope.cuh $(wildcard layers/*.cuh core/*.h)
+
+train_llama: $(BUILD)/train_llama.o $(BUILD)/comm.o
+	$(if $(filter 1,$(CUDA)),nvcc -Xcompiler=-fopenmp,$(CXX) $(CXXFLAGS)) $^ -o $@ $(MPI_LIBS)
+	@echo "train_llama: $(if $(filter 1,$(CUDA)),nvcc,g++), $(if $(filter 1,$(MPI)),ranks by MPI,no MPI found: one rank)"
+$(BUILD)/train_llama.o: train_llama.cu $(HEADERS) Makefile | $(BUILD)
+	$(COMPILE) $(if $(filter 1,$(CUDA)),,-O3) -c $< -o $@
+$(BUILD)/comm.o: $(COMM) $(HEADERS) Makefile | $(BUILD)
+	$(CXX) $(CXXFLAGS) -O2 $(MPI_FLAGS) -c $< -o $@
+$(BUILD)/comm_serial.o: core/comm_serial.cpp core/comm.h core/types.h | $(BUILD)
+	$(CXX) $(CXXFLAGS) -O2 -c $< -o $@
+$(BUILD):
+	mkdir -p $@
+
+# A test file is a binary's part: those in RANK_TESTS are programs of their own and run under mpirun.
+RANK_TESTS := $(patsubst test/%.cpp,$(BUILD)/%,$(wildcard test/test_comm.cpp test/test_ring.cpp test/test_model_ranks.cpp))
+UNIT_TESTS := $(filter-out $(RANK_TESTS),$(patsubst test/%.cpp,$(BUILD)/%,$(wildcard test/test_*.cpp)))
+$(BUILD)/test_%.o: test/test_%.cpp train_llama.cu $(HEADERS) $(wildcard test/*.h) | $(BUILD)
+	$(CXX) $(CXXFLAGS) -O2 -c $< -o $@
+$(BUILD)/test_main.o: test/main.cpp | $(BUILD)
+	$(CXX) $(CXXFLAGS) -O1 -c $< -o $@
+$(BUILD)/test_cpu: $(UNIT_TESTS:=.o) $(BUILD)/test_main.o $(BUILD)/comm_serial.o
+	$(CXX) $(CXXFLAGS) $^ -o $@
+$(BUILD)/test_comm: $(BUILD)/test_checkpoint.o $(BUILD)/test_main.o
+$(RANK_TESTS): %: %.o $(BUILD)/comm.o
+	$(CXX) $(CXXFLAGS) $^ -o $@ $(MPI_LIBS)
+
+deps:
+	@sh scripts/install.sh
+test: deps
+	@$(MAKE) --no-print-directory test-run
+.PHONY: test-run
+test-run: train_llama $(BUILD)/test_cpu $(if $(filter 1,$(MPI)),$(RANK_TESTS))
+	@test/run.sh $(BUILD)/test_cpu $(if $(filter 1,$(MPI)),--ranks $(RANK_TESTS))
+test-gpu:
+	@echo "no layer runs on a GPU yet" && exit 1
+bench: $(BUILD)/bench_cpu
+	$(BUILD)/bench_cpu
+$(BUILD)/bench_cpu: dev/bench_cpu.cpp $(HEADERS) $(BUILD)/comm_serial.o | $(BUILD)
+	$(CXX) $(CXXFLAGS) -O3 $< $(BUILD)/comm_serial.o -o $@ -lopenblas
+
+demo: deps
+	@$(MAKE) --no-print-directory train_llama
+	@sh scripts/demo.sh
+
+lint:
+	@$(PYTHON) dev/lint.py
+format:
+	clang-format -i train_llama.cu $(HEADERS) $(wildcard core/*.cpp test/*.cpp test/*.h dev/*.cpp)
+docs: train_llama
+	@$(PYTHON) dev/docs.py
+clean:
+	rm -rf build train_llama
