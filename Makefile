@@ -1,7 +1,7 @@
 # make               this help
 # make train_llama   the trainer, with MPI if it is there, else for one rank
 # make demo          installs what is missing, trains a small model, extends its context, draws demo.png
-# make test          installs what is missing, runs every test that needs no GPU (SAN=1: under ASan and UBSan)
+# make test          installs what is missing, runs every test that needs no GPU (make test SAN=1: under ASan, UBSan)
 # make test-gpu      the tests that need a GPU
 # make bench         speed of the layers on this machine
 # make lint          include graph, layout, whitespace
@@ -22,6 +22,7 @@ CUDA ?= 0
 MPICXX := $(shell command -v mpicxx 2>/dev/null)
 MPI    ?= $(if $(MPICXX),1,0)
 BUILD  := build$(if $(SAN),/san)
+PROGRAM := $(if $(SAN),$(BUILD)/)train_llama
 PYTHON := $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
 comma      := ,
@@ -29,7 +30,7 @@ HOST_FLAGS := -march=$(ARCH) -fopenmp -fno-math-errno
 CXXFLAGS   := -std=c++20 $(HOST_FLAGS) -Wall -Wextra -Wno-restrict -I. $(if $(SAN),-g -fsanitize=address$(comma)undefined -fno-omit-frame-pointer)
 COMPILE    := $(CXX) $(CXXFLAGS) -x c++
 ifeq ($(CUDA),1)
-COMPILE := nvcc -std=c++20 -O3 -arch=sm_90 -I. -x cu $(foreach f,$(HOST_FLAGS),-Xcompiler=$(f))
+COMPILE := nvcc -std=c++20 -arch=sm_90 -I. -x cu $(foreach f,$(HOST_FLAGS),-Xcompiler=$(f))
 endif
 ifeq ($(MPI),1)
 COMM      := core/comm_mpi.cpp
@@ -40,11 +41,11 @@ COMM := core/comm_serial.cpp
 endif
 HEADERS := attention_anchor.cuh rope.cuh $(wildcard layers/*.cuh core/*.h)
 
-train_llama: $(BUILD)/train_llama.o $(BUILD)/comm.o
+$(PROGRAM): $(BUILD)/train_llama.o $(BUILD)/comm.o
 	$(if $(filter 1,$(CUDA)),nvcc -Xcompiler=-fopenmp,$(CXX) $(CXXFLAGS)) $^ -o $@ $(MPI_LIBS)
-	@echo "train_llama: $(if $(filter 1,$(CUDA)),nvcc,g++), $(if $(filter 1,$(MPI)),ranks by MPI,no MPI found: one rank)"
+	@echo "$@: $(if $(filter 1,$(CUDA)),nvcc,g++), $(if $(filter 1,$(MPI)),ranks by MPI,no MPI found: one rank)"
 $(BUILD)/train_llama.o: train_llama.cu $(HEADERS) Makefile | $(BUILD)
-	$(COMPILE) $(if $(filter 1,$(CUDA)),,-O3) -c $< -o $@
+	$(COMPILE) -O$(if $(SAN),1,3) -c $< -o $@
 $(BUILD)/comm.o: $(COMM) $(HEADERS) Makefile | $(BUILD)
 	$(CXX) $(CXXFLAGS) -O2 $(MPI_FLAGS) -c $< -o $@
 $(BUILD)/comm_serial.o: core/comm_serial.cpp core/comm.h core/types.h | $(BUILD)
@@ -56,7 +57,7 @@ $(BUILD):
 RANK_TESTS := $(patsubst test/%.cpp,$(BUILD)/%,$(wildcard test/test_comm.cpp test/test_ring.cpp test/test_model_ranks.cpp))
 UNIT_TESTS := $(filter-out $(RANK_TESTS),$(patsubst test/%.cpp,$(BUILD)/%,$(wildcard test/test_*.cpp)))
 $(BUILD)/test_%.o: test/test_%.cpp train_llama.cu $(HEADERS) $(wildcard test/*.h) | $(BUILD)
-	$(CXX) $(CXXFLAGS) -O2 -c $< -o $@
+	$(CXX) $(CXXFLAGS) -O$(if $(SAN),1,2) -c $< -o $@
 $(BUILD)/test_main.o: test/main.cpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) -O1 -c $< -o $@
 $(BUILD)/test_cpu: $(UNIT_TESTS:=.o) $(BUILD)/test_main.o $(BUILD)/comm_serial.o
@@ -70,8 +71,8 @@ deps:
 test: deps
 	@$(MAKE) --no-print-directory test-run
 .PHONY: test-run
-test-run: train_llama $(BUILD)/test_cpu $(if $(filter 1,$(MPI)),$(RANK_TESTS))
-	@test/run.sh $(BUILD)/test_cpu $(if $(filter 1,$(MPI)),--ranks $(RANK_TESTS))
+test-run: $(PROGRAM) $(BUILD)/test_cpu $(if $(filter 1,$(MPI)),$(RANK_TESTS))
+	@TRAIN_LLAMA=$(abspath $(PROGRAM)) test/run.sh $(BUILD)/test_cpu $(if $(filter 1,$(MPI)),--ranks $(RANK_TESTS))
 test-gpu:
 	@echo "no layer runs on a GPU yet" && exit 1
 bench: $(BUILD)/bench_cpu

@@ -736,6 +736,13 @@ template <class Dev, class E, class G> void save(Model<Dev, E, G>& m, const Setu
 template <class Dev, class E, class G> bool resume(Model<Dev, E, G>& m, const Setup& s, TrainState& state) {
     Checkpoint from = checkpoint_newest(m.world, s.o.out);
     if (from.step < 0) return false;
+    const WeightsFile weights = weights_open(from.path + "/weights.bin");
+    const WeightsHeader theirs = header_from_config(weights.config, Type::f32, 0);
+    const WeightsHeader ours = header_from_config(m.config, Type::f32, 0);
+    if (memcmp(&theirs, &ours, sizeof ours) != 0)
+        fail("%s: its shape, context or RoPE is not this command line's; resume with the options of the run, or start "
+             "another with -e %s/weights.bin",
+             from.path.c_str(), from.path.c_str());
     weights_load(m, from.path + "/weights.bin");
     checkpoint_read(from, "state.bin", 0, &state, sizeof state);
     size_t begin = m.shard_begin(), end = begin + m.shard_count();

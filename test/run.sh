@@ -3,6 +3,7 @@
 # process, "--ranks", those that run on 1 to 4 MPI ranks. The log of a failing part is printed whole.
 cd "$(dirname "$0")/.."
 log=build/test.log
+export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 # MPI keeps memory to the end
 export OMP_WAIT_POLICY=passive # the ranks and threads of a test share few cores
 passed=0 failed=0 skipped=""
 

@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT / "data"))
 from token_file import write_tokens  # noqa: E402
 
 MPIRUN = ["mpirun", "--oversubscribe", "--allow-run-as-root", "--bind-to", "none", "-np"]
-HAS_MPI = shutil.which("mpirun") is not None and "ranks by MPI" in subprocess.run(
-    ["make", "-n", "-W", "build/train_llama.o", "train_llama"], cwd=ROOT, capture_output=True, text=True).stdout
+HAS_MPI = shutil.which("mpirun") is not None and "(MPI)" in subprocess.run(
+    [BINARY, "-e", "tiny", "--steps", "1", "-c", "16"], capture_output=True, text=True).stdout
 SMALL = ["-e", "tiny", "--layers", "1", "--channels", "32", "--heads", "2", "--ffn", "48", "-c", "64", "--generator_mean",
          "20", "--vocab", "64", "-l", "3e-3"]
 needs_mpi = pytest.mark.skipif(not HAS_MPI, reason="built without MPI")
@@ -133,6 +133,12 @@ def test_a_run_repeats_bit_for_bit(tmp_path):
 def test_a_new_run_does_not_overwrite_an_old_one(tmp_path):
     run(*SMALL, "--steps", 2, "-o", tmp_path / "run")
     assert "--resume" in run(*SMALL, "--steps", 2, "-o", tmp_path / "run", ok=False)
+
+
+def test_resume_with_another_model_is_refused(tmp_path):
+    run(*SMALL, "--steps", 2, "-o", tmp_path / "run")
+    for other in (["--rope_base", "999"], ["--layers", "2"], ["-c", "1024"]):
+        assert "resume with the options" in run(*SMALL, *other, "-o", tmp_path / "run", "--resume", ok=False)
 
 
 @needs_mpi
