@@ -72,7 +72,7 @@ test: deps
 	@$(MAKE) --no-print-directory test-run
 .PHONY: test-run
 test-run: $(PROGRAM) $(BUILD)/test_cpu $(if $(filter 1,$(MPI)),$(RANK_TESTS))
-	@TRAIN_LLAMA=$(abspath $(PROGRAM)) test/run.sh $(BUILD)/test_cpu $(if $(filter 1,$(MPI)),--ranks $(RANK_TESTS))
+	@SAN=$(SAN) TRAIN_LLAMA=$(abspath $(PROGRAM)) test/run.sh $(BUILD)/test_cpu $(if $(filter 1,$(MPI)),--ranks $(RANK_TESTS))
 test-gpu:
 	@echo "no layer runs on a GPU yet" && exit 1
 bench: $(BUILD)/bench_cpu

@@ -217,6 +217,7 @@ template <class Dev, class E, class G> void model_place(Model<Dev, E, G>& m, Are
         X* one = shared ? arena.take<X>("activations, shared", count) : nullptr;
         for (auto& layer : m.acts) layer.*field = shared ? one : arena.take<X>("activations, kept", count);
     };
+    // The policy's name is a flag of Recompute. Without a backward every layer uses the same memory, and x in place.
 #define PLACE(name, elements, type, policy) act(&LayerActs<E>::name, elements, again.policy || !train);
     ACTIVATIONS(PLACE)
 #undef PLACE
@@ -256,8 +257,8 @@ struct Batch {
     int64_t counted = 0, pairs = 0;         // labels that count and visible pairs, of the whole rows
 };
 
-// Rows shorter than the ring needs are padded: the padding is a document of its own, behind everything else,
-// without labels, so nobody sees it and no gradient comes from it.
+// Rows shorter than the ring needs are padded: behind everything else, in a document of its own (in full mode causality
+// alone hides it) and without labels, so nobody sees it and no gradient comes from it.
 Batch batch_make(const std::vector<Row>& rows, Attention attention, const Comm& ring) {
     const size_t B = rows.size(), S = rows[0].token.size(), padded = ring_padded_length(S, ring.size);
     Batch b;
@@ -459,6 +460,7 @@ struct Setup {
     Boundary boundary = Boundary::mask;
     RopePrecision precision = RopePrecision::exact;
     double memory = 0; // bytes of a rank
+    std::vector<int32_t> prompt;
 
     int groups() const { return layout.world / layout.ring; } // rings side by side
     int group() const { return world.rank / layout.ring; }
@@ -605,8 +607,9 @@ Arena measure(const Setup& s, const Layout& layout) {
     });
 }
 
-double machine_memory(const Comm& world) {
-    return double(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE) / comm_host(world).size;
+double machine_memory(const Setup& s) {
+    int sharers = s.o.plan && s.o.ranks ? int(s.o.ranks) : comm_host(s.world).size;
+    return double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE)) / sharers;
 }
 
 // Element types, master weights and recomputation: what was asked for, else the most precise and fastest that fits.
@@ -625,14 +628,19 @@ void setup_memory(Setup& s) {
     if (s.dtype == Type::f32 && s.grad_dtype == Type::bf16) fail("--grad_dtype bf16 goes with --dtype bf16");
     if (s.dtype != Type::bf16 && o.master == "float") fail("--master float goes with --dtype bf16");
 
-    s.memory = o.memory > 0 ? o.memory * (1 << 30) : gpu ? 139.0 * (1 << 30) : machine_memory(s.world);
+    s.memory = o.memory > 0 ? o.memory * (1 << 30) : gpu ? 139.0 * (1 << 30) : machine_memory(s);
+    std::vector<double> all(s.world.size);
+    comm_gather(Cpu{}, s.world, all.data(), &s.memory, 1);
+    s.memory = *std::min_element(all.begin(), all.end()); // all ranks must come to the same layout
     auto fits = [&](bool master, int parts) {
         layout.master = master;
         layout.recompute = o.recompute == "auto" ? recompute_first(parts) : recompute_parse(o.recompute);
         return measure(s, layout).used < 0.92 * s.memory; // the rest: context, libraries, messages
     };
+    // A master copy with as little recomputation as fits, all but attention at most; then without the master; and only
+    // when neither fits, attention as well.
     bool may = s.dtype == Type::bf16 && o.master != "none", must = o.master == "float";
-    for (int most : {5, 6}) // attention is recomputed only when nothing else fits
+    for (int most : {5, 6})
         for (int master = may; master >= must; master--)
             for (int parts = 0; parts <= most; parts++)
                 if (fits(master, parts)) return;
@@ -654,11 +662,30 @@ void print_plan(const Setup& s) {
            arena.used < 0.92 * s.memory ? "" : ": does not fit; try --batch 1, more ranks, or --master none");
 }
 
+// --prompt's token ids, or BOS alone.
+std::vector<int32_t> prompt_read(const Setup& s) {
+    std::vector<int32_t> tokens;
+    const char* at = s.o.prompt.c_str();
+    while (*at) {
+        char* end;
+        long id = strtol(at, &end, 10);
+        if (end == at || (*end && *end != ',') || id < 0 || id >= s.config.V)
+            fail("option --prompt takes token ids below %d with commas between, not '%s'", s.config.V,
+                 s.o.prompt.c_str());
+        tokens.push_back(int32_t(id));
+        at = *end ? end + 1 : end;
+    }
+    if (tokens.empty()) tokens.push_back(std::max(0, s.config.bos >= 0 ? s.config.bos : s.config.eos));
+    return tokens;
+}
+
 // Reads the command line's meaning; bad combinations end here, before any work.
 Setup setup_read(const Options& options, const Comm& world) {
     Setup s;
     s.o = options, s.world = world;
     const Options& o = s.o;
+    if (o.out.empty() && (o.resume || o.save_every)) fail("--resume and --save_every need --out, the run's folder");
+    if (!o.dump_logits.empty() && world.size > 1) fail("--dump_logits runs on one rank");
     if (o.device == "gpu" && !o.plan) fail("this build has no GPU layers; use --device cpu");
     s.attention = Attention(choice(o.attention, "full|intra|intra_reset|anchor"));
     s.boundary = Boundary(choice(o.boundary_loss, "mask|next|bos"));
@@ -674,12 +701,15 @@ Setup setup_read(const Options& options, const Comm& world) {
     s.layout.B = size_t(o.batch), s.layout.head_chunk = size_t(o.head_chunk);
     s.layout.train = o.eval.empty() && o.dump_logits.empty() && o.generate == 0;
     setup_rope(s);
+    fault = config_fault(s.config);
+    if (!fault.empty()) fail("%s", fault.c_str());
     if (s.o.rope_scaling == "model" && o.rope_factor > 0 && s.config.rope.scaling == RopeScaling::none)
         fail("--rope_factor needs --rope_scaling: these weights have none");
     int64_t step_tokens = int64_t(s.layout.S * s.layout.B) * s.groups();
     if (o.total_batch % step_tokens)
         fail("--total_batch %lld is not a multiple of context x batch x rings = %lld", (long long)o.total_batch,
              (long long)step_tokens);
+    s.prompt = prompt_read(s);
     s.ring = comm_split(world, o.plan ? 0 : s.group(), world.rank);
     setup_memory(s);
     return s;
@@ -718,6 +748,12 @@ template <class Dev, class E, class G> void master_from_params(Model<Dev, E, G>&
         for (size_t i = 0; i < m.shard_count(); i++) m.master[i] = Acc<E>(m.param_flat[m.shard_begin() + i]);
 }
 
+// Ranks wait longer for a disk than for each other.
+Comm patient(Comm world) {
+    world.timeout = std::max(world.timeout, 3600.0);
+    return world;
+}
+
 // Every rank writes its optimizer shard, rank 0 the weights and the state as well.
 template <class Dev, class E, class G> void save(Model<Dev, E, G>& m, const Setup& s, const TrainState& state) {
     if (s.o.out.empty()) return;
@@ -729,12 +765,12 @@ template <class Dev, class E, class G> void save(Model<Dev, E, G>& m, const Setu
         files.push_back({"weights.bin", {{&header, sizeof header}, {m.param_flat, m.elements * sizeof(E)}}});
         files.push_back({"state.bin", {{&state, sizeof state}}});
     }
-    checkpoint_save(m.world, s.o.out, state.step, files, int(s.o.keep));
+    checkpoint_save(patient(m.world), s.o.out, state.step, files, int(s.o.keep));
 }
 
 // Goes on from the newest sound checkpoint, whatever number of ranks wrote it; false when there is none.
 template <class Dev, class E, class G> bool resume(Model<Dev, E, G>& m, const Setup& s, TrainState& state) {
-    Checkpoint from = checkpoint_newest(m.world, s.o.out);
+    Checkpoint from = checkpoint_newest(patient(m.world), s.o.out);
     if (from.step < 0) return false;
     const WeightsFile weights = weights_open(from.path + "/weights.bin");
     const WeightsHeader theirs = header_from_config(weights.config, Type::f32, 0);
@@ -748,6 +784,8 @@ template <class Dev, class E, class G> bool resume(Model<Dev, E, G>& m, const Se
     size_t begin = m.shard_begin(), end = begin + m.shard_count();
     shard_read(from, ShardField::m, m.layout.moments, begin, end, m.moment1);
     shard_read(from, ShardField::v, m.layout.moments, begin, end, m.moment2);
+    const bool had_master = shard_open(file_open(from.path + "/optimizer_00000.bin")).type[2] >= 0;
+    if (had_master && !m.master) fail("%s has master weights: resume with --master float", from.path.c_str());
     if (m.master) shard_read(from, ShardField::master, type_of<Acc<E>>(), begin, end, m.master);
     return true;
 }
@@ -802,7 +840,7 @@ template <class Dev, class E, class G> StepResult step_gradients(Model<Dev, E, G
     r.counted = counts[0] / s.layout.ring, r.inputs = counts[1] / s.layout.ring;
 
     memset((void*)m.grad_flat, 0, m.elements * sizeof(G));
-    double sums[3] = {0, 0, double(signal_caught != 0)};
+    double sums[3] = {};
     for (size_t first = 0; first < rows.size() && r.counted; first += s.layout.B) {
         Batch b = batch_make({rows.begin() + first, rows.begin() + first + s.layout.B}, s.attention, s.ring);
         model_forward(m, b);
@@ -812,6 +850,7 @@ template <class Dev, class E, class G> StepResult step_gradients(Model<Dev, E, G
         sums[1] += double(b.pairs) / s.layout.ring;
         r.imbalance = std::max(r.imbalance, b.plan.imbalance), r.moved = std::max(r.moved, b.plan.moved);
     }
+    sums[2] = signal_caught;
     comm_sum(Cpu{}, s.world, sums, 3);
     r.loss = r.counted ? sums[0] / double(r.counted) : NAN, r.pairs = sums[1], r.stop = sums[2] > 0;
     return r;
@@ -824,15 +863,18 @@ void step_update(Model<Dev, E, G>& m, const Setup& s, TrainState& state, StepRes
     const Options& o = s.o;
     r.norm = model_reduce(m);
     r.lr = learning_rate(s, state.step);
+    state.step++;
+    state.tokens += r.inputs;
+    if (r.counted == 0) {
+        r.skipped = "no token of this update has a label";
+        return;
+    }
     double z_loss = outliers_z(state.losses, r.loss), z_norm = outliers_z(state.norms, r.norm);
     outliers_add(state.losses, r.loss), outliers_add(state.norms, r.norm);
-    if (r.counted == 0) r.skipped = "no token of this update has a label";
-    else if (!std::isfinite(r.loss)) r.skipped = "the loss is not finite";
+    if (!std::isfinite(r.loss)) r.skipped = "the loss is not finite";
     else if (!std::isfinite(r.norm)) r.skipped = "the gradient norm is not finite";
     else if (o.max_z_loss > 0 && z_loss > o.max_z_loss) r.skipped = "the loss is an outlier";
     else if (o.max_z_grad > 0 && z_norm > o.max_z_grad) r.skipped = "the gradient norm is an outlier";
-    state.step++;
-    state.tokens += r.inputs;
     if (!r.skipped.empty()) return;
     state.updates++;
     double scale = o.clip > 0 && r.norm > o.clip ? o.clip / r.norm : 1;
@@ -845,22 +887,27 @@ struct Score {
     float loss;
 };
 
-// Scores `count` rows of the loader, spread over the rings; each rank returns its own tokens.
+// Scores up to `count` rows of the loader, fewer when the data ends before (its last row is filled up from the
+// beginning), spread over the rings; each rank returns its own tokens.
 template <class Dev, class E, class G>
 std::vector<Score> score_rows(Model<Dev, E, G>& m, const Setup& s, Loader& loader, int64_t count) {
-    std::vector<Row> rows = take_rows(loader, s, count);
+    const int64_t at_once = int64_t(s.layout.B) * s.groups();
     std::vector<Score> scores;
-    for (size_t first = 0; first < rows.size(); first += s.layout.B) {
-        size_t last = std::min(first + s.layout.B, rows.size());
-        Batch b = batch_make({rows.begin() + first, rows.begin() + last}, s.attention, s.ring);
+    for (int64_t first = 0; first < count && loader.cursor.epoch == 0; first += at_once) {
+        const int64_t start = loader.cursor.rows;
+        std::vector<Row> rows = take_rows(loader, s, std::min(at_once, count - first));
+        if (rows.empty()) continue;
+        Batch b = batch_make(rows, s.attention, s.ring);
         model_forward(m, b);
         head_forward(m, b, [](size_t, size_t) {});
-        for (size_t r = 0, t = 0; r < last - first; r++)
-            for (int32_t row = int32_t((first + r) * s.groups() + s.group()); t < size_t(b.plan.local.row_begin[r + 1]);
-                 t++)
+        const Tokens& local = b.plan.local;
+        for (size_t r = 0; r < rows.size(); r++) {
+            const int64_t number = start + int64_t(r) * s.groups() + s.group(); // as take_rows deals them
+            for (size_t t = local.row_begin[r]; t < size_t(local.row_begin[r + 1]); t++)
                 if (b.label[t] >= 0)
-                    scores.push_back({row, b.plan.local.index[t], b.plan.local.doc[t], b.label[t],
+                    scores.push_back({int32_t(number), local.index[t], local.doc[t], b.label[t],
                                       m.argmax[t] == b.label[t], float(m.loss[t])});
+        }
     }
     return scores;
 }
@@ -876,6 +923,8 @@ template <class Dev, class E, class G> double validation_loss(Model<Dev, E, G>& 
 
 // Writes the scores of all ranks, in row order, as CSV.
 template <class Dev, class E, class G> void evaluate(Model<Dev, E, G>& m, const Setup& s, Loader& loader) {
+    FILE* file = s.world.rank == 0 ? fopen(s.o.eval.c_str(), "w") : nullptr;
+    if (s.world.rank == 0 && !file) fail("%s: %s", s.o.eval.c_str(), strerror(errno));
     std::vector<Score> mine = score_rows(m, s, loader, s.o.val_rows), all;
     std::vector<int64_t> counts(s.world.size);
     int64_t count = int64_t(mine.size());
@@ -890,8 +939,6 @@ template <class Dev, class E, class G> void evaluate(Model<Dev, E, G>& m, const 
         scores.insert(scores.end(), all.begin() + r * most, all.begin() + r * most + counts[r]);
     std::sort(scores.begin(), scores.end(),
               [](const Score& a, const Score& b) { return std::pair(a.row, a.index) < std::pair(b.row, b.index); });
-    FILE* file = fopen(s.o.eval.c_str(), "w");
-    if (!file) fail("%s: %s", s.o.eval.c_str(), strerror(errno));
     fprintf(file, "row,index,doc,label,correct,loss\n");
     double loss = 0, correct = 0;
     for (const Score& x : scores) {
@@ -906,7 +953,6 @@ template <class Dev, class E, class G> void evaluate(Model<Dev, E, G>& m, const 
 
 // Writes the logits of the first row, float32 (S, V), and prints its loss.
 template <class Dev, class E, class G> void dump_logits(Model<Dev, E, G>& m, const Setup& s, Loader& loader) {
-    if (s.world.size > 1) fail("--dump_logits runs on one rank");
     Row row;
     loader_next(loader, row);
     Batch b = batch_make({row}, s.attention, s.ring);
@@ -995,23 +1041,6 @@ void print_tokens(const std::vector<int32_t>& tokens, const std::vector<std::str
     fflush(stdout);
 }
 
-// --prompt's token ids, or BOS alone.
-std::vector<int32_t> prompt_read(const Setup& s) {
-    std::vector<int32_t> tokens;
-    const char* at = s.o.prompt.c_str();
-    while (*at) {
-        char* end;
-        long id = strtol(at, &end, 10);
-        if (end == at || (*end && *end != ',') || id < 0 || id >= s.config.V)
-            fail("option --prompt takes token ids below %d with commas between, not '%s'", s.config.V,
-                 s.o.prompt.c_str());
-        tokens.push_back(int32_t(id));
-        at = *end ? end + 1 : end;
-    }
-    if (tokens.empty()) tokens.push_back(std::max(0, s.config.bos >= 0 ? s.config.bos : s.config.eos));
-    return tokens;
-}
-
 double peak_memory_gib() {
     FILE* file = fopen("/proc/self/status", "r");
     char line[256];
@@ -1025,13 +1054,14 @@ void log_step(Log& log, const Setup& s, const TrainState& state, const StepResul
     double tokens = double(s.rows_per_update()) * double(s.layout.S);
     double flops = model_flops(s.config, tokens, r.pairs) / seconds / s.world.size;
     double memory = peak_memory_gib();
-    if (r.skipped.empty())
+    const bool shown = state.step % s.o.log_every == 0 || state.step == s.o.steps || state.step <= 3;
+    if (r.skipped.empty() && shown)
         log_note(
             log,
             "step %lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.0f ms | %.0f tok/s | %.1f GFLOP/s/rank | %.2f GiB",
             (long long)state.step, (long long)s.o.steps, r.loss, r.norm, r.lr, seconds * 1e3, tokens / seconds,
             flops / 1e9, memory);
-    else
+    if (!r.skipped.empty())
         log_note(log, "step %lld/%lld | loss %.4f | norm %.3f | skipped: %s", (long long)state.step,
                  (long long)s.o.steps, r.loss, r.norm, r.skipped.c_str());
     log_values(log, r.skipped.empty() ? "step" : "skip",
@@ -1057,6 +1087,10 @@ void announce(const Log& log, const Setup& s, const Loader& loader) {
              s.o.model.c_str(), parameters / 1e6, type_name(s.dtype), s.config.rope.base, l.world,
              l.world > 1 ? "s" : "", comm_backend(), omp_get_max_threads(), omp_get_max_threads() > 1 ? "s" : "",
              l.ring);
+    if (s.o.out.empty()) log_note(log, "no --out: nothing is saved");
+    if (int share = int(sysconf(_SC_NPROCESSORS_ONLN)) / l.world; omp_get_num_procs() < share)
+        log_note(log, "bound to %d of %d cores a rank: mpirun --bind-to none lets it use them", omp_get_num_procs(),
+                 share);
     if (s.o.train_data.empty())
         log_note(log, "no --train_data: made-up documents of %lld tokens in the mean", (long long)s.o.generator_mean);
     else
@@ -1093,7 +1127,10 @@ template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setu
     announce(log, s, loader);
 
     int skips = 0;
-    int64_t saved = resumed ? state.step : -1;
+    signal(SIGTERM, [](int) { signal_caught = 1; });
+    signal(SIGUSR1, [](int) { signal_caught = 1; });
+    const size_t longest = std::min(m.layout.tokens(), s.layout.S); // that a sample can be
+    if (state.step >= o.steps) log_note(log, "nothing to do: --steps is %lld", (long long)o.steps);
     while (state.step < o.steps) {
         double start = seconds_now();
         StepResult r = step_gradients(m, s, loader);
@@ -1102,27 +1139,25 @@ template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setu
         log_step(log, s, state, r, seconds_now() - start);
 
         skips = r.skipped.empty() ? 0 : skips + 1;
-        bool lost = !r.skipped.empty() && (o.on_bad == "stop" || skips == most_skips);
-        bool last = state.step == o.steps || r.stop || lost;
-        if (!o.val_data.empty() && (last || state.step % o.val_every == 0)) {
+        bool lost = !r.skipped.empty() && ((o.on_bad == "stop" && r.counted > 0) || skips == most_skips);
+        bool leave = r.stop || lost, last = leave || state.step == o.steps;
+        if (last || (o.save_every && state.step % o.save_every == 0)) save(m, s, state); // first: what follows may fail
+        if (!o.val_data.empty() && !leave && (last || state.step % o.val_every == 0)) {
             double loss = validation_loss(m, s, validation);
             log_note(log, "step %lld | validation loss %.4f | perplexity %.2f", (long long)state.step, loss,
                      std::exp(loss));
             log_values(log, "validation", {{"step", double(state.step)}, {"loss", loss}});
         }
-        if (o.sample_every && (last || state.step % o.sample_every == 0)) {
-            std::vector<int32_t> tokens = prompt_read(s);
-            generate(m, s, tokens, std::min<size_t>(tokens.size() + 64, m.layout.tokens()), uint64_t(state.step));
+        if (o.sample_every && !leave && (last || state.step % o.sample_every == 0)) {
+            std::vector<int32_t> tokens = s.prompt;
+            generate(m, s, tokens, std::min(tokens.size() + 64, longest), uint64_t(state.step));
             if (s.world.rank == 0) print_tokens(tokens, pieces);
-        }
-        if (last || (o.save_every && state.step % o.save_every == 0)) {
-            save(m, s, state);
-            saved = state.step;
         }
         if (lost)
             fail("stopped after step %lld: %s; weights are those before it", (long long)state.step, r.skipped.c_str());
         if (r.stop) {
-            log_note(log, "signal %d: saved step %lld, leaving", int(signal_caught), (long long)saved);
+            log_note(log, "a signal came at step %lld: %s, leaving", (long long)state.step,
+                     o.out.empty() ? "nothing is saved without --out" : "saved");
             break;
         }
     }
@@ -1147,12 +1182,13 @@ template <class Dev, class E, class G> int run(Dev dev, Setup& s) {
     if (s.layout.train) return train(m, s);
 
     if (s.o.generate) {
-        std::vector<int32_t> tokens = prompt_read(s);
+        std::vector<int32_t> tokens = s.prompt;
+        const std::vector<std::string> pieces = pieces_read(s.o.vocab_file);
         size_t length = tokens.size() + size_t(s.o.generate);
-        if (length > m.layout.tokens())
+        if (length > std::min(m.layout.tokens(), s.layout.S))
             fail("prompt and continuation are %zu tokens: pass --context %zu or more", length, length * s.layout.ring);
         generate(m, s, tokens, length, 0);
-        if (s.world.rank == 0) print_tokens(tokens, pieces_read(s.o.vocab_file));
+        if (s.world.rank == 0) print_tokens(tokens, pieces);
         return 0;
     }
     Loader loader;
@@ -1200,14 +1236,12 @@ int main(int argc, char** argv) {
     Comm world = comm_init(&argc, &argv);
     world.timeout = double(options.timeout);
     set_threads(world);
-    signal(SIGTERM, [](int number) { signal_caught = number; });
-    signal(SIGUSR1, [](int number) { signal_caught = number; });
 
     Setup setup = setup_read(options, world);
     int status = 0;
-    if (options.dump_params) dump_params(setup.config);
-    else if (options.plan) print_plan(setup);
-    else
+    if (options.dump_params && world.rank == 0) dump_params(setup.config);
+    if (options.plan && world.rank == 0) print_plan(setup);
+    if (!options.dump_params && !options.plan)
         status =
             with_types(setup.dtype, setup.grad_dtype, [&]<class E, class G>() { return run<Cpu, E, G>(Cpu{}, setup); });
     comm_finalize(world);

@@ -178,6 +178,7 @@ void comm_barrier(const Comm& comm) {
 
 void comm_broadcast(Cpu, const Comm& comm, Type type, void* data, size_t count, int root) {
     REQUIRE(root >= 0 && root < comm.size, "the root must be a rank of the group");
+    if (comm.size == 1) return; // Comm{} is no group of MPI's
     Transfer t{comm, "broadcast"};
     add_broadcast(t, data, count * type_size(type), root);
     wait_all(t);
@@ -187,7 +188,8 @@ void comm_all_gather(Cpu, const Comm& comm, Type type, void* data, const size_t*
     Transfer t{comm, "all-gather"};
     for (int r = 0; r < comm.size; r++) {
         REQUIRE(begin[r] <= begin[r + 1], "slices must not run backwards");
-        add_broadcast(t, (char*)data + begin[r] * type_size(type), (begin[r + 1] - begin[r]) * type_size(type), r);
+        if (comm.size > 1) // Comm{} is no group of MPI's
+            add_broadcast(t, (char*)data + begin[r] * type_size(type), (begin[r + 1] - begin[r]) * type_size(type), r);
     }
     wait_all(t);
 }

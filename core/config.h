@@ -136,6 +136,9 @@ inline std::string config_fault(const Config& c) {
     for (auto& s : sizes)
         if (s.value < 1 || s.value > s.most)
             return std::string(s.name) + " is " + std::to_string(s.value) + ", outside 1.." + std::to_string(s.most);
+    for (int32_t id : {c.bos, c.eos})
+        if (id < -1 || id >= c.V)
+            return "bos or eos is " + std::to_string(id) + ", outside the vocabulary of " + std::to_string(c.V);
     if (c.H % c.K) return "heads must be a multiple of kv_heads";
     if (c.D % 2) return "the head size must be even: RoPE rotates pairs";
     if (!(c.eps > 0 && c.eps < 1)) return "eps is outside (0, 1)";

@@ -70,6 +70,7 @@ using Flag = bool;
     OPTION(Flag, resume, 0, false, "", "go on from the newest sound checkpoint in --out")                              \
     OPTION(Int, save_every, 0, 0, "0..1000000000", "updates between checkpoints; 0: only the last")                    \
     OPTION(Int, keep, 0, 2, "0..1000000", "checkpoints kept; 0: all")                                                  \
+    OPTION(Int, log_every, 0, 1, "1..1000000000", "updates between lines on the terminal; log.jsonl has every one")    \
     OPTION(Int, val_every, 0, 100, "1..1000000000", "updates between validation losses")                               \
     OPTION(Int, val_rows, 0, 16, "1..1000000000", "rows of a validation loss")                                         \
     OPTION(Int, sample_every, 0, 0, "0..1000000000", "updates between samples; 0: none")                               \

@@ -12,5 +12,6 @@ mkdir -p build/books
     $PYTHON data/prepare.py "$1" -o build/books/books --tokenizer "$2" --val_documents 2
 mpirun --oversubscribe -np 2 ./train_llama -e 30M --tied --layers 3 --channels 256 --heads 4 --ffn 688 \
     -i 'build/books/books_0*.bin' -j 'build/books/books_val*.bin' -c 4096 --steps 380 -l 3e-3 --schedule cosine \
-    --warmup 30 --val_rows 4 --sample_every 100 --vocab_file build/books/books.vocab -o build/books/run
+    --warmup 30 --val_rows 4 --sample_every 100 --vocab_file build/books/books.vocab \
+    --log_every 10 -o build/books/run
 $PYTHON scripts/plot.py build/books/run -o build/books/loss.png

@@ -262,7 +262,7 @@ static void meet(void (*wrong)(const Comm&), void (*right)(const Comm&)) {
     w.rank == 1 ? wrong(w) : right(w);
     comm_barrier(w);
 }
-static float many[1000];
+static float many[1001];
 static void broadcast(const Comm& w) { comm_broadcast(Cpu(), w, many, 1000, 0); }
 static void sum(const Comm& w) { comm_sum(Cpu(), w, many, 1000); }
 static void receive(const Comm& w) {
