@@ -13,7 +13,7 @@ probe() { ${CXX:-g++} -std=c++20 "$@" /tmp/probe_$$.cpp -o /tmp/probe_$$ >/dev/n
 has make || packages="$packages make"
 probe -fopenmp || packages="$packages g++"
 has mpicxx && has mpirun || packages="$packages openmpi-bin libopenmpi-dev"
-probe -include doctest/doctest.h || packages="$packages doctest-dev"
+probe -fsyntax-only -include doctest/doctest.h || packages="$packages doctest-dev"
 has python3 && python3 -c 'import venv, ensurepip' 2>/dev/null || packages="$packages python3 python3-venv"
 rm -f /tmp/probe_$$ /tmp/probe_$$.cpp
 
