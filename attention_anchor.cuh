@@ -58,7 +58,8 @@ inline std::vector<int64_t> visible_pairs(const int32_t* doc /*(S)*/, size_t S, 
 }
 inline int64_t visible_pairs(const int32_t* doc /*(S)*/, size_t S) { return S == 0 ? 0 : visible_pairs(doc, S, S)[0]; }
 
-// What a tile of queries has to visit. All numbers count local tokens, of the query set or of the key set.
+// What a tile of queries has to visit; in a map by keys, the queries that a tile of keys has to visit. All numbers count
+// local tokens, of the query set or of the key set.
 struct KeyRange {
     int32_t begin, end;
     bool masked; // some of its pairs are not visible: test each
@@ -68,7 +69,7 @@ struct QueryTile {
     int32_t first_range, last_range; // ranges [first_range, last_range)
 };
 struct TileMap {
-    std::vector<QueryTile> tiles; // those that see a key, most work first
+    std::vector<QueryTile> tiles; // most work first
     std::vector<KeyRange> ranges;
     int64_t pairs = 0; // visible pairs, the anchor's column excluded
 };
@@ -147,29 +148,42 @@ inline bool tokens_in_order(const Tokens& t) {
     return t.row_begin.back() == int32_t(t.size()) && t.doc.size() == t.size();
 }
 
-// Every visible pair but those of the anchor's column lies in exactly one range of its query's tile. A tile of keys is
-// left out when none of its pairs is visible, and unmasked when all are, for any doc[]. Rows never mix.
-inline void tile_map_build(TileMap& map, const Tokens& q, const Tokens& k, int tile_q, int tile_k) {
+// A tile keeps at most this many ranges, which bounds the memory of a map. The last one then reaches to the end of all
+// that is left, and is masked.
+constexpr size_t tile_ranges_most = 64;
+
+struct TileMapOptions {
+    bool by_keys = false; // tiles of keys that visit queries, for the backward
+    bool all = false;     // also the tiles that meet nobody, with no range
+};
+
+// Every visible pair but those of the anchor's column lies in exactly one range of its tile. What a tile visits is cut
+// into tiles of the other kind; one is left out when none of its pairs is visible (up to tile_ranges_most), and unmasked
+// when all are, for any doc[]. Rows never mix.
+inline void tile_map_build(TileMap& map, const Tokens& q, const Tokens& k, int tile_q, int tile_k,
+                           TileMapOptions options = {}) {
     REQUIRE(tile_q > 0 && tile_k > 0 && q.rows() == k.rows(), "pass the same rows of queries and keys");
     REQUIRE(tokens_in_order(q) && tokens_in_order(k), "order each row's tokens by index, documents from 0");
     map.tiles.clear(), map.ranges.clear(), map.pairs = 0;
     std::vector<int64_t> work;
     for (size_t row = 0; row < q.rows(); row++) {
         map.pairs += pairs_between(q, k, row);
-        std::vector<TileSummary> keys = tile_summaries(k, row, tile_k, true);
-        for (const TileSummary& t : tile_summaries(q, row, tile_q, false)) {
+        const std::vector<TileSummary> queries = tile_summaries(q, row, tile_q, false);
+        const std::vector<TileSummary> keys = tile_summaries(k, row, tile_k, true);
+        for (const TileSummary& t : options.by_keys ? keys : queries) {
             const size_t first = map.ranges.size();
             int64_t visits = 0;
-            for (const TileSummary& s : keys) {
-                if (s.first > t.last) break;
-                if (!any_visible(t, s)) continue;
-                const bool masked = !all_visible(t, s);
+            for (const TileSummary& s : options.by_keys ? queries : keys) {
+                const TileSummary &query = options.by_keys ? s : t, &key = options.by_keys ? t : s;
+                if (key.first > query.last || !any_visible(query, key)) continue;
+                const bool masked = !all_visible(query, key), full = map.ranges.size() - first == tile_ranges_most;
                 KeyRange* last = map.ranges.size() > first ? &map.ranges.back() : nullptr;
-                if (last && last->end == s.begin && last->masked == masked) last->end = s.end;
+                visits += s.end - (full ? last->end : s.begin);
+                if (full) last->end = s.end, last->masked = true;
+                else if (last && last->end == s.begin && last->masked == masked) last->end = s.end;
                 else map.ranges.push_back({s.begin, s.end, masked});
-                visits += s.end - s.begin;
             }
-            if (visits == 0) continue;
+            if (visits == 0 && !options.all) continue;
             map.tiles.push_back({int32_t(row), t.begin, t.end, int32_t(first), int32_t(map.ranges.size())});
             work.push_back(visits * (t.end - t.begin));
         }
@@ -182,10 +196,53 @@ inline void tile_map_build(TileMap& map, const Tokens& q, const Tokens& k, int t
     map.tiles = std::move(tiles);
 }
 
+// Tile sizes that a device's kernels want; 0: there is no map by keys.
+struct AttentionTiles {
+    int forward_q, forward_k, backward_q, backward_k;
+};
+
+// The queries and keys of one portion, as a device wants them. A map is built on the host; a GPU gets a copy of it.
+struct TokenLabel {
+    int32_t index, doc;
+};
+constexpr int32_t hidden_doc = -2; // of the anchor among keys: the column that no tile computes
+struct DeviceMap {
+    const QueryTile* tiles = nullptr;
+    const KeyRange* ranges = nullptr;
+    int32_t count = 0; // of tiles
+};
+struct AttentionMap {
+    TileMap forward, backward;           // tiles of queries, tiles of keys
+    const TokenLabel* q_label = nullptr; // in the memory of a GPU, as all that follows: (T)
+    const TokenLabel* k_label = nullptr; // (Tk)
+    DeviceMap device_forward, device_backward;
+};
+
+// Index and document of every token; among keys the anchor is hidden.
+inline std::vector<TokenLabel> token_labels(const Tokens& t, bool keys) {
+    std::vector<TokenLabel> labels(t.size());
+    for (size_t i = 0; i < t.size(); i++)
+        labels[i] = {t.index[i], keys && is_anchor(t.index[i], t.doc[i]) ? hidden_doc : t.doc[i]};
+    return labels;
+}
+
+inline void attention_map_build(AttentionMap& map, const Tokens& q, const Tokens& k, const AttentionTiles& tiles) {
+    const bool gpu = tiles.backward_k > 0; // its kernels also write the tiles that meet nobody
+    tile_map_build(map.forward, q, k, tiles.forward_q, tiles.forward_k, {false, gpu});
+    if (gpu) tile_map_build(map.backward, q, k, tiles.backward_q, tiles.backward_k, {true, true});
+}
+
+// Which portion of the keys a call brings: the first starts from the anchor (or from nothing), the last one leaves the
+// output behind instead of the state.
+struct Portion {
+    bool first = true, last = true;
+};
+
 // The CPU reference works on S^T: keys are rows and the 64 queries of a tile are the columns, so that m, l, alpha, LSE
 // and delta are plain vectors along the queries, a softmax needs no sum across lanes, and K and V enter every product
 // as scalars, from their own layout. Short tiles of queries are padded with zeros, tiles of keys are not.
 constexpr int attention_tile = 64;
+constexpr AttentionTiles attention_tiles_cpu = {attention_tile, attention_tile, 0, 0};
 template <class A> constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
 
 #if defined(__AVX512F__)
@@ -386,7 +443,7 @@ inline void attention_require(const TileMap& map, size_t H, size_t K, size_t D) 
 }
 
 // The state before any key: the anchor's score and value, or nothing.
-template <class E> void attention_begin(Cpu, Acc<E>* o /*(T, H, D)*/, Acc<E>* lse /*(T, H)*/,
+template <class E> void attention_begin(Cpu, Acc<E>* o /*(T, H, D)*/, Acc<E>* lse /*(H, T)*/,
                                         const E* q /*(T, H, D), q_stride apart*/, size_t q_stride,
                                         const E* anchor /*(B, 2, K, D): k0, v0; or null*/, const Tokens& qt, size_t H,
                                         size_t K, size_t D) {
@@ -399,13 +456,13 @@ template <class E> void attention_begin(Cpu, Acc<E>* o /*(T, H, D)*/, Acc<E>* ls
         for (size_t t = qt.row_begin[b]; t < size_t(qt.row_begin[b + 1]); t++)
             for (size_t h = 0; h < H; h++) {
                 A* to = o + (t * H + h) * D;
-                lse[t * H + h] = minus_infinity<A>;
+                lse[h * qt.size() + t] = minus_infinity<A>;
                 std::fill_n(to, D, A(0));
                 if (!anchor) continue;
                 const E *query = q + t * q_stride + h * D, *key = k0 + h / (H / K) * D, *value = key + K * D;
                 A score = 0;
                 for (size_t d = 0; d < D; d++) score += A(query[d]) * A(key[d]), to[d] = A(value[d]);
-                lse[t * H + h] = scale * score;
+                lse[h * qt.size() + t] = scale * score;
             }
     }
 }
@@ -421,7 +478,7 @@ template <class E> inline void forward_tile(const TileTask<Acc<E>>& task, Acc<E>
     load_transposed(qT, q, q_stride, n, D, attention_scale<A>(D));
     load_transposed(oT, o, H * D, n, D, A(1));
     std::fill_n(m, N, A(0));
-    for (size_t i = 0; i < n; i++) m[i] = lse[i * H];
+    std::copy_n(lse, n, m);
     for (size_t i = 0; i < N; i++) l[i] = m[i] == minus_infinity<A> ? A(0) : A(1);
 
     for_each_key_tile(task, [&](size_t begin, size_t keys, bool masked) {
@@ -436,16 +493,16 @@ template <class E> inline void forward_tile(const TileTask<Acc<E>>& task, Acc<E>
 
     for (size_t i = 0; i < n; i++) {
         if (l[i] == 0) continue; // has seen nothing: LSE = -inf and O = 0 as they came
-        lse[i * H] = m[i] + std::log(l[i]);
+        lse[i] = m[i] + std::log(l[i]);
         for (size_t d = 0; d < D; d++) o[i * H * D + d] = oT[d * N + i] / l[i];
     }
 }
 
 // Goes on from the state (o, lse) with the keys of kt: token t's K heads of key, then K heads of value, stand at
 // kv + t kv_stride. Every (tile, head) is computed alone, so the bits do not depend on the threads.
-template <class E> void attention_forward(Cpu, Acc<E>* o /*(T, H, D)*/, Acc<E>* lse /*(T, H)*/, const E* q,
-                                          size_t q_stride, const E* kv, size_t kv_stride, const TileMap& map,
-                                          const Tokens& qt, const Tokens& kt, size_t H, size_t K, size_t D) {
+template <class E> void attention_continue(Cpu, Acc<E>* o /*(T, H, D)*/, Acc<E>* lse /*(H, T)*/, const E* q,
+                                           size_t q_stride, const E* kv, size_t kv_stride, const TileMap& map,
+                                           const Tokens& qt, const Tokens& kt, size_t H, size_t K, size_t D) {
     attention_require(map, H, K, D);
     if (map.tiles.empty()) return;
     const size_t tiles = map.tiles.size();
@@ -456,8 +513,8 @@ template <class E> void attention_forward(Cpu, Acc<E>* o /*(T, H, D)*/, Acc<E>* 
 #pragma omp for schedule(dynamic, 1)
         for (size_t i = 0; i < H * tiles; i++) {
             const size_t h = i / tiles, t = map.tiles[i % tiles].begin, at = t * H + h;
-            forward_tile(tile_task(map, i % tiles, qt, kt, keys, h / (H / K), H, D), o + at * D, lse + at,
-                         q + t * q_stride + h * D, q_stride, scratch);
+            forward_tile(tile_task(map, i % tiles, qt, kt, keys, h / (H / K), H, D), o + at * D,
+                         lse + h * qt.size() + t, q + t * q_stride + h * D, q_stride, scratch);
         }
     }
 }
@@ -466,6 +523,17 @@ template <class E> void attention_forward(Cpu, Acc<E>* o /*(T, H, D)*/, Acc<E>* 
 template <class E> void attention_end(Cpu, E* out /*(count)*/, const Acc<E>* o, size_t count) {
 #pragma omp parallel for schedule(static)
     for (size_t i = 0; i < count; i++) out[i] = E(o[i]);
+}
+
+// One portion of the keys for all queries: what a ring step does, and with one rank all there is.
+template <class E> void attention_forward(Cpu cpu, E* out /*(T, H, D)*/, Acc<E>* lse /*(H, T)*/,
+                                          Acc<E>* state /*(T, H, D)*/, const E* q, size_t q_stride, const E* kv,
+                                          size_t kv_stride, const E* anchor /*(B, 2, K, D) or null*/,
+                                          const AttentionMap& map, Portion portion, const Tokens& qt, const Tokens& kt,
+                                          size_t H, size_t K, size_t D) {
+    if (portion.first) attention_begin(cpu, state, lse, q, q_stride, anchor, qt, H, K, D);
+    attention_continue(cpu, state, lse, q, q_stride, kv, kv_stride, map.forward, qt, kt, H, K, D);
+    if (portion.last) attention_end(cpu, out, state, qt.size() * H * D);
 }
 
 // One query of one head: delta, the start of dq, and what the anchor receives. Without an anchor k0 is null.
@@ -491,10 +559,10 @@ template <class E> inline void backward_begin_query(Acc<E>* delta, Acc<E>* dq, A
 
 // delta, the anchor's share of dQ (or 0) as its start, and dk0, dv0 added to danchor. Tokens are taken in blocks whose
 // sums are then added in order, so that the bits do not depend on the threads.
-template <class E> void attention_backward_begin(Cpu, Acc<E>* delta /*(T, H)*/, Acc<E>* dq /*(T, H, D)*/,
+template <class E> void attention_backward_begin(Cpu, Acc<E>* delta /*(H, T)*/, Acc<E>* dq /*(T, H, D)*/,
                                                  Acc<E>* danchor /*(B, 2, K, D), added to; or null*/,
                                                  const E* dout /*(T, H, D)*/, const E* out /*(T, H, D)*/,
-                                                 const Acc<E>* lse /*(T, H)*/, const E* q, size_t q_stride,
+                                                 const Acc<E>* lse /*(H, T)*/, const E* q, size_t q_stride,
                                                  const E* anchor /*(B, 2, K, D) or null*/, const Tokens& qt, size_t H,
                                                  size_t K, size_t D) {
     using A = Acc<E>;
@@ -511,9 +579,11 @@ template <class E> void attention_backward_begin(Cpu, Acc<E>* delta /*(T, H)*/, 
                 const E* k0 = anchor ? anchor + b * width + head * D : nullptr;
                 A* dk0 = anchor ? partial.data() + part * width + head * D : nullptr;
                 for (size_t t = first + part * block; t < first + std::min(n, (part + 1) * block); t++)
-                    for (size_t h = head * G, at = t * H + h; h < (head + 1) * G; h++, at++)
-                        backward_begin_query(delta + at, dq + at * D, dk0, dout + at * D, out + at * D, lse[at],
+                    for (size_t h = head * G, at = t * H + h; h < (head + 1) * G; h++, at++) {
+                        const size_t row = h * qt.size() + t;
+                        backward_begin_query(delta + row, dq + at * D, dk0, dout + at * D, out + at * D, lse[row],
                                              q + t * q_stride + h * D, k0, K * D, D);
+                    }
             }
         for (size_t part = 0; anchor && part < blocks; part++)
             for (size_t i = 0; i < width; i++) danchor[b * width + i] += partial[part * width + i];
@@ -542,8 +612,8 @@ template <class E> inline void backward_tile(const TileTask<Acc<E>>& task, Acc<E
     std::fill_n(tile_lse, N, -minus_infinity<A>);
     std::fill_n(tile_delta, N, A(0));
     for (size_t i = 0; i < n; i++) {
-        if (lse[i * H] != minus_infinity<A>) tile_lse[i] = lse[i * H];
-        tile_delta[i] = delta[i * H];
+        if (lse[i] != minus_infinity<A>) tile_lse[i] = lse[i];
+        tile_delta[i] = delta[i];
     }
 
     for_each_key_tile(task, [&](size_t begin, size_t keys, bool masked) {
@@ -571,10 +641,11 @@ template <class E> inline void backward_tile(const TileTask<Acc<E>>& task, Acc<E
 // Adds what the queries of qt and the keys of kt give each other. Each KV head's tiles are dealt to `parts` tasks of
 // nearly equal work; a task owns its dq rows, and a copy of dkv unless it is the first. The copies are added in order,
 // so the bits depend on the number of threads (through `parts`), but not on their timing.
-template <class E> void attention_backward(Cpu, Acc<E>* dq /*(T, H, D)*/, Acc<E>* dkv /*(Tk, 2, K, D)*/,
-                                           const E* dout /*(T, H, D)*/, const E* q, size_t q_stride, const E* kv,
-                                           size_t kv_stride, const Acc<E>* lse, const Acc<E>* delta, const TileMap& map,
-                                           const Tokens& qt, const Tokens& kt, size_t H, size_t K, size_t D) {
+template <class E> void attention_backward_continue(Cpu, Acc<E>* dq /*(T, H, D)*/, Acc<E>* dkv /*(Tk, 2, K, D)*/,
+                                                    const E* dout /*(T, H, D)*/, const E* q, size_t q_stride,
+                                                    const E* kv, size_t kv_stride, const Acc<E>* lse,
+                                                    const Acc<E>* delta, const TileMap& map, const Tokens& qt,
+                                                    const Tokens& kt, size_t H, size_t K, size_t D) {
     using A = Acc<E>;
     attention_require(map, H, K, D);
     if (map.tiles.empty()) return;
@@ -593,7 +664,8 @@ template <class E> void attention_backward(Cpu, Acc<E>* dq /*(T, H, D)*/, Acc<E>
                 for (size_t h = head * G; h < (head + 1) * G; h++) {
                     const size_t t = map.tiles[j].begin, at = t * H + h;
                     backward_tile(tile_task(map, j, qt, kt, keys, head, H, D), dq + at * D, dkey, dkey + K * D, width,
-                                  dout + at * D, q + t * q_stride + h * D, q_stride, lse + at, delta + at, scratch);
+                                  dout + at * D, q + t * q_stride + h * D, q_stride, lse + h * qt.size() + t,
+                                  delta + h * qt.size() + t, scratch);
                 }
         }
 #pragma omp for schedule(static)
@@ -602,6 +674,119 @@ template <class E> void attention_backward(Cpu, Acc<E>* dq /*(T, H, D)*/, Acc<E>
     }
 }
 
+// The rows of kt's anchors += danchor.
+template <class A> void attention_add_anchor(Cpu, A* dkv /*(Tk, width)*/, const A* danchor /*(B, width)*/,
+                                             const Tokens& kt, size_t width) {
+    for (size_t b = 0; b < kt.rows(); b++) {
+        const size_t t = kt.row_begin[b];
+        if (t == size_t(kt.row_begin[b + 1]) || !is_anchor(kt.index[t], kt.doc[t])) continue;
+        for (size_t i = 0; i < width; i++) dkv[t * width + i] += danchor[b * width + i];
+    }
+}
+
+// The one rounding of gradients to their storage: rows of `width`, `stride` apart.
+template <class E> void attention_store(Cpu, E* to, size_t stride, const Acc<E>* from, size_t T, size_t width) {
+#pragma omp parallel for schedule(static)
+    for (size_t t = 0; t < T; t++)
+        for (size_t i = 0; i < width; i++) to[t * stride + i] = E(from[t * width + i]);
+}
+
+// What the queries of qt and the keys of kt give each other: added to dq and to dkv. With dkv_out these are all the
+// queries there are, so that dkv (which must hold zeros) and danchor's share are stored there at once.
+template <class E> void attention_backward(Cpu cpu, Acc<E>* dq /*(T, H, D)*/, Acc<E>* dkv /*(Tk, 2, K, D)*/,
+                                           E* dkv_out /*(Tk, 2, K, D), or null*/, size_t dkv_out_stride,
+                                           const Acc<E>* danchor /*(B, 2, K, D) or null*/, const E* dout /*(T, H, D)*/,
+                                           const E* q, size_t q_stride, const E* kv, size_t kv_stride,
+                                           const Acc<E>* lse, const Acc<E>* delta, const AttentionMap& map,
+                                           const Tokens& qt, const Tokens& kt, size_t H, size_t K, size_t D) {
+    attention_backward_continue(cpu, dq, dkv, dout, q, q_stride, kv, kv_stride, lse, delta, map.forward, qt, kt, H, K,
+                                D);
+    if (!dkv_out) return;
+    if (danchor) attention_add_anchor(cpu, dkv, danchor, kt, 2 * K * D);
+    attention_store(cpu, dkv_out, dkv_out_stride, dkv, kt.size(), 2 * K * D);
+}
+
 #ifdef __CUDACC__
-// Gpu: kernels follow.
+// One portion of the keys for all queries. A first portion starts from the anchor (or from nothing), a later one from
+// the state; the last one writes `out`, an earlier one the state. lse is always written. Every query lies in one tile
+// of the map, also when it sees none of these keys.
+template <class E> struct AttentionForward {
+    const E* q;      // (T, H, D), tokens q_stride apart
+    const E* kv;     // (Tk, 2, K, D), tokens kv_stride apart
+    const E* anchor; // (B, 2, K, D): k0, v0 of every row; or null
+    size_t q_stride, kv_stride;
+    const TokenLabel *q_label, *k_label; // (T), (Tk)
+    DeviceMap map;                       // tiles of queries, ranges of keys
+    bool first, last;
+    E* out;       // (T, H, D)
+    float* lse;   // (H, T)
+    float* state; // (T, H, D): O so far, divided by the sum so far
+    int T, Tk, H, K, D;
+};
+
+// The gradients that queries and keys give each other. dq is added to. With dkv_out these are all the queries there
+// are: the sum is rounded and stored there, danchor's share (if not null) added to the anchor's own row. Without it the
+// sum is added to dkv. Every key lies in one tile of the map.
+template <class E> struct AttentionBackward {
+    const E* q;
+    const E* kv;
+    size_t q_stride, kv_stride;
+    const E* dout;                       // (T, H, D)
+    const float *lse, *delta;            // (H, T)
+    const TokenLabel *q_label, *k_label; // (T), (Tk)
+    DeviceMap map;                       // tiles of keys, ranges of queries
+    float* dq;                           // (T, H, D)
+    float* dkv;                          // (Tk, 2, K, D)
+    E* dkv_out;                          // (Tk, 2, K, D), tokens dkv_out_stride apart
+    size_t dkv_out_stride;
+    const float* danchor; // (B, 2, K, D)
+    int T, Tk, H, K, D;
+};
+
+template <class E> void attention_forward(Gpu gpu, E* out, float* lse, float* state, const E* q, size_t q_stride,
+                                          const E* kv, size_t kv_stride, const E* anchor, const AttentionMap& map,
+                                          Portion portion, const Tokens& qt, const Tokens& kt, size_t H, size_t K,
+                                          size_t D) {
+    attention_forward_launch<E>(gpu, {q, kv, anchor, q_stride, kv_stride, map.q_label, map.k_label, map.device_forward,
+                                      portion.first, portion.last, out, lse, state, int(qt.size()), int(kt.size()),
+                                      int(H), int(K), int(D)});
+}
+
+template <class E> void attention_backward_begin(Gpu gpu, float* delta, float* dq, float* danchor, const E* dout,
+                                                 const E* out, const float* lse, const E* q, size_t q_stride,
+                                                 const E* anchor, const Tokens& qt, size_t H, size_t K, size_t D) {
+    attention_backward_begin(gpu, delta, dq, danchor, dout, out, lse, q, q_stride, anchor, qt.row_begin.data(),
+                             qt.rows(), qt.size(), H, K, D);
+}
+
+template <class E> void attention_backward(Gpu gpu, float* dq, float* dkv, E* dkv_out, size_t dkv_out_stride,
+                                           const float* danchor, const E* dout, const E* q, size_t q_stride,
+                                           const E* kv, size_t kv_stride, const float* lse, const float* delta,
+                                           const AttentionMap& map, const Tokens& qt, const Tokens& kt, size_t H,
+                                           size_t K, size_t D) {
+    attention_backward_launch<E>(gpu, {q,
+                                       kv,
+                                       q_stride,
+                                       kv_stride,
+                                       dout,
+                                       lse,
+                                       delta,
+                                       map.q_label,
+                                       map.k_label,
+                                       map.device_backward,
+                                       dq,
+                                       dkv,
+                                       dkv_out,
+                                       dkv_out_stride,
+                                       danchor,
+                                       int(qt.size()),
+                                       int(kt.size()),
+                                       int(H),
+                                       int(K),
+                                       int(D)});
+}
+
+template <class E> void attention_store(Gpu gpu, E* to, size_t stride, const float* from, size_t T, size_t width) {
+    attention_backward_end(gpu, to, stride, from, T, 1, width);
+}
 #endif

@@ -236,7 +236,7 @@ template <class Dev, class E, class G> void model_place(Model<Dev, E, G>& m, Are
     m.dx = arena.take<E>("backward", train ? T * C : 0);
     m.datt = arena.take<E>("backward", train ? T * H * D : 0);
     m.dqkv = arena.take<E>("backward", train ? T * (H + 2 * K) * D : 0);
-    const RingScratchSizes n = ring_scratch_sizes(T, m.layout.ring, m.layout.B, H, K, D);
+    const RingScratchSizes n = ring_scratch_sizes(m.dev, T, m.layout.ring, m.layout.B, H, K, D);
     m.scratch.state = arena.take<A>("ring", n.state);
     m.scratch.anchor = arena.take<E>("ring", n.anchor);
     m.scratch.send = arena.take<E>("ring", n.send);
@@ -287,8 +287,6 @@ Batch batch_make(const std::vector<Row>& rows, Attention attention, const Comm& 
         }
     return b;
 }
-
-inline void copy_to_device(Cpu, void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
 
 // Brings the batch's arrays to the device, and the angles of its positions: they serve every layer.
 template <class Dev, class E, class G> void model_input(Model<Dev, E, G>& m, const Batch& b) {

@@ -1,6 +1,6 @@
 // Memory: one block, placed by the same code that measures it.
 #pragma once
-#include "types.h"
+#include "device.h"
 #include <algorithm>
 #include <string>
 #include <vector>
@@ -30,10 +30,3 @@ struct Arena {
         return place;
     }
 };
-
-// Zeroed memory of the device; fails with the size when there is not enough.
-inline uint8_t* device_allocate(Cpu, size_t bytes) {
-    void* block = bytes ? calloc(1, bytes + Arena::alignment) : nullptr;
-    if (bytes && !block) fail("cannot allocate %.2f GiB; --plan shows what takes it", double(bytes) / (1 << 30));
-    return (uint8_t*)((uintptr_t(block) + Arena::alignment - 1) / Arena::alignment * Arena::alignment);
-}

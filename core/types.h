@@ -19,11 +19,14 @@ using Stream = cudaStream_t;
 using Stream = void*;
 #endif
 
-// Device tags: the first argument of every layer chooses the machine it runs on. The Gpu tag carries the stream; the
-// Cpu tag carries nothing, and OpenMP's threads are taken from the environment.
+// Device tags: the first argument of every layer chooses the machine it runs on. The Gpu tag carries the stream and
+// what is known of the GPU (core/device.h); the Cpu tag carries nothing, and OpenMP's threads are taken from the
+// environment.
 struct Cpu {};
+struct GpuContext;
 struct Gpu {
     Stream stream = nullptr;
+    GpuContext* context = nullptr;
 };
 
 // bfloat16: the upper half of a float, rounded to nearest even. A NaN stays a (quiet) NaN.

@@ -18,6 +18,7 @@
 #pragma once
 #include "../attention_anchor.cuh"
 #include "../core/comm.h"
+#include "../core/device.h"
 
 // Where the chunks of one row are.
 struct Placement {
@@ -163,14 +164,14 @@ struct RingStep {
     int to, from;
     std::vector<TokenRange> send; // own tokens whose keys `to` sees
     size_t send_tokens = 0;
-    Tokens received; // tokens of `from` whose keys this rank sees
-    TileMap map;     // own queries, received keys
+    Tokens received;  // tokens of `from` whose keys this rank sees
+    AttentionMap map; // own queries, received keys
 };
 struct RingPlan {
     int rank = 0, size = 1;
     bool anchor = false;         // document 0 exists: its token 0 is every row's anchor
     Tokens local;                // row b's tokens are [row_begin[b], row_begin[b + 1]), S / size each, by global index
-    TileMap own;                 // own queries, own keys
+    AttentionMap own;            // own queries, own keys
     std::vector<RingStep> steps; // s = 1..size-1
     int64_t pairs = 0;           // visible pairs of the own queries, the anchor's column included
     double imbalance = 1;        // largest / mean work of a rank
@@ -199,7 +200,7 @@ inline void append_chunks(Tokens& to, std::vector<TokenRange>* ranges, const Pla
 // S as ring_padded_length gives it, the padding being documents of their own (in full mode more of document 0).
 // `anchor`: document 0 exists (modes full and anchor). The same doc[] must be passed on all ranks.
 inline void ring_plan_build(RingPlan& plan, const int32_t* doc /*(B, S)*/, bool anchor, size_t B, size_t S, int rank,
-                            int size) {
+                            int size, const AttentionTiles& tiles = attention_tiles_cpu) {
     REQUIRE(B > 0 && S > 0 && rank >= 0 && rank < size, "pass at least one token, and a rank of the ring");
     REQUIRE(B * S / size <= size_t(INT32_MAX), "use more ranks or shorter rows");
     plan = RingPlan{rank, size, anchor, {{}, {}, {0}}, {}, {}};
@@ -223,14 +224,20 @@ inline void ring_plan_build(RingPlan& plan, const int32_t* doc /*(B, S)*/, bool 
         for (int r = 0; r < size; r++) load[r] += p.load[r];
         moved += p.moved;
     }
-    tile_map_build(plan.own, plan.local, plan.local, attention_tile, attention_tile);
-    for (RingStep& step : plan.steps)
-        tile_map_build(step.map, plan.local, step.received, attention_tile, attention_tile);
+    attention_map_build(plan.own, plan.local, plan.local, tiles);
+    for (RingStep& step : plan.steps) attention_map_build(step.map, plan.local, step.received, tiles);
     plan.pairs = load[rank];
     const double mean = double(std::accumulate(load.begin(), load.end(), int64_t(0))) / size;
     plan.imbalance = double(*std::max_element(load.begin(), load.end())) / mean;
     plan.moved = size == 1 ? 0 : double(moved) / double(B * S * (size - 1));
 }
+
+// Bytes of device memory that a plan takes at most, with tiles of at least 32 tokens; the CPU reads the plan itself.
+template <class Dev> size_t ring_plan_bytes(Dev, size_t T, size_t ring, size_t B) {
+    const size_t map = (T / 32 + B) * (sizeof(QueryTile) + tile_ranges_most * sizeof(KeyRange));
+    return std::is_same_v<Dev, Gpu> ? ring * (2 * map + T * sizeof(TokenLabel) + 1024) + T * sizeof(TokenLabel) : 0;
+}
+inline void ring_plan_upload(Cpu, RingPlan&, void*, size_t) {}
 
 // Buffers of one layer's attention; a layer leaves nothing in them for another call. Sizes in elements.
 template <class E> struct RingScratch {
@@ -247,9 +254,11 @@ template <class E> struct RingScratch {
 struct RingScratchSizes {
     size_t state, delta, dkv, anchor, danchor, send, receive, dkv_send, dkv_receive;
 };
-inline RingScratchSizes ring_scratch_sizes(size_t T, size_t ring, size_t B, size_t H, size_t K, size_t D) {
+template <class Dev>
+RingScratchSizes ring_scratch_sizes(Dev, size_t T, size_t ring, size_t B, size_t H, size_t K, size_t D) {
     const size_t own = T * 2 * K * D, moving = ring == 1 ? 0 : own, anchor = B * 2 * K * D;
-    return {T * H * D, T * H, own, anchor, anchor, moving, moving, moving, moving};
+    const size_t dkv = std::is_same_v<Dev, Gpu> && ring == 1 ? 0 : own; // a GPU alone stores dK and dV at once
+    return {T * H * D, T * H, dkv, anchor, anchor, moving, moving, moving, moving};
 }
 
 // packed (tokens, width) from the tokens in `ranges`, which lie `stride` apart.
@@ -270,22 +279,6 @@ template <class A> void ring_add(Cpu, A* to, const A* packed, const std::vector<
 #pragma omp parallel for schedule(static)
         for (size_t i = 0; i < count; i++) to[range.begin * width + i] += packed[i];
         packed += count;
-    }
-}
-
-template <class A> void ring_zero(Cpu, A* x, size_t count) {
-#pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < count; i++) x[i] = A(0);
-}
-
-// dqkv (T, H + 2K, D) from its parts: the one rounding of the gradients to their storage.
-template <class E>
-void ring_store(Cpu, E* dqkv, const Acc<E>* dq, const Acc<E>* dkv, size_t T, size_t q_width, size_t kv_width) {
-#pragma omp parallel for schedule(static)
-    for (size_t t = 0; t < T; t++) {
-        E* to = dqkv + t * (q_width + kv_width);
-        for (size_t i = 0; i < q_width; i++) to[i] = E(dq[t * q_width + i]);
-        for (size_t i = 0; i < kv_width; i++) to[q_width + i] = E(dkv[t * kv_width + i]);
     }
 }
 
@@ -325,17 +318,17 @@ template <class Dev, class E> void ring_attention_forward(Dev dev, const Comm& c
     const size_t stride = (H + 2 * K) * D, width = 2 * K * D;
     const E* kv = qkv + H * D;
     const E* anchor = ring_anchor(dev, comm, plan, scratch.anchor, kv, stride, width);
+    const size_t steps = plan.steps.size();
     Shift keys = ring_send_keys(dev, comm, plan, 0, scratch, kv, stride, width);
-    attention_begin(dev, scratch.state, lse, qkv, stride, anchor, plan.local, H, K, D);
-    attention_forward(dev, scratch.state, lse, qkv, stride, kv, stride, plan.own, plan.local, plan.local, H, K, D);
-    for (size_t i = 0; i < plan.steps.size(); i++) {
+    attention_forward(dev, out, lse, scratch.state, qkv, stride, kv, stride, anchor, plan.own, {true, steps == 0},
+                      plan.local, plan.local, H, K, D);
+    for (size_t i = 0; i < steps; i++) {
         shift_wait(keys);
         keys = ring_send_keys(dev, comm, plan, i + 1, scratch, kv, stride, width);
         const RingStep& step = plan.steps[i];
-        attention_forward(dev, scratch.state, lse, qkv, stride, (const E*)scratch.receive[i % 2], width, step.map,
-                          plan.local, step.received, H, K, D);
+        attention_forward(dev, out, lse, scratch.state, qkv, stride, (const E*)scratch.receive[i % 2], width, anchor,
+                          step.map, {false, i + 1 == steps}, plan.local, step.received, H, K, D);
     }
-    attention_end(dev, out, scratch.state, plan.local.size() * H * D);
 }
 
 // dqkv is overwritten. The gradients of step i's keys travel back while step i + 1 is computed.
@@ -348,12 +341,13 @@ void ring_attention_backward(Dev dev, const Comm& comm, const RingPlan& plan, E*
     const E* kv = qkv + H * D;
     Acc<E>*dq = scratch.state, *dkv = scratch.dkv, *danchor = plan.anchor ? scratch.danchor : nullptr;
     const E* anchor = ring_anchor(dev, comm, plan, scratch.anchor, kv, stride, width);
+    E* const dkv_out = dqkv + H * D;
     Shift keys = ring_send_keys(dev, comm, plan, 0, scratch, kv, stride, width);
-    ring_zero(dev, dkv, T * width);
-    if (danchor) ring_zero(dev, danchor, B * width);
+    if (dkv) fill_zero(dev, dkv, T * width * sizeof(*dkv));
+    if (danchor) fill_zero(dev, danchor, B * width * sizeof(*danchor));
     attention_backward_begin(dev, scratch.delta, dq, danchor, dout, out, lse, qkv, stride, anchor, plan.local, H, K, D);
-    attention_backward(dev, dq, dkv, dout, qkv, stride, kv, stride, lse, scratch.delta, plan.own, plan.local,
-                       plan.local, H, K, D);
+    attention_backward(dev, dq, dkv, plan.steps.empty() ? dkv_out : nullptr, stride, danchor, dout, qkv, stride, kv,
+                       stride, lse, scratch.delta, plan.own, plan.local, plan.local, H, K, D);
     Shift back;
     for (size_t i = 0; i < plan.steps.size(); i++) {
         const RingStep& step = plan.steps[i];
@@ -361,21 +355,80 @@ void ring_attention_backward(Dev dev, const Comm& comm, const RingPlan& plan, E*
         Acc<E>* partial = scratch.dkv_send[i % 2];
         shift_wait(keys);
         keys = ring_send_keys(dev, comm, plan, i + 1, scratch, kv, stride, width);
-        ring_zero(dev, partial, received);
-        attention_backward(dev, dq, partial, dout, qkv, stride, (const E*)scratch.receive[i % 2], width, lse,
-                           scratch.delta, step.map, plan.local, step.received, H, K, D);
+        fill_zero(dev, partial, received * sizeof(*partial));
+        attention_backward(dev, dq, partial, (E*)nullptr, 0, danchor, dout, qkv, stride,
+                           (const E*)scratch.receive[i % 2], width, lse, scratch.delta, step.map, plan.local,
+                           step.received, H, K, D);
         shift_wait(back);
         if (i > 0) ring_add(dev, dkv, scratch.dkv_receive, plan.steps[i - 1].send, width);
         back = shift_start(dev, comm, partial, received, step.from, scratch.dkv_receive, step.send_tokens * width,
                            step.to);
     }
     shift_wait(back);
-    if (!plan.steps.empty()) ring_add(dev, dkv, scratch.dkv_receive, plan.steps.back().send, width);
+    attention_store(dev, dqkv, stride, dq, T, H * D);
+    if (plan.steps.empty()) return;
+    ring_add(dev, dkv, scratch.dkv_receive, plan.steps.back().send, width);
     if (danchor) comm_sum(dev, comm, danchor, B * width);
     if (danchor && plan.rank == 0) ring_add(dev, dkv, danchor, anchor_ranges(plan), width);
-    ring_store(dev, dqkv, dq, dkv, T, H * D, width);
+    attention_store(dev, dkv_out, stride, dkv, T, width);
 }
 
 #ifdef __CUDACC__
-// Gpu: kernels follow.
+// Hands out pieces of the plan's memory and fills them.
+struct RingUpload {
+    Gpu gpu;
+    uint8_t* memory;
+    size_t left;
+    template <class X> const X* put(const std::vector<X>& from) {
+        const size_t bytes = from.size() * sizeof(X), padded = (bytes + 63) / 64 * 64;
+        REQUIRE(padded <= left, "give the plan the memory that ring_plan_bytes says");
+        X* to = (X*)memory;
+        copy_to_device(gpu, to, from.data(), bytes);
+        memory += padded, left -= padded;
+        return to;
+    }
+    DeviceMap put(const TileMap& map) { return {put(map.tiles), put(map.ranges), int32_t(map.tiles.size())}; }
+};
+
+// Brings the plan to the GPU: `bytes` of its memory, as ring_plan_bytes says.
+inline void ring_plan_upload(Gpu gpu, RingPlan& plan, void* memory, size_t bytes) {
+    RingUpload upload{gpu, (uint8_t*)memory, bytes};
+    const TokenLabel* q_label = upload.put(token_labels(plan.local, false));
+    auto put = [&](AttentionMap& map, const Tokens& keys) {
+        map.q_label = q_label, map.k_label = upload.put(token_labels(keys, true));
+        map.device_forward = upload.put(map.forward), map.device_backward = upload.put(map.backward);
+    };
+    put(plan.own, plan.local);
+    for (RingStep& step : plan.steps) put(step.map, step.received);
+}
+
+// Gpu: one block a token; the ranges are few.
+template <class E> __global__ void ring_pack_kernel(E* packed, const E* from, size_t stride, size_t width) {
+    for (size_t i = threadIdx.x; i < width; i += blockDim.x)
+        packed[blockIdx.x * width + i] = from[blockIdx.x * stride + i];
+}
+template <class E>
+void ring_pack(Gpu gpu, E* packed, const E* from, size_t stride, const std::vector<TokenRange>& ranges, size_t width) {
+    for (const TokenRange& range : ranges) {
+        const size_t tokens = range.end - range.begin;
+        if (tokens == 0) continue;
+        ring_pack_kernel<<<unsigned(tokens), 256, 0, gpu.stream>>>(packed, from + range.begin * stride, stride, width);
+        CUDA_CHECK(cudaGetLastError());
+        packed += tokens * width;
+    }
+}
+
+template <class A> __global__ void ring_add_kernel(A* to, const A* packed, size_t width) {
+    for (size_t i = threadIdx.x; i < width; i += blockDim.x)
+        to[blockIdx.x * width + i] += packed[blockIdx.x * width + i];
+}
+template <class A> void ring_add(Gpu gpu, A* to, const A* packed, const std::vector<TokenRange>& ranges, size_t width) {
+    for (const TokenRange& range : ranges) {
+        const size_t tokens = range.end - range.begin;
+        if (tokens == 0) continue;
+        ring_add_kernel<<<unsigned(tokens), 256, 0, gpu.stream>>>(to + range.begin * width, packed, width);
+        CUDA_CHECK(cudaGetLastError());
+        packed += tokens * width;
+    }
+}
 #endif

@@ -149,7 +149,7 @@ struct Naive {
             p[j] = std::exp(scale * s); // the tests' scores are small
             sum += p[j];
         }
-        lse[i * z.H + h] = std::log(sum);
+        lse[h * t.size() + i] = std::log(sum);
         for (size_t j = 0; j < t.size(); j++) {
             p[j] /= sum, delta += p[j] * dp[j];
             for (size_t d = 0; d < D; d++) {
@@ -208,8 +208,8 @@ template <class E> Result<E> attend(const Tokens& t, const Buffer<E>& qkv, const
 
     attention_begin(Cpu(), o.data(), r.lse.data(), qkv.data(), W, anchor_or_null, t, H, K, D);
     for (size_t p = 0; p < portions; p++)
-        attention_forward(Cpu(), o.data(), r.lse.data(), qkv.data(), W, kv[p].data(), kv_width, maps[p], t, keys[p], H,
-                          K, D);
+        attention_continue(Cpu(), o.data(), r.lse.data(), qkv.data(), W, kv[p].data(), kv_width, maps[p], t, keys[p], H,
+                           K, D);
     attention_end(Cpu(), r.out.data(), o.data(), o.count);
 
     danchor.fill(0);
@@ -218,8 +218,8 @@ template <class E> Result<E> attend(const Tokens& t, const Buffer<E>& qkv, const
     for (size_t p = 0; p < portions; p++) {
         Buffer<A> dkv(from[p].size() * kv_width);
         dkv.fill(0);
-        attention_backward(Cpu(), dq.data(), dkv.data(), dout.data(), qkv.data(), W, kv[p].data(), kv_width,
-                           r.lse.data(), delta.data(), maps[p], t, keys[p], H, K, D);
+        attention_backward_continue(Cpu(), dq.data(), dkv.data(), dout.data(), qkv.data(), W, kv[p].data(), kv_width,
+                                    r.lse.data(), delta.data(), maps[p], t, keys[p], H, K, D);
         for (size_t j = 0; j < from[p].size(); j++)
             for (size_t i = 0; i < kv_width; i++) r.dqkv[from[p][j] * W + H * D + i] = dkv[j * kv_width + i];
     }
@@ -270,7 +270,7 @@ TEST_CASE("gradients are finite differences, the anchor's included") {
         auto loss = [&] {
             Buffer<double> o(in.dout.count), lse(t.size() * z.H);
             attention_begin(Cpu(), o.data(), lse.data(), q, W, anchor, t, z.H, z.K, z.D);
-            attention_forward(Cpu(), o.data(), lse.data(), q, W, kv, W, map, t, t, z.H, z.K, z.D);
+            attention_continue(Cpu(), o.data(), lse.data(), q, W, kv, W, map, t, t, z.H, z.K, z.D);
             double sum = 0;
             for (size_t i = 0; i < o.count; i++) sum += o[i] * in.dout[i];
             return sum;
@@ -342,14 +342,15 @@ TEST_CASE("queries that see nothing give zeros, not NaN") {
     TileMap map;
     tile_map_build(map, q, k, 64, 64);
     attention_begin<double>(Cpu(), o, lse, x, z.H * z.D, nullptr, q, z.H, z.K, z.D);
-    attention_forward<double>(Cpu(), o, lse, x, z.H * z.D, kv, 2 * z.D, map, q, k, z.H, z.K, z.D);
+    attention_continue<double>(Cpu(), o, lse, x, z.H * z.D, kv, 2 * z.D, map, q, k, z.H, z.K, z.D);
     dkv.fill(0);
     attention_backward_begin<double>(Cpu(), delta, dq, nullptr, dout, o, lse, x, z.H * z.D, nullptr, q, z.H, z.K, z.D);
-    attention_backward<double>(Cpu(), dq, dkv, dout, x, z.H * z.D, kv, 2 * z.D, lse, delta, map, q, k, z.H, z.K, z.D);
+    attention_backward_continue<double>(Cpu(), dq, dkv, dout, x, z.H * z.D, kv, 2 * z.D, lse, delta, map, q, k, z.H,
+                                        z.K, z.D);
     for (size_t i = 0; i < 80; i++)
         for (size_t h = 0; h < z.H; h++) {
             const bool blind = q.doc[i] == 2;
-            CHECK(std::isinf(lse[i * z.H + h]) == blind);
+            CHECK(std::isinf(lse[h * 80 + i]) == blind);
             for (size_t d = 0; d < z.D; d++) {
                 CHECK((o[(i * z.H + h) * z.D + d] == 0) == blind);
                 CHECK((dq[(i * z.H + h) * z.D + d] == 0) == blind);
@@ -404,7 +405,7 @@ TEST_CASE("P is rounded to bf16 before its product") {
     const bf16 q[] = {0.0f, 0.0f, 1.0f, 0.0f}, kv[] = {0.0f, 0.0f, 1.0f, 0.0f, 1.5f, 0.0f, 0.0f, 0.0f};
     float o[4], lse[2];
     attention_begin<bf16>(Cpu(), o, lse, q, 2, nullptr, t, 1, 1, 2);
-    attention_forward<bf16>(Cpu(), o, lse, q, 2, kv, 4, map, t, t, 1, 1, 2);
+    attention_continue<bf16>(Cpu(), o, lse, q, 2, kv, 4, map, t, t, 1, 1, 2);
     const double p = std::exp(-1.5 / std::sqrt(2.0)), rounded = float(bf16(float(p)));
     CHECK(std::fabs(rounded - p) > 1e-4);              // or the next line could not tell
     CHECK(std::fabs(o[2] - rounded / (p + 1)) < 1e-6); // the sum takes P before its rounding

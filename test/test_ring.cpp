@@ -62,7 +62,7 @@ template <class E> Result<E> attend(const Comm& comm, const RingPlan& plan, cons
             std::copy_n(qkv.data() + (b * S + plan.local.index[t]) * W, W, local_qkv.data() + t * W);
             std::copy_n(dout.data() + (b * S + plan.local.index[t]) * O, O, local_dout.data() + t * O);
         }
-    Scratch<E> scratch(ring_scratch_sizes(T, comm.size, B, z.H, z.K, z.D));
+    Scratch<E> scratch(ring_scratch_sizes(Cpu(), T, comm.size, B, z.H, z.K, z.D));
     RingScratch<E> pointers = scratch.pointers();
     Result<E> r{Buffer<E>(T * O), Buffer<E>(T * W), Buffer<Acc<E>>(T * z.H)};
     ring_attention_forward(Cpu(), comm, plan, r.out.data(), r.lse.data(), local_qkv.data(), pointers, z.H, z.K, z.D);
@@ -70,6 +70,9 @@ template <class E> Result<E> attend(const Comm& comm, const RingPlan& plan, cons
     for (auto* x : {&scratch.state, &scratch.delta, &scratch.dkv}) x->poison();
     ring_attention_backward(Cpu(), comm, plan, r.dqkv.data(), local_dout.data(), r.out.data(), r.lse.data(),
                             local_qkv.data(), pointers, z.H, z.K, z.D);
+    const Buffer<Acc<E>> by_head = converted<Acc<E>>(r.lse); // to (T, H), the order of all other results
+    for (size_t t = 0; t < T; t++)
+        for (size_t h = 0; h < z.H; h++) r.lse[t * z.H + h] = by_head[h * T + t];
     return r;
 }
 
@@ -191,13 +194,13 @@ TEST_CASE("plans: all tokens placed, both ends agree, every visible pair once, n
                         }
                         right &= p.rank > 0 || p.local.index[p.local.row_begin[b]] == 0; // the anchor's rank is 0
                     }
-                    int64_t own_pairs = p.own.pairs + (p.anchor ? int64_t(p.local.size()) : 0);
+                    int64_t own_pairs = p.own.forward.pairs + (p.anchor ? int64_t(p.local.size()) : 0);
                     for (const RingStep& step : p.steps) {
                         const RingStep& far = plans[step.to].steps[&step - p.steps.data()];
                         right &= far.from == p.rank && same_tokens(picked(p.local, step.send), far.received);
                         right &= step.send_tokens == far.received.size() && step.send_tokens <= p.local.size();
-                        right &= (step.map.pairs == 0) == (step.received.size() == 0);
-                        own_pairs += step.map.pairs, moved += int64_t(step.send_tokens);
+                        right &= (step.map.forward.pairs == 0) == (step.received.size() == 0);
+                        own_pairs += step.map.forward.pairs, moved += int64_t(step.send_tokens);
                     }
                     right &= own_pairs == p.pairs;
                     pairs += p.pairs;

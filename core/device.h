@@ -1,0 +1,125 @@
+// The memory of the two machines: allocation, copies, waiting; and what a Gpu tag's context holds.
+#pragma once
+#include "types.h"
+
+// Zeroed memory of the device, on a 256-byte boundary; fails with the size when there is not enough.
+inline uint8_t* device_allocate(Cpu, size_t bytes) {
+    constexpr size_t alignment = 256;
+    void* block = bytes ? calloc(1, bytes + alignment) : nullptr;
+    if (bytes && !block) fail("cannot allocate %.2f GiB; --plan shows what takes it", double(bytes) / (1 << 30));
+    return (uint8_t*)((uintptr_t(block) + alignment - 1) / alignment * alignment);
+}
+
+// Each is in order with the work that was given to the device before. After copy_to_device `from` is free at once;
+// copy_to_host and device_wait return when all that work is done.
+inline void copy_to_device(Cpu, void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
+inline void copy_to_host(Cpu, void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
+inline void copy_on_device(Cpu, void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
+inline void fill_zero(Cpu, void* to, size_t bytes) { memset(to, 0, bytes); }
+inline void device_wait(Cpu) {}
+
+#ifdef __CUDACC__
+// A CUDA call that fails ends all ranks; one that fails after a kernel names the kernel's file too.
+#define CUDA_CHECK(call)                                                                                            \
+    do {                                                                                                            \
+        cudaError_t cuda_status = (call);                                                                           \
+        if (cuda_status != cudaSuccess)                                                                             \
+            fail("%s:%d: %s: %s (%s); CUDA_LAUNCH_BLOCKING=1 shows which kernel it was", __FILE__, __LINE__, #call, \
+                 cudaGetErrorString(cuda_status), cudaGetErrorName(cuda_status));                                   \
+    } while (0)
+
+// Host memory that the GPU can read while the host goes on: a ring of slots, each free again when its event has come.
+struct Staging {
+    static constexpr size_t slots = 64, slot_bytes = size_t(1) << 20;
+    uint8_t* memory = nullptr;
+    cudaEvent_t sent[slots] = {};
+    size_t next = 0;
+};
+
+struct MatmulCache; // layers/matmul.cuh
+
+struct GpuContext {
+    static constexpr size_t scratch_bytes = size_t(64) << 20;
+    int device = 0, sms = 0, compute = 0; // compute: 80, 90, ...
+    size_t l2_bytes = 0, memory_bytes = 0;
+    char name[256] = "";
+    bool deterministic = false;
+    // For what a launcher needs during its own kernels alone (cuBLASLt's workspace, partial sums). All work is on one
+    // stream, so each launcher may use all of it.
+    uint8_t* scratch = nullptr;
+    Staging staging;
+    MatmulCache* matmul = nullptr;
+};
+
+inline uint8_t* device_allocate(Gpu, size_t bytes) {
+    void* block = nullptr;
+    if (bytes == 0) return nullptr;
+    if (cudaError_t status = cudaMalloc(&block, bytes); status != cudaSuccess) {
+        size_t free = 0, all = 0;
+        cudaMemGetInfo(&free, &all);
+        fail("cannot allocate %.2f GiB on the GPU (%s; %.2f of %.2f GiB are free); --plan shows what takes it",
+             double(bytes) / (1 << 30), cudaGetErrorString(status), double(free) / (1 << 30), double(all) / (1 << 30));
+    }
+    CUDA_CHECK(cudaMemset(block, 0, bytes));
+    return (uint8_t*)block;
+}
+
+inline void device_wait(Gpu gpu) { CUDA_CHECK(cudaStreamSynchronize(gpu.stream)); }
+
+inline void copy_to_device(Gpu gpu, void* to, const void* from, size_t bytes) {
+    Staging& s = gpu.context->staging;
+    for (size_t done = 0; done < bytes; done += Staging::slot_bytes) {
+        const size_t n = bytes - done < Staging::slot_bytes ? bytes - done : Staging::slot_bytes;
+        const size_t slot = s.next++ % Staging::slots;
+        uint8_t* pinned = s.memory + slot * Staging::slot_bytes;
+        CUDA_CHECK(cudaEventSynchronize(s.sent[slot]));
+        memcpy(pinned, (const uint8_t*)from + done, n);
+        CUDA_CHECK(cudaMemcpyAsync((uint8_t*)to + done, pinned, n, cudaMemcpyHostToDevice, gpu.stream));
+        CUDA_CHECK(cudaEventRecord(s.sent[slot], gpu.stream));
+    }
+}
+
+inline void copy_to_host(Gpu gpu, void* to, const void* from, size_t bytes) {
+    CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, gpu.stream));
+    device_wait(gpu);
+}
+inline void copy_on_device(Gpu gpu, void* to, const void* from, size_t bytes) {
+    CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, gpu.stream));
+}
+inline void fill_zero(Gpu gpu, void* to, size_t bytes) { CUDA_CHECK(cudaMemsetAsync(to, 0, bytes, gpu.stream)); }
+
+// Opens a GPU of this host, or says why that cannot be.
+inline Gpu gpu_open(int device) {
+    int count = 0, driver = 0, runtime = 0;
+    const cudaError_t status = cudaGetDeviceCount(&count);
+    cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&runtime);
+    if (driver == 0) fail("no NVIDIA driver here: --device cpu runs without a GPU");
+    if (status == cudaErrorInsufficientDriver)
+        fail(
+            "the driver knows CUDA %d.%d, this program was built with %d.%d: update the driver or build with the older "
+            "toolkit",
+            driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+    if (status != cudaSuccess || count == 0)
+        fail("no usable GPU (%s): --device cpu runs without one", cudaGetErrorString(status));
+    if (device >= count) fail("rank wants GPU %d and this host shows %d: start one rank a GPU", device, count);
+    CUDA_CHECK(cudaSetDevice(device));
+
+    cudaDeviceProp properties;
+    CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
+    Gpu gpu;
+    gpu.context = new GpuContext;
+    GpuContext& c = *gpu.context;
+    c.device = device, c.sms = properties.multiProcessorCount, c.compute = properties.major * 10 + properties.minor;
+    c.l2_bytes = size_t(properties.l2CacheSize), c.memory_bytes = properties.totalGlobalMem;
+    snprintf(c.name, sizeof c.name, "%s", properties.name);
+    if (c.compute < 80)
+        fail(
+            "GPU %d (%s) has compute capability %d.%d; bf16 needs 8.0 (A100 or later): --device cpu runs without a GPU",
+            device, c.name, c.compute / 10, c.compute % 10);
+    CUDA_CHECK(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
+    CUDA_CHECK(cudaMallocHost((void**)&c.staging.memory, Staging::slots * Staging::slot_bytes));
+    for (cudaEvent_t& event : c.staging.sent) CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    c.scratch = device_allocate(gpu, GpuContext::scratch_bytes);
+    return gpu;
+}
+#endif

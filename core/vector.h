@@ -1,0 +1,35 @@
+// The CPU's vectors: the width to compile for, the vector types, memory on their boundaries.
+#pragma once
+#include "types.h"
+#include <memory>
+
+#if defined(__AVX512F__)
+constexpr size_t vector_bytes = 64, vector_registers = 32;
+#elif defined(__AVX2__)
+constexpr size_t vector_bytes = 32, vector_registers = 16;
+#else
+constexpr size_t vector_bytes = 16, vector_registers = 16;
+#endif
+template <class A> constexpr size_t vector_lanes = vector_bytes / sizeof(A);
+
+// `type` is the widest native vector, `loose` the same at any address of an A. The attribute wants a type that does not
+// depend on a template's parameter, hence the two specialisations.
+template <class A> struct NativeVector;
+template <> struct NativeVector<float> {
+    typedef float type __attribute__((vector_size(vector_bytes)));
+    typedef float loose __attribute__((vector_size(vector_bytes), aligned(4), may_alias));
+};
+template <> struct NativeVector<double> {
+    typedef double type __attribute__((vector_size(vector_bytes)));
+    typedef double loose __attribute__((vector_size(vector_bytes), aligned(8), may_alias));
+};
+
+// Scratch memory on cache line boundaries, so that no vector straddles two of them; not set to anything.
+template <class A> struct AlignedScratch {
+    struct alignas(64) Line {
+        A value[64 / sizeof(A)];
+    };
+    std::unique_ptr<Line[]> line;
+    explicit AlignedScratch(size_t count) : line(new Line[count * sizeof(A) / 64 + 1]) {}
+    A* data() { return line[0].value; }
+};
