@@ -3,14 +3,16 @@
 # make demo          installs what is missing, trains a small model, extends its context, draws demo.png
 # make test          installs what is missing, runs every test that needs no GPU (make test SAN=1: under ASan, UBSan)
 # make test-gpu      the tests that need a GPU
-# make bench         speed of the layers on this machine
+# make bench         speed of the layers and of the whole step on this machine, PEERS=1 beside PyTorch's
 # make lint          include graph, layout, whitespace
 # make format        clang-format over the sources
 # make docs          writes the option table into README.md
 # make deps          installs compiler, MPI, doctest (apt, when root) and the Python packages (.venv)
 # make clean
 #
-# CUDA=1 builds with nvcc, MPI=0 leaves MPI aside, ARCH=x86-64-v3 instead of this machine's CPU, SAN=1 sanitizers.
+# With nvcc on the PATH the GPU's layers are built in (CUDA=0 leaves them out), for the GPU of this machine or, when it
+# has none, for A100 and H100 (GPU_ARCH="80 90a"). MPI=0 leaves MPI aside, ARCH=x86-64-v3 is another CPU than this
+# machine's, SAN=1 builds with sanitizers.
 
 .PHONY: help demo test test-gpu bench lint format docs deps clean
 help:
@@ -18,10 +20,11 @@ help:
 
 ARCH ?= native
 CXX  ?= g++
-CUDA ?= 0
+NVCC := $(shell command -v nvcc 2>/dev/null)
+CUDA ?= $(if $(SAN),0,$(if $(NVCC),1,0))
 MPICXX := $(shell command -v mpicxx 2>/dev/null)
 MPI    ?= $(if $(MPICXX),1,0)
-BUILD  := build$(if $(SAN),/san)
+BUILD  := build$(if $(SAN),/san)$(if $(filter 1,$(CUDA)),/cuda)
 PROGRAM := $(if $(SAN),$(BUILD)/)train_llama
 PYTHON := $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
@@ -30,7 +33,13 @@ HOST_FLAGS := -march=$(ARCH) -fopenmp -fno-math-errno
 CXXFLAGS   := -std=c++20 $(HOST_FLAGS) -Wall -Wextra -Wno-restrict -I. $(if $(SAN),-g -fsanitize=address$(comma)undefined -fno-omit-frame-pointer)
 COMPILE    := $(CXX) $(CXXFLAGS) -x c++
 ifeq ($(CUDA),1)
-COMPILE := nvcc -std=c++20 -arch=sm_90 -I. -x cu $(foreach f,$(HOST_FLAGS),-Xcompiler=$(f))
+# wgmma and setmaxnreg want the 90a, by -gencode: -arch=sm_90a would also run a pass for plain sm_90.
+GPU_HERE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u | sed 's/^90$$/90a/')
+GPU_ARCH ?= $(or $(GPU_HERE),80 90a)
+GENCODE  := $(foreach a,$(GPU_ARCH),-gencode=arch=compute_$(a)$(comma)code=sm_$(a))
+NVCCFLAGS := -std=c++20 $(GENCODE) -lineinfo -I. $(foreach f,$(HOST_FLAGS),-Xcompiler=$(f))
+COMPILE  := nvcc $(NVCCFLAGS) -x cu
+CUDA_LIBS := -lcublasLt -lcublas
 endif
 ifeq ($(MPI),1)
 COMM      := core/comm_mpi.cpp
@@ -41,9 +50,13 @@ COMM := core/comm_serial.cpp
 endif
 HEADERS := attention_anchor.cuh rope.cuh $(wildcard layers/*.cuh core/*.h)
 
-$(PROGRAM): $(BUILD)/train_llama.o $(BUILD)/comm.o
-	$(if $(filter 1,$(CUDA)),nvcc -Xcompiler=-fopenmp,$(CXX) $(CXXFLAGS)) $^ -o $@ $(MPI_LIBS)
-	@echo "$@: $(if $(filter 1,$(CUDA)),nvcc,g++), $(if $(filter 1,$(MPI)),ranks by MPI,no MPI found: one rank)"
+$(PROGRAM): $(BUILD)/train_llama.o $(BUILD)/comm.o build/flavour
+	$(if $(filter 1,$(CUDA)),nvcc -Xcompiler=-fopenmp,$(CXX) $(CXXFLAGS)) $(filter %.o,$^) -o $@ $(MPI_LIBS) $(CUDA_LIBS)
+	@echo "$@: $(if $(filter 1,$(CUDA)),CPU and GPU (sm_$(subst $() ,$(comma) sm_,$(strip $(GPU_ARCH)))),CPU), $(if $(filter 1,$(MPI)),ranks by MPI,no MPI found: one rank)"
+# The program has one name, so it is linked again when the build's kind changes.
+build/flavour: FORCE
+	@mkdir -p build && echo "$(BUILD) $(GENCODE)" | cmp -s - $@ || echo "$(BUILD) $(GENCODE)" > $@
+FORCE:
 $(BUILD)/train_llama.o: train_llama.cu $(HEADERS) Makefile | $(BUILD)
 	$(COMPILE) -O$(if $(SAN),1,3) -c $< -o $@
 $(BUILD)/comm.o: $(COMM) $(HEADERS) Makefile | $(BUILD)
@@ -73,10 +86,28 @@ test: deps
 .PHONY: test-run
 test-run: $(PROGRAM) $(BUILD)/test_cpu $(if $(filter 1,$(MPI)),$(RANK_TESTS))
 	@SAN=$(SAN) TRAIN_LLAMA=$(abspath $(PROGRAM)) test/run.sh $(BUILD)/test_cpu $(if $(filter 1,$(MPI)),--ranks $(RANK_TESTS))
-test-gpu:
-	@echo "no layer runs on a GPU yet" && exit 1
+
+# The tests of the GPU are a program of their own, built from test/gpu_*.cu.
+GPU_TESTS := $(patsubst test/%.cu,$(BUILD)/%.o,$(wildcard test/gpu_*.cu))
+$(BUILD)/gpu_%.o: test/gpu_%.cu train_llama.cu $(HEADERS) $(wildcard test/*.h) | $(BUILD)
+	nvcc $(NVCCFLAGS) -O2 -c $< -o $@
+$(BUILD)/test_gpu: $(GPU_TESTS) $(BUILD)/test_main.o $(BUILD)/comm_serial.o
+	nvcc -Xcompiler=-fopenmp $^ -o $@ $(CUDA_LIBS)
+test-gpu: deps
+	@$(MAKE) --no-print-directory test-gpu-run
+.PHONY: test-gpu-run
+test-gpu-run: $(PROGRAM) $(BUILD)/test_gpu
+	@TRAIN_LLAMA=$(abspath $(PROGRAM)) PYTHON=$(PYTHON) test/run_gpu.sh $(BUILD)/test_gpu
+BENCHES := $(patsubst dev/%.cu,$(BUILD)/%,$(wildcard dev/bench_*.cu))
+$(BENCHES): $(BUILD)/%: dev/%.cu dev/bench.h $(HEADERS) $(BUILD)/comm_serial.o | $(BUILD)
+	nvcc $(NVCCFLAGS) -O3 $< $(BUILD)/comm_serial.o -o $@ $(CUDA_LIBS)
+ifeq ($(CUDA),1)
+bench: $(PROGRAM) $(BENCHES)
+	@BUILD=$(BUILD) PYTHON=$(PYTHON) dev/bench.sh
+else
 bench: $(BUILD)/bench_cpu
 	$(BUILD)/bench_cpu
+endif
 $(BUILD)/bench_cpu: dev/bench_cpu.cpp $(HEADERS) $(BUILD)/comm_serial.o | $(BUILD)
 	$(CXX) $(CXXFLAGS) -O3 $< $(BUILD)/comm_serial.o -o $@ -lopenblas
 
@@ -87,7 +118,7 @@ demo: deps
 lint:
 	@$(PYTHON) dev/lint.py
 format:
-	clang-format -i train_llama.cu $(HEADERS) $(wildcard core/*.cpp test/*.cpp test/*.h dev/*.cpp)
+	clang-format -i train_llama.cu $(HEADERS) $(wildcard core/*.cpp test/*.cpp test/*.h test/*.cu dev/*.cpp dev/*.h dev/*.cu dev/cuda/*.cu)
 docs: train_llama
 	@$(PYTHON) dev/docs.py
 clean:

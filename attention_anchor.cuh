@@ -243,6 +243,7 @@ struct Portion {
 // as scalars, from their own layout. Short tiles of queries are padded with zeros, tiles of keys are not.
 constexpr int attention_tile = 64;
 constexpr AttentionTiles attention_tiles_cpu = {attention_tile, attention_tile, 0, 0};
+template <class E> AttentionTiles attention_tiles(Cpu, size_t) { return attention_tiles_cpu; }
 template <class A> constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
 
 #if defined(__AVX512F__)

@@ -17,6 +17,7 @@
 #include "core/options.h"
 #include "core/types.h"
 #include "layers/adamw.cuh"
+#include "layers/convert.cuh"
 #include "layers/embedding.cuh"
 #include "layers/grad_norm.cuh"
 #include "layers/loss.cuh"
@@ -24,10 +25,11 @@
 #include "layers/ring.cuh"
 #include "layers/rmsnorm.cuh"
 #include "layers/swiglu.cuh"
+#include "layers/update.cuh"
 #include "rope.cuh"
 #include <csignal>
-#include <functional>
 #include <omp.h>
+#include <optional>
 #include <sys/stat.h>
 #include <unistd.h>
 #ifdef __SSE__
@@ -55,8 +57,8 @@
     PARAM(final_norm,  "model.norm.weight",                                  1,                C,       false, ones)   \
     PARAM(head,        "lm_head.weight",                                     untied * V,       C,       true,  normal)
 
-// Activations of a layer. `kept` holds one for every layer; the others are kept or, when --recompute names them,
-// share one place that the backward fills again.
+// Activations of a layer. `kept` holds one for every layer; the others are kept, or, in the layers for which
+// --recompute names them, share one place that the backward fills again. N: tokens of a feed-forward tile, mostly T.
 //
 //        field        elements             type  policy
 #define ACTIVATIONS(ACT)                                                                                               \
@@ -69,8 +71,8 @@
     ACT(h,             T * C,               E,    residual)  /* residual stream between attention and feed-forward */  \
     ACT(ffn_normed,    T * C,               E,    norm)                                                                \
     ACT(ffn_rstd,      T,                   A,    kept)                                                                \
-    ACT(gate_up,       T * 2 * F,           E,    ffn)                                                                 \
-    ACT(act,           T * F,               E,    swiglu)
+    ACT(gate_up,       N * 2 * F,           E,    ffn)                                                                 \
+    ACT(act,           N * F,               E,    swiglu)
 // clang-format on
 
 #define FIELD(name, ...) E* name;
@@ -86,10 +88,15 @@ template <class E> struct Params {
 template <class E, class A = Acc<E>> struct LayerActs { ACTIVATIONS(FIELD) E* out; }; // out: the next layer's x
 #undef FIELD
 
-// What the backward computes again, from cheap to dear.
+// What the backward computes again, from cheap to dear: in how many layers, counted from the first.
 struct Recompute {
-    bool norm = false, swiglu = false, residual = false, qkv = false, ffn = false, attention = false;
-    static constexpr bool kept = false;
+    int norm = 0, swiglu = 0, residual = 0, qkv = 0, ffn = 0, attention = 0;
+    static constexpr int kept = 0;
+};
+// Which of these policies are of activations that the feed-forward alone uses.
+struct FeedForward {
+    static constexpr bool kept = false, norm = false, residual = false, qkv = false, attention = false;
+    static constexpr bool swiglu = true, ffn = true;
 };
 
 enum class Start { zeros, ones, normal, scaled }; // scaled: normal / sqrt(2 L), for what is added to the residual
@@ -102,6 +109,7 @@ struct ParamInfo {
     bool decay;
     Start start;
     size_t count() const { return rows * columns; }
+    size_t padded() const { return (count() + param_alignment - 1) / param_alignment * param_alignment; }
 };
 
 std::vector<ParamInfo> param_table(const Config& c) {
@@ -110,7 +118,7 @@ std::vector<ParamInfo> param_table(const Config& c) {
     size_t offset = 0;
     auto add = [&](const char* name, const char* hf, int layer, size_t rows, size_t columns, bool decay, Start start) {
         table.push_back({name, hf, layer, rows, columns, offset, decay, start});
-        offset += (rows * columns + param_alignment - 1) / param_alignment * param_alignment;
+        offset += table.back().padded();
     };
 #define ADD(name, hf, rows, columns, decay, start) add(#name, hf, layer, rows, columns, decay, Start::start);
     int layer = -1;
@@ -125,7 +133,13 @@ std::vector<ParamInfo> param_table(const Config& c) {
 // Elements of the flat buffer, padding included.
 size_t param_elements(const Config& c) {
     ParamInfo last = param_table(c).back();
-    return last.offset + (last.count() + param_alignment - 1) / param_alignment * param_alignment;
+    return last.offset + last.padded();
+}
+
+size_t param_count(const Config& c) {
+    size_t count = 0;
+    for (const ParamInfo& p : param_table(c)) count += p.count();
+    return count;
 }
 
 template <class E> Params<E> params_place(E* flat, const Config& c) {
@@ -150,12 +164,14 @@ template <class E> Params<E> params_place(E* flat, const Config& c) {
 struct Layout {
     size_t S = 0, B = 1;     // tokens of a row, rows
     int ring = 1, world = 1; // ranks of a sequence, ranks in all
-    size_t head_chunk = 512;
+    size_t head_chunk = 512; // tokens whose logits exist at once
+    size_t ffn_tile = 0;     // tokens whose feed-forward activations exist at once; 0: all
     bool train = true, master = false;
     Type moments = Type::f32;
     Recompute recompute;
 
-    size_t tokens() const { return B * (ring_padded_length(S, ring) / ring); } // T
+    size_t tokens() const { return B * (ring_padded_length(S, ring) / ring); }               // T
+    size_t ffn_tokens() const { return ffn_tile ? std::min(ffn_tile, tokens()) : tokens(); } // N
 };
 
 template <class Dev, class E, class G> struct Model {
@@ -174,6 +190,8 @@ template <class Dev, class E, class G> struct Model {
     std::vector<size_t> shards; // rank r updates [shards[r], shards[r + 1])
     void *moment1, *moment2;    // this rank's shard, of layout.moments
     A* master;                  // this rank's shard in full precision, or null
+    UpdateState* update;        // sums of the update under way, and what is decided on it
+    Mail mail[2];               // copies of it on their way to the host, by the parity of the step
 
     std::vector<LayerActs<E>> acts;
     int32_t *token, *pos, *label, *argmax; // (T)
@@ -184,6 +202,8 @@ template <class Dev, class E, class G> struct Model {
     A* loss;                               // (T)
     E *dx, *datt, *dqkv;                   // (T, C), (T, H D), (T, (H + 2K) D)
     RingScratch<E> scratch;
+    void* plan; // the batch's plan in device memory
+    size_t plan_bytes;
 
     size_t shard_begin() const { return shards[world.rank]; }
     size_t shard_count() const { return shards[world.rank + 1] - shards[world.rank]; }
@@ -194,7 +214,7 @@ template <class Dev, class E, class G> void model_place(Model<Dev, E, G>& m, Are
     using A = Acc<E>;
     const Config& c = m.config;
     const size_t L = c.L, C = c.C, H = c.H, K = c.K, D = c.D, F = c.F, V = c.V, T = m.layout.tokens();
-    const Recompute& again = m.layout.recompute;
+    const size_t N = m.layout.ffn_tokens();
     const bool train = m.layout.train;
     m.elements = param_elements(c);
     const size_t share = (m.elements / param_alignment + m.layout.world - 1) / m.layout.world * param_alignment;
@@ -210,19 +230,41 @@ template <class Dev, class E, class G> void model_place(Model<Dev, E, G>& m, Are
     m.moment2 = arena.take<uint8_t>("moments", moment_bytes);
     m.master = arena.take<A>("master weights", m.layout.master ? mine : 0);
     if (!m.layout.master) m.master = nullptr;
+    m.update = arena.take<UpdateState>("inputs", 1);
 
+    // The policy's name is a field of Recompute: that many layers share one place. Without a backward all do, and x in
+    // place. The feed-forward's shared place and attention's are never in use together, so they lie over each other.
     m.acts.resize(L);
-    auto act = [&](auto field, size_t count, bool shared) {
+    auto act = [&](auto field, size_t count, int policy, bool feed_forward, bool in_overlay) {
         using X = std::remove_pointer_t<std::remove_reference_t<decltype(m.acts[0].*field)>>;
+        const size_t shared = train ? size_t(policy) : L;
+        for (size_t l = shared; l < L && !in_overlay; l++) m.acts[l].*field = arena.take<X>("activations, kept", count);
+        if (feed_forward != in_overlay) return;
         X* one = shared ? arena.take<X>("activations, shared", count) : nullptr;
-        for (auto& layer : m.acts) layer.*field = shared ? one : arena.take<X>("activations, kept", count);
+        for (size_t l = 0; l < shared; l++) m.acts[l].*field = one;
     };
-    // The policy's name is a flag of Recompute. Without a backward every layer uses the same memory, and x in place.
-#define PLACE(name, elements, type, policy) act(&LayerActs<E>::name, elements, again.policy || !train);
-    ACTIVATIONS(PLACE)
+#define PLACE(name, elements, type, policy) \
+    act(&LayerActs<E>::name, elements, m.layout.recompute.policy, FeedForward::policy, in_overlay);
+    auto place_acts = [&](bool in_overlay) { ACTIVATIONS(PLACE) };
 #undef PLACE
+    place_acts(false);
     m.x_last = arena.take<E>("activations, kept", T * C);
     for (size_t l = 0; l < L; l++) m.acts[l].out = l + 1 < L ? m.acts[l + 1].x : m.x_last;
+    arena.overlay([&] { place_acts(true); },
+                  [&] {
+                      m.datt = arena.take<E>("backward", train ? T * H * D : 0);
+                      m.dqkv = arena.take<E>("backward", train ? T * (H + 2 * K) * D : 0);
+                      const RingScratchSizes n = ring_scratch_sizes(m.dev, T, m.layout.ring, m.layout.B, H, K, D);
+                      m.scratch.state = arena.take<A>("ring", n.state);
+                      m.scratch.anchor = arena.take<E>("ring", n.anchor);
+                      m.scratch.send = arena.take<E>("ring", n.send);
+                      for (E*& receive : m.scratch.receive) receive = arena.take<E>("ring", n.receive);
+                      m.scratch.delta = arena.take<A>("ring", train ? n.delta : 0);
+                      m.scratch.dkv = arena.take<A>("ring", train ? n.dkv : 0);
+                      m.scratch.danchor = arena.take<A>("ring", train ? n.danchor : 0);
+                      for (A*& send : m.scratch.dkv_send) send = arena.take<A>("ring", train ? n.dkv_send : 0);
+                      m.scratch.dkv_receive = arena.take<A>("ring", train ? n.dkv_receive : 0);
+                  });
 
     m.token = arena.take<int32_t>("inputs", T);
     m.pos = arena.take<int32_t>("inputs", T);
@@ -234,18 +276,8 @@ template <class Dev, class E, class G> void model_place(Model<Dev, E, G>& m, Are
     m.logits = arena.take<E>("head", std::min(m.layout.head_chunk, T) * V);
     m.loss = arena.take<A>("head", T);
     m.dx = arena.take<E>("backward", train ? T * C : 0);
-    m.datt = arena.take<E>("backward", train ? T * H * D : 0);
-    m.dqkv = arena.take<E>("backward", train ? T * (H + 2 * K) * D : 0);
-    const RingScratchSizes n = ring_scratch_sizes(m.dev, T, m.layout.ring, m.layout.B, H, K, D);
-    m.scratch.state = arena.take<A>("ring", n.state);
-    m.scratch.anchor = arena.take<E>("ring", n.anchor);
-    m.scratch.send = arena.take<E>("ring", n.send);
-    for (E*& receive : m.scratch.receive) receive = arena.take<E>("ring", n.receive);
-    m.scratch.delta = arena.take<A>("ring", train ? n.delta : 0);
-    m.scratch.dkv = arena.take<A>("ring", train ? n.dkv : 0);
-    m.scratch.danchor = arena.take<A>("ring", train ? n.danchor : 0);
-    for (A*& send : m.scratch.dkv_send) send = arena.take<A>("ring", train ? n.dkv_send : 0);
-    m.scratch.dkv_receive = arena.take<A>("ring", train ? n.dkv_receive : 0);
+    m.plan_bytes = ring_plan_bytes(m.dev, T, m.layout.ring, m.layout.B);
+    m.plan = arena.take<uint8_t>("inputs", m.plan_bytes);
 }
 
 // Some rows, cut for this rank: the plan says which tokens are ours and how attention meets the others'.
@@ -259,7 +291,8 @@ struct Batch {
 
 // Rows shorter than the ring needs are padded: behind everything else, in a document of its own (in full mode causality
 // alone hides it) and without labels, so nobody sees it and no gradient comes from it.
-Batch batch_make(const std::vector<Row>& rows, Attention attention, const Comm& ring) {
+Batch batch_make(const std::vector<Row>& rows, Attention attention, const Comm& ring,
+                 const AttentionTiles& tiles = attention_tiles_cpu) {
     const size_t B = rows.size(), S = rows[0].token.size(), padded = ring_padded_length(S, ring.size);
     Batch b;
     b.ring = ring;
@@ -274,7 +307,7 @@ Batch batch_make(const std::vector<Row>& rows, Attention attention, const Comm& 
         b.pairs += visible_pairs(row.doc.data(), S);
     }
     bool anchored = attention == Attention::anchor || attention == Attention::full;
-    ring_plan_build(b.plan, doc.data(), anchored, B, padded, ring.rank, ring.size);
+    ring_plan_build(b.plan, doc.data(), anchored, B, padded, ring.rank, ring.size, tiles);
     b.T = b.plan.local.index.size();
     b.token.resize(b.T), b.pos.resize(b.T), b.label.resize(b.T);
     for (size_t r = 0, t = 0; r < B; r++)
@@ -289,20 +322,21 @@ Batch batch_make(const std::vector<Row>& rows, Attention attention, const Comm& 
 }
 
 // Brings the batch's arrays to the device, and the angles of its positions: they serve every layer.
-template <class Dev, class E, class G> void model_input(Model<Dev, E, G>& m, const Batch& b) {
+template <class Dev, class E, class G> void model_input(Model<Dev, E, G>& m, Batch& b) {
     REQUIRE(b.T <= m.layout.tokens(), "the batch is larger than the layout that was placed");
     copy_to_device(m.dev, m.token, b.token.data(), b.T * 4);
     copy_to_device(m.dev, m.pos, b.pos.data(), b.T * 4);
     copy_to_device(m.dev, m.label, b.label.data(), b.T * 4);
+    ring_plan_upload(m.dev, b.plan, m.plan, m.plan_bytes);
     std::vector<double> frequency(m.config.D / 2);
     double factor = rope_frequencies(frequency.data(), m.config.rope, m.config.D, m.layout.S);
     rope_table<E>(m.dev, m.angles, m.pos, frequency.data(), factor, m.precision, b.T, m.config.D);
 }
 
 // Tokens to final_normed. Every line is one layer: outputs, inputs, sizes.
-template <class Dev, class E, class G> void model_forward(Model<Dev, E, G>& m, const Batch& b) {
+template <class Dev, class E, class G> void model_forward(Model<Dev, E, G>& m, Batch& b) {
     const auto [dev, c, T] = std::tuple(m.dev, m.config, b.T);
-    const size_t L = c.L, C = c.C, H = c.H, K = c.K, D = c.D, F = c.F;
+    const size_t L = c.L, C = c.C, H = c.H, K = c.K, D = c.D, F = c.F, N = m.layout.ffn_tokens();
     const E* none = nullptr;
 
     model_input(m, b);
@@ -316,30 +350,52 @@ template <class Dev, class E, class G> void model_forward(Model<Dev, E, G>& m, c
         ring_attention_forward(dev, b.ring, b.plan, a.att, a.lse, a.qkv, m.scratch, H, K, D);
         matmul_forward(dev, a.h, a.att, w.wo, none, a.x, T, H * D, C);
         rmsnorm_forward(dev, a.ffn_normed, a.ffn_rstd, a.h, w.ffn_norm, T, C, c.eps);
-        matmul_forward(dev, a.gate_up, a.ffn_normed, w.wgate_up, none, none, T, C, 2 * F);
-        swiglu_forward(dev, a.act, a.gate_up, T, F);
-        matmul_forward(dev, a.out, a.act, w.wdown, none, a.h, T, F, C);
+        for (size_t t = 0, n; t < T; t += n) { // one turn, unless --ffn_tile cuts the tokens
+            n = std::min(N, T - t);
+            matmul_forward(dev, a.gate_up, a.ffn_normed + t * C, w.wgate_up, none, none, n, C, 2 * F);
+            swiglu_forward(dev, a.act, a.gate_up, n, F);
+            matmul_forward(dev, a.out + t * C, a.act, w.wdown, none, a.h + t * C, n, F, C);
+        }
     }
     rmsnorm_forward(dev, m.final_normed, m.final_rstd, m.x_last, m.params.final_norm, T, C, c.eps);
 }
 
-// The lines of the forward whose outputs were not kept.
-template <class Dev, class E, class G> void recompute_layer(Model<Dev, E, G>& m, const Batch& b, size_t l) {
+// The lines of the forward up to the feed-forward whose outputs were not kept.
+template <class Dev, class E, class G> void recompute_layer(Model<Dev, E, G>& m, const Batch& b, int l) {
     const auto [dev, c, T] = std::tuple(m.dev, m.config, b.T);
-    const size_t C = c.C, H = c.H, K = c.K, D = c.D, F = c.F;
+    const size_t C = c.C, H = c.H, K = c.K, D = c.D;
     const E* none = nullptr;
     const LayerParams<E>& w = m.params.layer[l];
     const LayerActs<E>& a = m.acts[l];
     const Recompute& again = m.layout.recompute;
 
-    if (again.norm) rmsnorm_forward(dev, a.att_normed, a.att_rstd, a.x, w.att_norm, T, C, c.eps);
-    if (again.qkv) matmul_forward(dev, a.qkv, a.att_normed, w.wqkv, w.bqkv, none, T, C, (H + 2 * K) * D);
-    if (again.qkv) rope_forward(dev, a.qkv, m.angles, m.precision, T, H, K, D);
-    if (again.attention) ring_attention_forward(dev, b.ring, b.plan, a.att, a.lse, a.qkv, m.scratch, H, K, D);
-    if (again.residual) matmul_forward(dev, a.h, a.att, w.wo, none, a.x, T, H * D, C);
-    if (again.norm) rmsnorm_forward(dev, a.ffn_normed, a.ffn_rstd, a.h, w.ffn_norm, T, C, c.eps);
-    if (again.ffn) matmul_forward(dev, a.gate_up, a.ffn_normed, w.wgate_up, none, none, T, C, 2 * F);
-    if (again.swiglu) swiglu_forward(dev, a.act, a.gate_up, T, F);
+    if (l < again.norm) rmsnorm_forward(dev, a.att_normed, a.att_rstd, a.x, w.att_norm, T, C, c.eps);
+    if (l < again.qkv) matmul_forward(dev, a.qkv, a.att_normed, w.wqkv, w.bqkv, none, T, C, (H + 2 * K) * D);
+    if (l < again.qkv) rope_forward(dev, a.qkv, m.angles, m.precision, T, H, K, D);
+    if (l < again.attention) ring_attention_forward(dev, b.ring, b.plan, a.att, a.lse, a.qkv, m.scratch, H, K, D);
+    if (l < again.residual) matmul_forward(dev, a.h, a.att, w.wo, none, a.x, T, H * D, C);
+    if (l < again.norm) rmsnorm_forward(dev, a.ffn_normed, a.ffn_rstd, a.h, w.ffn_norm, T, C, c.eps);
+}
+
+// Tokens [t, t + n) of layer l's feed-forward, from dx to the gradient of its normed input.
+template <class Dev, class E, class G>
+void feed_forward_backward(Model<Dev, E, G>& m, int l, size_t t, size_t n, const E* dx) {
+    const auto [dev, C, F] = std::tuple(m.dev, size_t(m.config.C), size_t(m.config.F));
+    const E* none = nullptr;
+    G* no_bias = nullptr;
+    const LayerParams<E>& w = m.params.layer[l];
+    const LayerParams<G>& g = m.grads.layer[l];
+    const LayerActs<E>& a = m.acts[l];
+    const Recompute& again = m.layout.recompute;
+    E *normed = a.ffn_normed + t * C, *dact = a.act, *dgate_up = a.gate_up, *dnormed = normed;
+
+    if (l < again.ffn) matmul_forward(dev, a.gate_up, normed, w.wgate_up, none, none, n, C, 2 * F);
+    if (l < again.swiglu) swiglu_forward(dev, a.act, a.gate_up, n, F);
+    matmul_backward_weight(dev, g.wdown, no_bias, dx + t * C, a.act, n, F, C);
+    matmul_backward_input(dev, dact, dx + t * C, w.wdown, n, F, C);
+    swiglu_backward(dev, dgate_up, dact, a.gate_up, n, F);
+    matmul_backward_weight(dev, g.wgate_up, no_bias, dgate_up, normed, n, C, 2 * F);
+    matmul_backward_input(dev, dnormed, dgate_up, w.wgate_up, n, C, 2 * F);
 }
 
 // Logits and losses, a chunk of tokens at a time: (T, V) would be the largest tensor of all. Backward at once,
@@ -375,7 +431,7 @@ void head_forward(Model<Dev, E, G>& m, const Batch& b, Visit visit) {
 // that activation as soon as nothing needs it any more, so the feed-forward takes no memory of its own.
 template <class Dev, class E, class G> void model_backward(Model<Dev, E, G>& m, const Batch& b) {
     const auto [dev, c, T] = std::tuple(m.dev, m.config, b.T);
-    const size_t L = c.L, C = c.C, H = c.H, K = c.K, D = c.D, F = c.F;
+    const size_t L = c.L, C = c.C, H = c.H, K = c.K, D = c.D, N = m.layout.ffn_tokens();
     G* no_bias = nullptr;
     E *dx = m.dx, *datt = m.datt, *dqkv = m.dqkv;
 
@@ -383,17 +439,13 @@ template <class Dev, class E, class G> void model_backward(Model<Dev, E, G>& m, 
     rmsnorm_backward(dev, dx, m.grads.final_norm, dfinal, m.x_last, m.params.final_norm, m.final_rstd,
                      (const E*)nullptr, T, C);
     for (size_t l = L; l-- > 0;) {
-        recompute_layer(m, b, l);
+        recompute_layer(m, b, int(l));
         const LayerParams<E>& w = m.params.layer[l];
         const LayerParams<G>& g = m.grads.layer[l];
         const LayerActs<E>& a = m.acts[l];
-        E *dact = a.act, *dgate_up = a.gate_up, *dffn_normed = a.ffn_normed, *datt_normed = a.att_normed;
+        E *dffn_normed = a.ffn_normed, *datt_normed = a.att_normed;
 
-        matmul_backward_weight(dev, g.wdown, no_bias, dx, a.act, T, F, C);
-        matmul_backward_input(dev, dact, dx, w.wdown, T, F, C);
-        swiglu_backward(dev, dgate_up, dact, a.gate_up, T, F);
-        matmul_backward_weight(dev, g.wgate_up, no_bias, dgate_up, a.ffn_normed, T, C, 2 * F);
-        matmul_backward_input(dev, dffn_normed, dgate_up, w.wgate_up, T, C, 2 * F);
+        for (size_t t = 0; t < T; t += N) feed_forward_backward(m, int(l), t, std::min(N, T - t), dx);
         rmsnorm_backward(dev, dx, g.ffn_norm, dffn_normed, a.h, w.ffn_norm, a.ffn_rstd, dx, T, C);
         matmul_backward_weight(dev, g.wo, no_bias, dx, a.att, T, H * D, C);
         matmul_backward_input(dev, datt, dx, w.wo, T, H * D, C);
@@ -406,15 +458,15 @@ template <class Dev, class E, class G> void model_backward(Model<Dev, E, G>& m, 
     embedding_backward(dev, m.grads.embed, dx, m.token, T, C);
 }
 
-// Sums the gradients over all ranks, each rank keeping its shard (ZeRO-1), and returns the norm of the sum.
-template <class Dev, class E, class G> double model_reduce(Model<Dev, E, G>& m) {
+// Sums the gradients over all ranks, each rank keeping its shard (ZeRO-1), and the square of their norm.
+template <class Dev, class E, class G> void model_reduce(Model<Dev, E, G>& m) {
     comm_reduce_scatter(m.dev, m.world, m.grad_flat, m.shards.data());
-    double squared = grad_norm_squared(m.dev, m.grad_flat + m.shard_begin(), m.shard_count());
-    comm_sum(m.dev, m.world, &squared, 1);
-    return std::sqrt(squared);
+    grad_norm_squared(m.dev, &m.update->norm_squared, m.grad_flat + m.shard_begin(), m.shard_count());
+    comm_sum(m.dev, m.world, &m.update->norm_squared, 1);
 }
 
-// AdamW on this rank's shard, tensor by tensor because only matrices decay; then everyone gets every shard.
+// AdamW on this rank's shard, tensor by tensor because only matrices decay; then everyone gets every shard. Nothing
+// happens when m.update says so.
 template <class Dev, class E, class G, class M> void model_update_as(Model<Dev, E, G>& m, AdamW adamw) {
     const size_t begin = m.shard_begin(), end = begin + m.shard_count();
     const double decay = adamw.weight_decay;
@@ -424,7 +476,8 @@ template <class Dev, class E, class G, class M> void model_update_as(Model<Dev, 
         adamw.weight_decay = p.decay ? decay : 0;
         auto* master = m.master ? m.master + (first - begin) : nullptr;
         adamw_update(m.dev, m.param_flat + first, master, (M*)m.moment1 + (first - begin),
-                     (M*)m.moment2 + (first - begin), m.grad_flat + first, last - first, first, adamw);
+                     (M*)m.moment2 + (first - begin), m.grad_flat + first, last - first, first, adamw,
+                     &m.update->adamw);
     }
     comm_all_gather(m.dev, m.world, m.param_flat, m.shards.data());
 }
@@ -440,9 +493,9 @@ template <class Dev, class E, class G> void model_init(Model<Dev, E, G>& m, uint
     for (const ParamInfo& p : param_table(m.config)) {
         const double deviation = p.start == Start::scaled ? 0.02 / std::sqrt(2.0 * m.config.L) : 0.02;
         const bool random = p.start == Start::normal || p.start == Start::scaled;
-#pragma omp parallel for schedule(static)
-        for (size_t i = p.offset; i < p.offset + p.count(); i++)
-            m.param_flat[i] = E(random ? deviation * hash_normal(seed, i) : p.start == Start::ones ? 1.0 : 0.0);
+        E* x = m.param_flat + p.offset;
+        if (random) random_normal(m.dev, x, p.count(), seed, p.offset, deviation);
+        else fill(m.dev, x, p.count(), p.start == Start::ones ? 1.0 : 0.0);
     }
 }
 
@@ -457,6 +510,7 @@ struct Setup {
     Attention attention = Attention::anchor;
     Boundary boundary = Boundary::mask;
     RopePrecision precision = RopePrecision::exact;
+    bool gpu = false;
     double memory = 0; // bytes of a rank
     std::vector<int32_t> prompt;
 
@@ -485,9 +539,8 @@ PackOptions pack_options(const Setup& s, bool train) {
 // The configuration: a file's, or a named size with the changes asked for.
 Config setup_config(Setup& s) {
     Options& o = s.o;
-    bool gpu = o.device == "gpu";
     if (o.model.empty()) {
-        o.model = access("model.bin", R_OK) == 0 ? "model.bin" : gpu ? "llama2-7b" : "tiny";
+        o.model = access("model.bin", R_OK) == 0 ? "model.bin" : s.gpu ? "llama2-7b" : "tiny";
         if (s.world.rank == 0 && o.model != "model.bin" && !o.dump_params)
             printf("no --model and no model.bin here: a random model of size %s\n", o.model.c_str());
     }
@@ -547,40 +600,48 @@ void setup_rope(Setup& s) {
 
 struct RecomputePart {
     const char* name;
-    bool Recompute::*field;
+    int Recompute::*layers;
 };
-// Cheapest first: the order in which `auto` gives up memory. Attention last: it is the dearest by far.
+// Cheapest first: the order in which `auto` gives up memory. Norms and SwiGLU cost a pass over memory; the three
+// products cost the same for the bytes they free; attention is the dearest by far.
 constexpr RecomputePart recompute_parts[] = {{"norm", &Recompute::norm},         {"swiglu", &Recompute::swiglu},
                                              {"residual", &Recompute::residual}, {"qkv", &Recompute::qkv},
                                              {"ffn", &Recompute::ffn},           {"attention", &Recompute::attention}};
+constexpr int recompute_kinds = 6;
 
-Recompute recompute_first(int parts) {
+// The first `units` of parts x layers: whole parts, then some layers of the next one.
+Recompute recompute_first(int units, int L) {
     Recompute r;
-    for (int i = 0; i < parts; i++) r.*recompute_parts[i].field = true;
+    for (auto& part : recompute_parts) r.*part.layers = std::clamp(units, 0, L), units -= L;
     return r;
 }
 
-std::string recompute_text(const Recompute& r) {
+std::string recompute_text(const Recompute& r, int L) {
     std::string text;
-    for (auto& part : recompute_parts)
-        if (r.*part.field) text += (text.empty() ? "" : ",") + std::string(part.name);
+    for (auto& part : recompute_parts) {
+        if (r.*part.layers == 0) continue;
+        text += (text.empty() ? "" : ",") + std::string(part.name);
+        if (r.*part.layers < L) text += ":" + std::to_string(r.*part.layers);
+    }
     return text.empty() ? "none" : text;
 }
 
-Recompute recompute_parse(const std::string& text) {
+Recompute recompute_parse(const std::string& text, int L) {
     if (text == "none") return {};
-    if (text == "all") return recompute_first(6);
+    if (text == "all") return recompute_first(recompute_kinds * L, L);
     Recompute r;
     for (size_t at = 0, end; at <= text.size(); at = end + 1) {
         end = std::min(text.find(',', at), text.size());
-        std::string name = text.substr(at, end - at);
+        const std::string item = text.substr(at, end - at), name = item.substr(0, item.find(':'));
         auto part = std::find_if(std::begin(recompute_parts), std::end(recompute_parts),
                                  [&](const RecomputePart& p) { return name == p.name; });
-        if (part == std::end(recompute_parts))
-            fail("option --recompute takes none, all, auto or a list of norm,swiglu,residual,qkv,ffn,attention, not "
-                 "'%s'",
+        Int layers = L;
+        if (part == std::end(recompute_parts) ||
+            (item != name && !option_parse(layers, item.c_str() + name.size() + 1, "1..1024")))
+            fail("option --recompute takes none, all, auto or a list of norm,swiglu,residual,qkv,ffn,attention, each "
+                 "with :layers if not for all, not '%s'",
                  text.c_str());
-        r.*part->field = true;
+        r.*part->layers = int(std::min<Int>(layers, L));
     }
     return r;
 }
@@ -596,16 +657,28 @@ template <class F> auto with_types(Type dtype, Type grad, F f) {
 // The memory that a layout takes, part by part, without taking it.
 Arena measure(const Setup& s, const Layout& layout) {
     return with_types(s.dtype, s.grad_dtype, [&]<class E, class G>() {
-        Model<Cpu, E, G> m;
-        m.config = s.config, m.layout = layout;
-        m.world.size = layout.world;
-        Arena arena;
-        model_place(m, arena);
-        return arena;
+        auto measure_on = [&](auto dev) {
+            Model<decltype(dev), E, G> m;
+            m.config = s.config, m.layout = layout;
+            m.world.size = layout.world;
+            Arena arena;
+            model_place(m, arena);
+            return arena;
+        };
+        return s.gpu ? measure_on(Gpu{}) : measure_on(Cpu{});
     });
 }
 
+// What a rank's memory must hold: the arena, and on a GPU what lies beside it.
+double memory_needed(const Setup& s, const Layout& layout) {
+    return double(measure(s, layout).used) + (s.gpu ? gpu_overhead_bytes : 0);
+}
+// What of it a run may take. A GPU's is ours; a machine's is also the system's and the messages'.
+double memory_usable(const Setup& s) { return (s.gpu ? 0.998 : 0.92) * s.memory; }
+
 double machine_memory(const Setup& s) {
+    constexpr double h200 = 139.8 * (1 << 30); // as its driver says
+    if (s.gpu) return s.o.plan && !gpu_fault(0).empty() ? h200 : gpu_memory(comm_host(s.world).rank);
     int sharers = s.o.plan && s.o.ranks ? int(s.o.ranks) : comm_host(s.world).size;
     return double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE)) / sharers;
 }
@@ -614,50 +687,55 @@ double machine_memory(const Setup& s) {
 void setup_memory(Setup& s) {
     const Options& o = s.o;
     Layout& layout = s.layout;
-    bool gpu = o.device == "gpu";
     auto type = [](const std::string& name, Type other) {
         return name == "float" ? Type::f32 : name == "bf16" ? Type::bf16 : name == "double" ? Type::f64 : other;
     };
-    s.dtype = type(o.dtype, gpu ? Type::bf16 : Type::f32);
+    s.dtype = type(o.dtype, s.gpu ? Type::bf16 : Type::f32);
     s.grad_dtype = type(o.grad_dtype, s.dtype);
     layout.moments = type(o.opt_dtype, s.dtype);
+    if (s.dtype == Type::f64 && s.gpu) fail("--dtype double is for the CPU: add --device cpu");
     if (s.dtype == Type::f64 && (s.grad_dtype != Type::f64 || layout.moments != Type::f64))
         fail("--dtype double keeps gradients and moments in double: leave --grad_dtype and --opt_dtype away");
     if (s.dtype == Type::f32 && s.grad_dtype == Type::bf16) fail("--grad_dtype bf16 goes with --dtype bf16");
     if (s.dtype != Type::bf16 && o.master == "float") fail("--master float goes with --dtype bf16");
 
-    s.memory = o.memory > 0 ? o.memory * (1 << 30) : gpu ? 139.0 * (1 << 30) : machine_memory(s);
+    s.memory = o.memory > 0 ? o.memory * (1 << 30) : machine_memory(s);
     std::vector<double> all(s.world.size);
     comm_gather(Cpu{}, s.world, all.data(), &s.memory, 1);
     s.memory = *std::min_element(all.begin(), all.end()); // all ranks must come to the same layout
-    auto fits = [&](bool master, int parts) {
+    const int L = s.config.L;
+    auto fits = [&](bool master, int units) {
         layout.master = master;
-        layout.recompute = o.recompute == "auto" ? recompute_first(parts) : recompute_parse(o.recompute);
-        return measure(s, layout).used < 0.92 * s.memory; // the rest: context, libraries, messages
+        layout.recompute = o.recompute == "auto" ? recompute_first(units, L) : recompute_parse(o.recompute, L);
+        if (layout.ffn_tile && (layout.recompute.ffn < L || layout.recompute.swiglu < L)) {
+            if (o.recompute != "auto") fail("--ffn_tile keeps no feed-forward: add swiglu and ffn to --recompute");
+            return false;
+        }
+        return memory_needed(s, layout) < memory_usable(s);
     };
     // A master copy with as little recomputation as fits, all but attention at most; then without the master; and only
     // when neither fits, attention as well.
     bool may = s.dtype == Type::bf16 && o.master != "none", must = o.master == "float";
-    for (int most : {5, 6})
+    for (int most : {recompute_kinds - 1, recompute_kinds})
         for (int master = may; master >= must; master--)
-            for (int parts = 0; parts <= most; parts++)
-                if (fits(master, parts)) return;
-    fits(must, 6);
+            for (int units = 0; units <= most * L; units++)
+                if (fits(master, units)) return;
+    fits(must, recompute_kinds * L);
 }
 
 void print_plan(const Setup& s) {
     Arena arena = measure(s, s.layout);
     const Config& c = s.config;
-    size_t parameters = 0;
-    for (const ParamInfo& p : param_table(c)) parameters += p.count();
     printf("%s: %.2fB parameters, context %zu, %zu x %d rank%s in rings of %d, %s, recompute %s\n\n", s.o.model.c_str(),
-           parameters / 1e9, s.layout.S, s.layout.B, s.layout.world, s.layout.world > 1 ? "s" : "", s.layout.ring,
-           type_name(s.dtype), recompute_text(s.layout.recompute).c_str());
+           double(param_count(c)) / 1e9, s.layout.S, s.layout.B, s.layout.world, s.layout.world > 1 ? "s" : "",
+           s.layout.ring, type_name(s.dtype), recompute_text(s.layout.recompute, c.L).c_str());
     printf("  memory of a rank         GiB\n");
     for (const Arena::Part& part : arena.parts)
         printf("  %-20s %8.3f\n", part.name.c_str(), double(part.bytes) / (1 << 30));
-    printf("  %-20s %8.3f of %.1f%s\n", "all", double(arena.used) / (1 << 30), s.memory / (1 << 30),
-           arena.used < 0.92 * s.memory ? "" : ": does not fit; try --batch 1, more ranks, or --master none");
+    if (s.gpu) printf("  %-20s %8.3f\n", "CUDA, cuBLASLt", gpu_overhead_bytes / (1 << 30));
+    const double needed = memory_needed(s, s.layout);
+    printf("  %-20s %8.3f of %.1f%s\n", "all", needed / (1 << 30), s.memory / (1 << 30),
+           needed < memory_usable(s) ? "" : ": does not fit; try --batch 1, more ranks, --master none, --ffn_tile");
 }
 
 // --prompt's token ids, or BOS alone.
@@ -677,6 +755,20 @@ std::vector<int32_t> prompt_read(const Setup& s) {
     return tokens;
 }
 
+// The device: as asked for, else the GPU if there is one that can be used.
+void setup_device(Setup& s) {
+    const Options& o = s.o;
+    const std::string fault = gpu_fault(comm_host(s.world).rank);
+    s.gpu = o.device == "gpu" || (o.device == "auto" && fault.empty() && s.world.size == 1);
+    if (o.plan) return;
+    if (o.device == "gpu" && !fault.empty()) fail("%s; --device cpu runs without a GPU", fault.c_str());
+    if (o.device == "gpu" && s.world.size > 1)
+        fail("ranks on GPUs cannot talk to each other yet: one rank, or --device cpu");
+    if (o.device == "auto" && !s.gpu && s.world.rank == 0 && access("/dev/nvidiactl", F_OK) == 0)
+        printf("on the CPU, though this machine has an NVIDIA driver: %s\n",
+               fault.empty() ? "ranks on GPUs cannot talk to each other yet" : fault.c_str());
+}
+
 // Reads the command line's meaning; bad combinations end here, before any work.
 Setup setup_read(const Options& options, const Comm& world) {
     Setup s;
@@ -684,7 +776,7 @@ Setup setup_read(const Options& options, const Comm& world) {
     const Options& o = s.o;
     if (o.out.empty() && (o.resume || o.save_every)) fail("--resume and --save_every need --out, the run's folder");
     if (!o.dump_logits.empty() && world.size > 1) fail("--dump_logits runs on one rank");
-    if (o.device == "gpu" && !o.plan) fail("this build has no GPU layers; use --device cpu");
+    setup_device(s);
     s.attention = Attention(choice(o.attention, "full|intra|intra_reset|anchor"));
     s.boundary = Boundary(choice(o.boundary_loss, "mask|next|bos"));
     s.precision = RopePrecision(choice(o.rope_precision, "exact|bf16_table|bf16_rotation|bf16_angle"));
@@ -697,6 +789,7 @@ Setup setup_read(const Options& options, const Comm& world) {
     s.layout.S = o.context ? size_t(o.context) : size_t(s.config.rope.max_context);
     if (s.layout.S < 2) fail("--context must be at least 2: a row holds the anchor and something to predict");
     s.layout.B = size_t(o.batch), s.layout.head_chunk = size_t(o.head_chunk);
+    s.layout.ffn_tile = size_t(o.ffn_tile);
     s.layout.train = o.eval.empty() && o.dump_logits.empty() && o.generate == 0;
     setup_rope(s);
     fault = config_fault(s.config);
@@ -715,11 +808,10 @@ Setup setup_read(const Options& options, const Comm& world) {
 
 // What a checkpoint holds beside weights and moments.
 struct TrainState {
-    int64_t step = 0;    // updates done or skipped
-    int64_t updates = 0; // updates done: AdamW's bias correction counts these
-    int64_t tokens = 0;  // inputs seen
+    int64_t step = 0;   // updates done or skipped
+    int64_t tokens = 0; // inputs seen
     Cursor cursor;
-    Outliers losses, norms;
+    UpdateState update; // its place while training is the device
 };
 
 // Reads weights of any element type into the model's.
@@ -730,10 +822,12 @@ template <class Dev, class E, class G> void weights_load(Model<Dev, E, G>& m, co
     auto read_as = [&]<class X>() {
         const size_t piece = 1 << 22;
         std::vector<X> buffer(std::min(piece, m.elements));
+        std::vector<E> rounded(buffer.size());
         for (size_t i = 0; i < m.elements; i += piece) {
             size_t n = std::min(piece, m.elements - i);
             weights_read(file, i, n, buffer.data());
-            for (size_t j = 0; j < n; j++) m.param_flat[i + j] = E(Acc<E>(buffer[j]));
+            convert(Cpu{}, rounded.data(), buffer.data(), n);
+            copy_to_device(m.dev, m.param_flat + i, rounded.data(), n * sizeof(E));
         }
     };
     if (file.dtype == Type::f32) read_as.template operator()<float>();
@@ -742,8 +836,7 @@ template <class Dev, class E, class G> void weights_load(Model<Dev, E, G>& m, co
 }
 
 template <class Dev, class E, class G> void master_from_params(Model<Dev, E, G>& m) {
-    if (m.master)
-        for (size_t i = 0; i < m.shard_count(); i++) m.master[i] = Acc<E>(m.param_flat[m.shard_begin() + i]);
+    if (m.master) convert(m.dev, m.master, m.param_flat + m.shard_begin(), m.shard_count());
 }
 
 // Ranks wait longer for a disk than for each other.
@@ -753,14 +846,16 @@ Comm patient(Comm world) {
 }
 
 // Every rank writes its optimizer shard, rank 0 the weights and the state as well.
-template <class Dev, class E, class G> void save(Model<Dev, E, G>& m, const Setup& s, const TrainState& state) {
+template <class Dev, class E, class G> void save(Model<Dev, E, G>& m, const Setup& s, TrainState& state) {
     if (s.o.out.empty()) return;
+    const Fetch fetch = [&](void* to, const void* from, size_t bytes) { copy_to_host(m.dev, to, from, bytes); };
+    fetch(&state.update, m.update, sizeof state.update);
     const size_t begin = m.shard_begin(), end = begin + m.shard_count();
     WeightsHeader header = header_from_config(m.config, type_of<E>(), m.elements);
     ShardHeader shard = shard_header(begin, end, m.layout.moments, m.layout.moments, m.master);
-    std::vector<CheckpointFile> files = {shard_file(m.world.rank, shard, m.moment1, m.moment2, m.master)};
+    std::vector<CheckpointFile> files = {shard_file(m.world.rank, shard, m.moment1, m.moment2, m.master, fetch)};
     if (m.world.rank == 0) {
-        files.push_back({"weights.bin", {{&header, sizeof header}, {m.param_flat, m.elements * sizeof(E)}}});
+        files.push_back({"weights.bin", {{&header, sizeof header}, {m.param_flat, m.elements * sizeof(E), fetch}}});
         files.push_back({"state.bin", {{&state, sizeof state}}});
     }
     checkpoint_save(patient(m.world), s.o.out, state.step, files, int(s.o.keep));
@@ -779,12 +874,21 @@ template <class Dev, class E, class G> bool resume(Model<Dev, E, G>& m, const Se
              from.path.c_str(), from.path.c_str());
     weights_load(m, from.path + "/weights.bin");
     checkpoint_read(from, "state.bin", 0, &state, sizeof state);
-    size_t begin = m.shard_begin(), end = begin + m.shard_count();
-    shard_read(from, ShardField::m, m.layout.moments, begin, end, m.moment1);
-    shard_read(from, ShardField::v, m.layout.moments, begin, end, m.moment2);
+    copy_to_device(m.dev, m.update, &state.update, sizeof state.update);
+    auto read = [&](ShardField field, Type type, void* to) {
+        const size_t piece = 1 << 24, bytes = type_size(type), end = m.shard_begin() + m.shard_count();
+        std::vector<uint8_t> buffer(std::min(piece, m.shard_count()) * bytes);
+        for (size_t i = m.shard_begin(), n; i < end; i += n, to = (uint8_t*)to + n * bytes) {
+            n = std::min(piece, end - i);
+            shard_read(from, field, type, i, i + n, buffer.data());
+            copy_to_device(m.dev, to, buffer.data(), n * bytes);
+        }
+    };
+    read(ShardField::m, m.layout.moments, m.moment1);
+    read(ShardField::v, m.layout.moments, m.moment2);
     const bool had_master = shard_open(file_open(from.path + "/optimizer_00000.bin")).type[2] >= 0;
     if (had_master && !m.master) fail("%s has master weights: resume with --master float", from.path.c_str());
-    if (m.master) shard_read(from, ShardField::master, type_of<Acc<E>>(), begin, end, m.master);
+    if (m.master) read(ShardField::master, type_of<Acc<E>>(), m.master);
     return true;
 }
 
@@ -810,14 +914,14 @@ double learning_rate(const Setup& s, int64_t step) {
 // Model FLOPs of some rows: 6 N per token (N: parameters but the input embedding), and per layer 12 H D per visible
 // pair; nothing for recomputation. A tied embedding counts, as the head.
 double model_flops(const Config& c, double tokens, double pairs) {
-    double parameters = 0;
-    for (const ParamInfo& p : param_table(c)) parameters += double(p.count());
+    double parameters = double(param_count(c));
     if (!c.tied) parameters -= double(c.V) * c.C;
     return 6 * parameters * tokens + 12.0 * c.L * c.H * c.D * pairs;
 }
 
-// What an update did, the same on every rank.
+// What an update did, the same on every rank. loss, norm and skipped come from the device, when it has got there.
 struct StepResult {
+    int64_t step = 0, tokens = 0; // the state's after it
     double loss = 0, norm = 0, lr = 0;
     int64_t counted = 0, inputs = 0; // labels and data tokens, over all ranks
     double pairs = 0, imbalance = 1, moved = 0;
@@ -837,46 +941,47 @@ template <class Dev, class E, class G> StepResult step_gradients(Model<Dev, E, G
     comm_sum(Cpu{}, s.world, counts, 2);
     r.counted = counts[0] / s.layout.ring, r.inputs = counts[1] / s.layout.ring;
 
-    memset((void*)m.grad_flat, 0, m.elements * sizeof(G));
-    double sums[3] = {};
+    fill_zero(m.dev, m.grad_flat, m.elements * sizeof(G));
+    fill_zero(m.dev, &m.update->loss_sum, sizeof m.update->loss_sum);
     for (size_t first = 0; first < rows.size() && r.counted; first += s.layout.B) {
-        Batch b = batch_make({rows.begin() + first, rows.begin() + first + s.layout.B}, s.attention, s.ring);
+        Batch b = batch_make({rows.begin() + first, rows.begin() + first + s.layout.B}, s.attention, s.ring,
+                             attention_tiles<E>(m.dev, m.config.D));
         model_forward(m, b);
         head_forward_backward(m, b, 1.0 / double(r.counted));
         model_backward(m, b);
-        for (size_t t = 0; t < b.T; t++) sums[0] += double(m.loss[t]);
-        sums[1] += double(b.pairs) / s.layout.ring;
+        sum(m.dev, &m.update->loss_sum, m.loss, b.T, true);
+        r.pairs += double(b.pairs) / s.layout.ring;
         r.imbalance = std::max(r.imbalance, b.plan.imbalance), r.moved = std::max(r.moved, b.plan.moved);
     }
-    sums[2] = signal_caught;
-    comm_sum(Cpu{}, s.world, sums, 3);
-    r.loss = r.counted ? sums[0] / double(r.counted) : NAN, r.pairs = sums[1], r.stop = sums[2] > 0;
+    double sums[2] = {r.pairs, double(signal_caught)};
+    comm_sum(Cpu{}, s.world, sums, 2);
+    r.pairs = sums[0], r.stop = sums[1] > 0;
     return r;
 }
 
-// Decides on the update before it touches anything, then does it: a skipped one leaves weights and moments as
-// they were. Only finite values enter the statistics.
+// Decides on the update and does it, all on the device; step_finish tells what came of it.
 template <class Dev, class E, class G>
 void step_update(Model<Dev, E, G>& m, const Setup& s, TrainState& state, StepResult& r) {
     const Options& o = s.o;
-    r.norm = model_reduce(m);
+    model_reduce(m);
+    comm_sum(m.dev, s.world, &m.update->loss_sum, 1);
+    update_decide(m.dev, m.update, {double(r.counted), o.clip, o.max_z_loss, o.max_z_grad});
     r.lr = learning_rate(s, state.step);
-    state.step++;
-    state.tokens += r.inputs;
-    if (r.counted == 0) {
-        r.skipped = "no token of this update has a label";
-        return;
-    }
-    double z_loss = outliers_z(state.losses, r.loss), z_norm = outliers_z(state.norms, r.norm);
-    outliers_add(state.losses, r.loss), outliers_add(state.norms, r.norm);
-    if (!std::isfinite(r.loss)) r.skipped = "the loss is not finite";
-    else if (!std::isfinite(r.norm)) r.skipped = "the gradient norm is not finite";
-    else if (o.max_z_loss > 0 && z_loss > o.max_z_loss) r.skipped = "the loss is an outlier";
-    else if (o.max_z_grad > 0 && z_norm > o.max_z_grad) r.skipped = "the gradient norm is an outlier";
-    if (!r.skipped.empty()) return;
-    state.updates++;
-    double scale = o.clip > 0 && r.norm > o.clip ? o.clip / r.norm : 1;
-    model_update(m, {r.lr, o.beta1, o.beta2, o.adam_eps, o.weight_decay, state.updates, scale, uint64_t(o.seed)});
+    model_update(m, {r.lr, o.beta1, o.beta2, o.adam_eps, o.weight_decay, uint64_t(o.seed)});
+    r.step = ++state.step, r.tokens = state.tokens += r.inputs;
+    mail_send(m.dev, m.mail[r.step % 2], m.update, sizeof *m.update);
+}
+
+// Waits until the update is done, and reads what was decided.
+template <class Dev, class E, class G> void step_finish(Model<Dev, E, G>& m, StepResult& r) {
+    const UpdateState& u = *(const UpdateState*)mail_wait(m.dev, m.mail[r.step % 2]);
+    r.loss = u.loss, r.norm = u.norm, r.skipped = verdict_text(u.verdict);
+}
+
+template <class Dev, class X> std::vector<X> to_host(Dev dev, const X* from, size_t count) {
+    std::vector<X> to(count);
+    copy_to_host(dev, to.data(), from, count * sizeof(X));
+    return to;
 }
 
 // A scored token of the validation data.
@@ -895,16 +1000,18 @@ std::vector<Score> score_rows(Model<Dev, E, G>& m, const Setup& s, Loader& loade
         const int64_t start = loader.cursor.rows;
         std::vector<Row> rows = take_rows(loader, s, std::min(at_once, count - first));
         if (rows.empty()) continue;
-        Batch b = batch_make(rows, s.attention, s.ring);
+        Batch b = batch_make(rows, s.attention, s.ring, attention_tiles<E>(m.dev, m.config.D));
         model_forward(m, b);
         head_forward(m, b, [](size_t, size_t) {});
+        std::vector<int32_t> argmax = to_host(m.dev, m.argmax, b.T);
+        std::vector<Acc<E>> loss = to_host(m.dev, m.loss, b.T);
         const Tokens& local = b.plan.local;
         for (size_t r = 0; r < rows.size(); r++) {
             const int64_t number = start + int64_t(r) * s.groups() + s.group(); // as take_rows deals them
             for (size_t t = local.row_begin[r]; t < size_t(local.row_begin[r + 1]); t++)
                 if (b.label[t] >= 0)
                     scores.push_back({int32_t(number), local.index[t], local.doc[t], b.label[t],
-                                      m.argmax[t] == b.label[t], float(m.loss[t])});
+                                      argmax[t] == b.label[t], float(loss[t])});
         }
     }
     return scores;
@@ -953,18 +1060,20 @@ template <class Dev, class E, class G> void evaluate(Model<Dev, E, G>& m, const 
 template <class Dev, class E, class G> void dump_logits(Model<Dev, E, G>& m, const Setup& s, Loader& loader) {
     Row row;
     loader_next(loader, row);
-    Batch b = batch_make({row}, s.attention, s.ring);
+    Batch b = batch_make({row}, s.attention, s.ring, attention_tiles<E>(m.dev, m.config.D));
     FILE* file = fopen(s.o.dump_logits.c_str(), "wb");
     if (!file) fail("%s: %s", s.o.dump_logits.c_str(), strerror(errno));
     std::vector<float> line(m.config.V);
     double loss = 0;
     model_forward(m, b);
     head_forward(m, b, [&](size_t t, size_t n) {
+        const std::vector<E> logits = to_host(m.dev, m.logits, n * line.size());
+        const std::vector<Acc<E>> losses = to_host(m.dev, m.loss + t, n);
         for (size_t i = 0; i < n; i++) {
-            std::copy_n(m.logits + i * line.size(), line.size(), line.begin());
+            std::copy_n(logits.begin() + i * line.size(), line.size(), line.begin());
             if (fwrite(line.data(), 4, line.size(), file) != line.size())
                 fail("%s: %s", s.o.dump_logits.c_str(), strerror(errno));
-            loss += double(m.loss[t + i]);
+            loss += double(losses[i]);
         }
     });
     if (fclose(file) != 0) fail("%s: %s", s.o.dump_logits.c_str(), strerror(errno));
@@ -1003,11 +1112,12 @@ void generate(Model<Dev, E, G>& m, const Setup& s, std::vector<int32_t>& tokens,
         row.doc.assign(n, 1), row.label.assign(n, -1), row.pos.resize(n);
         for (size_t i = 0; i < n; i++) row.pos[i] = int32_t(i);
         row.doc[0] = 0; // one document behind the anchor: plain causal attention
-        Batch b = batch_make({row}, Attention::anchor, Comm{});
+        Batch b = batch_make({row}, Attention::anchor, Comm{}, attention_tiles<E>(m.dev, m.config.D));
         model_forward(m, b);
         matmul_forward(m.dev, m.logits, m.final_normed + (n - 1) * C, m.params.head, none, none, 1, C, V);
         double uniform = hash_uniform(hash64(uint64_t(s.o.seed), stream), n);
-        tokens.push_back(sample_token(m.logits, V, s.o.temperature, size_t(s.o.top_k), uniform));
+        const std::vector<E> logits = to_host(m.dev, m.logits, V);
+        tokens.push_back(sample_token(logits.data(), V, s.o.temperature, size_t(s.o.top_k), uniform));
         if (tokens.back() == m.config.eos) break;
     }
 }
@@ -1039,7 +1149,7 @@ void print_tokens(const std::vector<int32_t>& tokens, const std::vector<std::str
     fflush(stdout);
 }
 
-double peak_memory_gib() {
+double memory_gib(Cpu) { // the largest so far
     FILE* file = fopen("/proc/self/status", "r");
     char line[256];
     double kib = 0;
@@ -1048,27 +1158,25 @@ double peak_memory_gib() {
     return kib / (1 << 20);
 }
 
-void log_step(Log& log, const Setup& s, const TrainState& state, const StepResult& r, double seconds) {
+void log_step(Log& log, const Setup& s, const StepResult& r, double seconds, double memory) {
     double tokens = double(s.rows_per_update()) * double(s.layout.S);
     double flops = model_flops(s.config, tokens, r.pairs) / seconds / s.world.size;
-    double memory = peak_memory_gib();
-    const bool shown = state.step % s.o.log_every == 0 || state.step == s.o.steps || state.step <= 3;
+    const bool shown = r.step % s.o.log_every == 0 || r.step == s.o.steps || r.step <= 3;
     if (r.skipped.empty() && shown)
-        log_note(
-            log,
-            "step %lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.0f ms | %.0f tok/s | %.1f GFLOP/s/rank | %.2f GiB",
-            (long long)state.step, (long long)s.o.steps, r.loss, r.norm, r.lr, seconds * 1e3, tokens / seconds,
-            flops / 1e9, memory);
+        log_note(log,
+                 "step %lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.0f ms | %.0f tok/s | %.1f %s/rank | %.2f GiB",
+                 (long long)r.step, (long long)s.o.steps, r.loss, r.norm, r.lr, seconds * 1e3, tokens / seconds,
+                 flops / (s.gpu ? 1e12 : 1e9), s.gpu ? "TFLOP/s" : "GFLOP/s", memory);
     if (!r.skipped.empty())
-        log_note(log, "step %lld/%lld | loss %.4f | norm %.3f | skipped: %s", (long long)state.step,
-                 (long long)s.o.steps, r.loss, r.norm, r.skipped.c_str());
+        log_note(log, "step %lld/%lld | loss %.4f | norm %.3f | skipped: %s", (long long)r.step, (long long)s.o.steps,
+                 r.loss, r.norm, r.skipped.c_str());
     log_values(log, r.skipped.empty() ? "step" : "skip",
-               {{"step", double(state.step)},
+               {{"step", double(r.step)},
                 {"loss", r.loss},
                 {"norm", r.norm},
                 {"lr", r.lr},
                 {"seconds", seconds},
-                {"tokens", double(state.tokens)},
+                {"tokens", double(r.tokens)},
                 {"counted", double(r.counted)},
                 {"tokens_per_second", tokens / seconds},
                 {"flops_per_second_per_rank", flops},
@@ -1079,10 +1187,8 @@ void log_step(Log& log, const Setup& s, const TrainState& state, const StepResul
 
 void announce(const Log& log, const Setup& s, const Loader& loader) {
     const Layout& l = s.layout;
-    double parameters = 0;
-    for (const ParamInfo& p : param_table(s.config)) parameters += double(p.count());
     log_note(log, "%s: %.2fM parameters in %s, RoPE base %g; %d rank%s (%s), %d thread%s each, rings of %d",
-             s.o.model.c_str(), parameters / 1e6, type_name(s.dtype), s.config.rope.base, l.world,
+             s.o.model.c_str(), double(param_count(s.config)) / 1e6, type_name(s.dtype), s.config.rope.base, l.world,
              l.world > 1 ? "s" : "", comm_backend(), omp_get_max_threads(), omp_get_max_threads() > 1 ? "s" : "",
              l.ring);
     if (s.o.out.empty()) log_note(log, "no --out: nothing is saved");
@@ -1095,8 +1201,8 @@ void announce(const Log& log, const Setup& s, const Loader& loader) {
         log_note(log, "%s: %lld documents, %lld tokens", s.o.train_data.c_str(), (long long)loader.corpus.documents,
                  (long long)loader.corpus.text);
     log_note(log, "%s attention, context %zu, %lld tokens an update, memory %.2f GiB a rank, recompute %s, master %s",
-             s.o.attention.c_str(), l.S, (long long)(s.rows_per_update() * l.S), double(measure(s, l).used) / (1 << 30),
-             recompute_text(l.recompute).c_str(), l.master ? "float" : "none");
+             s.o.attention.c_str(), l.S, (long long)(s.rows_per_update() * l.S), memory_needed(s, l) / (1 << 30),
+             recompute_text(l.recompute, s.config.L).c_str(), l.master ? "float" : "none");
 }
 
 template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setup& s) {
@@ -1124,29 +1230,44 @@ template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setu
     std::vector<std::string> pieces = pieces_read(o.vocab_file);
     announce(log, s, loader);
 
-    int skips = 0;
     signal(SIGTERM, [](int) { signal_caught = 1; });
     signal(SIGUSR1, [](int) { signal_caught = 1; });
     const size_t longest = std::min(m.layout.tokens(), s.layout.S); // that a sample can be
     if (state.step >= o.steps) log_note(log, "nothing to do: --steps is %lld", (long long)o.steps);
+    int skips = 0;
+    double mark = seconds_now();
+    auto finish = [&](StepResult& r) { // false: the run is lost
+        step_finish(m, r);
+        log_step(log, s, r, seconds_now() - mark, memory_gib(m.dev));
+        mark = seconds_now();
+        skips = r.skipped.empty() ? 0 : skips + 1;
+        return r.skipped.empty() || (skips < most_skips && (o.on_bad == "skip" || r.counted == 0));
+    };
+    // A GPU goes on with the next update while the host reads what came of the last one, unless somebody waits for it.
+    const bool may_wait = std::is_same_v<Dev, Gpu> && o.on_bad == "skip";
+    auto due = [&](int64_t every) { return every && state.step % every == 0; };
+    std::optional<StepResult> under_way;
     while (state.step < o.steps) {
-        double start = seconds_now();
         StepResult r = step_gradients(m, s, loader);
         step_update(m, s, state, r);
         state.cursor = loader.cursor;
-        log_step(log, s, state, r, seconds_now() - start);
-
-        skips = r.skipped.empty() ? 0 : skips + 1;
-        bool lost = !r.skipped.empty() && ((o.on_bad == "stop" && r.counted > 0) || skips == most_skips);
-        bool leave = r.stop || lost, last = leave || state.step == o.steps;
-        if (last || (o.save_every && state.step % o.save_every == 0)) save(m, s, state); // first: what follows may fail
-        if (!o.val_data.empty() && !leave && (last || state.step % o.val_every == 0)) {
+        bool lost = under_way && !finish(*under_way);
+        under_way.reset();
+        bool val_due = !o.val_data.empty() && due(o.val_every), leave = r.stop || lost;
+        if (may_wait && !leave && state.step < o.steps && !val_due && !due(o.save_every) && !due(o.sample_every)) {
+            under_way = r;
+            continue;
+        }
+        lost = !finish(r) || lost, leave = leave || lost;
+        const bool last = leave || state.step == o.steps;
+        if (last || due(o.save_every)) save(m, s, state); // first: what follows may fail
+        if (!o.val_data.empty() && !leave && (last || val_due)) {
             double loss = validation_loss(m, s, validation);
             log_note(log, "step %lld | validation loss %.4f | perplexity %.2f", (long long)state.step, loss,
                      std::exp(loss));
             log_values(log, "validation", {{"step", double(state.step)}, {"loss", loss}});
         }
-        if (o.sample_every && !leave && (last || state.step % o.sample_every == 0)) {
+        if (o.sample_every && !leave && (last || due(o.sample_every))) {
             std::vector<int32_t> tokens = s.prompt;
             generate(m, s, tokens, std::min(tokens.size() + 64, longest), uint64_t(state.step));
             if (s.world.rank == 0) print_tokens(tokens, pieces);
@@ -1158,6 +1279,7 @@ template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setu
                      o.out.empty() ? "nothing is saved without --out" : "saved");
             break;
         }
+        mark = seconds_now();
     }
     log_close(log);
     return 0;
@@ -1167,9 +1289,9 @@ template <class Dev, class E, class G> int run(Dev dev, Setup& s) {
     Model<Dev, E, G> m;
     m.dev = dev, m.config = s.config, m.layout = s.layout, m.world = s.world, m.precision = s.precision;
     Arena arena = measure(s, s.layout);
-    if (double(arena.used) > s.memory) {
+    if (memory_needed(s, s.layout) > s.memory) {
         if (s.world.rank == 0) print_plan(s);
-        fail("%.2f GiB are needed and a rank has %.2f", double(arena.used) / (1 << 30), s.memory / (1 << 30));
+        fail("%.2f GiB are needed and a rank has %.2f", memory_needed(s, s.layout) / (1 << 30), s.memory / (1 << 30));
     }
     const size_t planned = arena.used;
     arena = {device_allocate(dev, planned), 0, {}};
@@ -1226,6 +1348,19 @@ void set_threads(const Comm& world) {
     if (!getenv("OMP_NUM_THREADS")) omp_set_num_threads(std::max(1, std::min(omp_get_num_procs(), share)));
 }
 
+#ifdef __CUDACC__
+double memory_gib(Gpu) { return gpu_memory_used() / (1 << 30); }
+
+int run_gpu(Setup& setup) {
+    Gpu gpu = gpu_open(comm_host(setup.world).rank, setup.o.deterministic);
+    if (setup.dtype == Type::f32) return run<Gpu, float, float>(gpu, setup);
+    if (setup.grad_dtype == Type::f32) return run<Gpu, bf16, float>(gpu, setup);
+    return run<Gpu, bf16, bf16>(gpu, setup);
+}
+#else
+int run_gpu(Setup&) { fail("%s", gpu_fault(0).c_str()); }
+#endif
+
 #ifndef TRAIN_LLAMA_NO_MAIN
 int main(int argc, char** argv) {
     const Options options = options_parse(argc, argv);
@@ -1240,8 +1375,9 @@ int main(int argc, char** argv) {
     if (options.dump_params && world.rank == 0) dump_params(setup.config);
     if (options.plan && world.rank == 0) print_plan(setup);
     if (!options.dump_params && !options.plan)
-        status =
-            with_types(setup.dtype, setup.grad_dtype, [&]<class E, class G>() { return run<Cpu, E, G>(Cpu{}, setup); });
+        status = setup.gpu ? run_gpu(setup) : with_types(setup.dtype, setup.grad_dtype, [&]<class E, class G>() {
+            return run<Cpu, E, G>(Cpu{}, setup);
+        });
     comm_finalize(world);
     return status;
 }

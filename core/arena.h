@@ -29,4 +29,14 @@ struct Arena {
         used += bytes;
         return place;
     }
+
+    // Two sets of buffers that are never in use together, in the same place; the table shows the larger one.
+    template <class A, class B> void overlay(A place_a, B place_b) {
+        const Arena before = *this;
+        place_a();
+        const Arena a = *this;
+        used = before.used, parts = before.parts;
+        place_b();
+        if (a.used > used) *this = a;
+    }
 };

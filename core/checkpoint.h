@@ -12,6 +12,7 @@
 #include <cerrno>
 #include <dirent.h>
 #include <fcntl.h>
+#include <functional>
 #include <sstream>
 #include <string>
 #include <sys/stat.h>
@@ -107,10 +108,13 @@ inline void directory_remove(const std::string& path) { // of files only
     FILE_CHECK(rmdir(path.c_str()), path);
 }
 
-// What one rank contributes: a name, unique over the ranks, and the arrays that follow one another in the file.
+// What one rank contributes: a name, unique over the ranks, and the arrays that follow one another in the file. An array
+// in the memory of a GPU comes with a function that brings a part of it to the host.
+using Fetch = std::function<void(void* to, const void* from, size_t bytes)>;
 struct Piece {
     const void* data;
     size_t bytes;
+    Fetch fetch = nullptr;
 };
 struct CheckpointFile {
     std::string name;
@@ -199,10 +203,16 @@ inline CheckpointEntry write_pieces(const std::string& folder, const CheckpointF
     CheckpointEntry entry{from.name};
     File file = file_create(folder + "/" + from.name);
     constexpr size_t block = size_t(4) << 20; // stays in cache between checksum and write
+    std::vector<char> fetched;
     for (const Piece& piece : from.pieces)
         for (size_t at = 0; at < piece.bytes; at += block) {
             size_t n = std::min(block, piece.bytes - at);
             const char* data = (const char*)piece.data + at;
+            if (piece.fetch) {
+                fetched.resize(n);
+                piece.fetch(fetched.data(), data, n);
+                data = fetched.data();
+            }
             entry.crc = crc32c(entry.crc, data, n);
             entry.bytes += n;
             file_write(file, data, n);
@@ -382,13 +392,13 @@ inline size_t shard_bytes(const ShardHeader& h, int field) {
 }
 
 // The file that a rank passes to checkpoint_save. `header` and the arrays must live until then.
-inline CheckpointFile shard_file(int rank, const ShardHeader& header, const void* m, const void* v,
-                                 const void* master) {
+inline CheckpointFile shard_file(int rank, const ShardHeader& header, const void* m, const void* v, const void* master,
+                                 const Fetch& fetch = nullptr) {
     char name[40];
     snprintf(name, sizeof name, "optimizer_%05d.bin", rank);
     CheckpointFile file{name, {{&header, sizeof header}}};
     const void* arrays[] = {m, v, master};
-    for (int field = 0; field < 3; field++) file.pieces.push_back({arrays[field], shard_bytes(header, field)});
+    for (int field = 0; field < 3; field++) file.pieces.push_back({arrays[field], shard_bytes(header, field), fetch});
     return file;
 }
 

@@ -68,6 +68,17 @@ void comm_all_gather(Cpu, const Comm& comm, Type type, void* data, const size_t*
 Shift shift_start(Cpu, const Comm& comm, Type type, const void* send, size_t send_count, int to, void* receive,
                   size_t receive_count, int from);
 
+// Data in the memory of GPUs: so far of one rank alone.
+inline void comm_alone(const Comm& comm) { REQUIRE(comm.size == 1, "ranks on GPUs cannot talk yet: --device cpu"); }
+template <class E> void comm_broadcast(Gpu, const Comm& comm, E*, size_t, int) { comm_alone(comm); }
+template <class E> void comm_sum(Gpu, const Comm& comm, E*, size_t) { comm_alone(comm); }
+template <class E> void comm_reduce_scatter(Gpu, const Comm& comm, E*, const size_t*) { comm_alone(comm); }
+template <class E> void comm_all_gather(Gpu, const Comm& comm, E*, const size_t*) { comm_alone(comm); }
+template <class E> Shift shift_start(Gpu, const Comm& comm, const E*, size_t, int, E*, size_t, int) {
+    comm_alone(comm);
+    return {};
+}
+
 template <class E> void comm_broadcast(Cpu cpu, const Comm& comm, E* data, size_t count, int root) {
     comm_broadcast(cpu, comm, type_of<E>(), data, count, root);
 }

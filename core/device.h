@@ -1,6 +1,11 @@
 // The memory of the two machines: allocation, copies, waiting; and what a Gpu tag's context holds.
 #pragma once
 #include "types.h"
+#include <algorithm>
+#include <string>
+
+// What a GPU's memory holds beside the arena: the driver's context, the kernels, cuBLASLt, GpuContext::scratch.
+constexpr double gpu_overhead_bytes = 0.65 * (1 << 30);
 
 // Zeroed memory of the device, on a 256-byte boundary; fails with the size when there is not enough.
 inline uint8_t* device_allocate(Cpu, size_t bytes) {
@@ -17,6 +22,17 @@ inline void copy_to_host(Cpu, void* to, const void* from, size_t bytes) { memcpy
 inline void copy_on_device(Cpu, void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
 inline void fill_zero(Cpu, void* to, size_t bytes) { memset(to, 0, bytes); }
 inline void device_wait(Cpu) {}
+
+// A value on its way from the device to the host: sent in order with the work, looked at when the host wants it.
+struct Mail {
+    void* memory = nullptr;
+    void* arrived = nullptr; // the GPU's event
+};
+inline void mail_send(Cpu, Mail& mail, const void* from, size_t bytes) {
+    if (!mail.memory) mail.memory = malloc(bytes);
+    memcpy(mail.memory, from, bytes);
+}
+inline const void* mail_wait(Cpu, Mail& mail) { return mail.memory; }
 
 #ifdef __CUDACC__
 // A CUDA call that fails ends all ranks; one that fails after a kernel names the kernel's file too.
@@ -41,7 +57,7 @@ struct MatmulCache; // layers/matmul.cuh
 struct GpuContext {
     static constexpr size_t scratch_bytes = size_t(64) << 20;
     int device = 0, sms = 0, compute = 0; // compute: 80, 90, ...
-    size_t l2_bytes = 0, memory_bytes = 0;
+    size_t l2_bytes = 0;
     char name[256] = "";
     bool deterministic = false;
     // For what a launcher needs during its own kernels alone (cuBLASLt's workspace, partial sums). All work is on one
@@ -88,38 +104,77 @@ inline void copy_on_device(Gpu gpu, void* to, const void* from, size_t bytes) {
 }
 inline void fill_zero(Gpu gpu, void* to, size_t bytes) { CUDA_CHECK(cudaMemsetAsync(to, 0, bytes, gpu.stream)); }
 
-// Opens a GPU of this host, or says why that cannot be.
-inline Gpu gpu_open(int device) {
-    int count = 0, driver = 0, runtime = 0;
+inline void mail_send(Gpu gpu, Mail& mail, const void* from, size_t bytes) {
+    if (!mail.memory) {
+        CUDA_CHECK(cudaMallocHost(&mail.memory, bytes));
+        CUDA_CHECK(cudaEventCreateWithFlags((cudaEvent_t*)&mail.arrived, cudaEventDisableTiming));
+    }
+    CUDA_CHECK(cudaMemcpyAsync(mail.memory, from, bytes, cudaMemcpyDeviceToHost, gpu.stream));
+    CUDA_CHECK(cudaEventRecord((cudaEvent_t)mail.arrived, gpu.stream));
+}
+inline const void* mail_wait(Gpu, Mail& mail) {
+    CUDA_CHECK(cudaEventSynchronize((cudaEvent_t)mail.arrived));
+    return mail.memory;
+}
+
+// Why this host's GPU number `device` cannot be used, or an empty string.
+inline std::string gpu_fault(int device) {
+    char text[512] = "";
+    int count = 0, driver = 0, runtime = 0, major = 0, minor = 0;
     const cudaError_t status = cudaGetDeviceCount(&count);
     cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&runtime);
-    if (driver == 0) fail("no NVIDIA driver here: --device cpu runs without a GPU");
+    if (driver == 0) return "there is no NVIDIA driver here";
     if (status == cudaErrorInsufficientDriver)
-        fail(
-            "the driver knows CUDA %d.%d, this program was built with %d.%d: update the driver or build with the older "
-            "toolkit",
-            driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
-    if (status != cudaSuccess || count == 0)
-        fail("no usable GPU (%s): --device cpu runs without one", cudaGetErrorString(status));
-    if (device >= count) fail("rank wants GPU %d and this host shows %d: start one rank a GPU", device, count);
-    CUDA_CHECK(cudaSetDevice(device));
+        snprintf(text, sizeof text,
+                 "the driver knows CUDA %d.%d and this program was built with %d.%d: update the driver, or build with "
+                 "an older toolkit",
+                 driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
+    else if (status != cudaSuccess) snprintf(text, sizeof text, "there is no GPU: %s", cudaGetErrorString(status));
+    else if (device >= count)
+        snprintf(text, sizeof text, "GPU %d is wanted and there are %d: start one rank a GPU", device, count);
+    if (*text) return text;
+    CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    if (major < 8)
+        snprintf(text, sizeof text, "GPU %d has compute capability %d.%d, bf16 needs 8.0 (A100 or later)", device,
+                 major, minor);
+    return text;
+}
 
+// Bytes of GPU memory that a run can have, the driver's own included.
+inline double gpu_memory(int device) {
+    size_t free = 0, all = 0;
+    CUDA_CHECK(cudaSetDevice(device));
+    CUDA_CHECK(cudaMemGetInfo(&free, &all)); // makes the context
+    return std::min(double(all), double(free) + gpu_overhead_bytes);
+}
+inline double gpu_memory_used() {
+    size_t free = 0, all = 0;
+    CUDA_CHECK(cudaMemGetInfo(&free, &all));
+    return double(all - free);
+}
+
+// Opens a GPU of this host.
+inline Gpu gpu_open(int device, bool deterministic = false) {
+    const std::string fault = gpu_fault(device);
+    if (!fault.empty()) fail("%s; --device cpu runs without a GPU", fault.c_str());
+    CUDA_CHECK(cudaSetDevice(device));
     cudaDeviceProp properties;
     CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
     Gpu gpu;
     gpu.context = new GpuContext;
     GpuContext& c = *gpu.context;
     c.device = device, c.sms = properties.multiProcessorCount, c.compute = properties.major * 10 + properties.minor;
-    c.l2_bytes = size_t(properties.l2CacheSize), c.memory_bytes = properties.totalGlobalMem;
+    c.l2_bytes = size_t(properties.l2CacheSize), c.deterministic = deterministic;
     snprintf(c.name, sizeof c.name, "%s", properties.name);
-    if (c.compute < 80)
-        fail(
-            "GPU %d (%s) has compute capability %d.%d; bf16 needs 8.0 (A100 or later): --device cpu runs without a GPU",
-            device, c.name, c.compute / 10, c.compute % 10);
     CUDA_CHECK(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
     CUDA_CHECK(cudaMallocHost((void**)&c.staging.memory, Staging::slots * Staging::slot_bytes));
     for (cudaEvent_t& event : c.staging.sent) CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
     c.scratch = device_allocate(gpu, GpuContext::scratch_bytes);
     return gpu;
 }
+#else
+// Built without CUDA: there is nothing to open.
+inline std::string gpu_fault(int) { return "this program was built without CUDA, it has no GPU layers"; }
+inline double gpu_memory(int) { return 0; }
 #endif

@@ -72,24 +72,3 @@ __attribute__((format(printf, 2, 3))) inline void log_note(const Log& log, const
     printf("\n");
     fflush(stdout);
 }
-
-// The last 128 finite values of a series, to tell an outlier. A NaN or an infinity never enters:
-// one of them would make every later mean NaN and blind the detector.
-struct Outliers {
-    static constexpr int window = 128;
-    double value[window] = {};
-    int64_t count = 0;
-};
-
-inline void outliers_add(Outliers& o, double x) {
-    if (std::isfinite(x)) o.value[o.count++ % Outliers::window] = x;
-}
-
-// Standard deviations of x above the mean of the window; 0 until the window is full.
-inline double outliers_z(const Outliers& o, double x) {
-    if (o.count < Outliers::window) return 0;
-    double mean = 0, variance = 0;
-    for (double v : o.value) mean += v / Outliers::window;
-    for (double v : o.value) variance += (v - mean) * (v - mean) / Outliers::window;
-    return variance > 0 ? (x - mean) / std::sqrt(variance) : 0;
-}

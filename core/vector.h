@@ -25,11 +25,11 @@ template <> struct NativeVector<double> {
 };
 
 // Scratch memory on cache line boundaries, so that no vector straddles two of them; not set to anything.
-template <class A> struct AlignedScratch {
+template <class A> struct VectorScratch {
     struct alignas(64) Line {
         A value[64 / sizeof(A)];
     };
     std::unique_ptr<Line[]> line;
-    explicit AlignedScratch(size_t count) : line(new Line[count * sizeof(A) / 64 + 1]) {}
+    explicit VectorScratch(size_t count) : line(new Line[count * sizeof(A) / 64 + 1]) {}
     A* data() { return line[0].value; }
 };

@@ -1,13 +1,15 @@
-// The squared Euclidean norm of a gradient, in double whatever the storage.
+// The squared Euclidean norm of a gradient, in double whatever the storage. It stays on the device, where the step that
+// it scales is taken (layers/update.cuh).
 //
 // Blocks of fixed size are summed by themselves and their sums added in order: the bits depend on `count`
 // alone, not on the threads.
 #pragma once
-#include "../core/types.h"
+#include "convert.cuh"
 #include <algorithm>
 #include <vector>
 
-template <class G> double grad_norm_squared(Cpu, const G* grad, size_t count) {
+// squared (1), written; grad (count).
+template <class G> void grad_norm_squared(Cpu, double* squared, const G* grad, size_t count) {
     constexpr size_t block = 1 << 16;
     size_t blocks = (count + block - 1) / block;
     std::vector<double> sums(blocks);
@@ -21,9 +23,16 @@ template <class G> double grad_norm_squared(Cpu, const G* grad, size_t count) {
     }
     double total = 0;
     for (double sum : sums) total += sum;
-    return total;
+    *squared = total;
 }
 
 #ifdef __CUDACC__
-// Gpu: kernels follow.
+struct SumOfSquares {
+    __device__ double operator()(double x) const { return x * x; }
+};
+
+// sum_kernel with squares: the conversions to double, 16 a clock and multiprocessor, take 0.6 of the time of the reads.
+template <class G> void grad_norm_squared(Gpu gpu, double* squared, const G* grad, size_t count) {
+    sum_of(gpu, squared, grad, count, SumOfSquares(), false);
+}
 #endif

@@ -36,33 +36,40 @@ inline Row make_row(Attention mode, size_t S, int V, uint64_t seed, bool interle
 }
 
 // A model in memory of its own, with hashed weights large enough that every path matters.
-template <class E, class G> struct TestModel {
-    Model<Cpu, E, G> m;
+template <class E, class G, class Dev = Cpu> struct TestModel {
+    Model<Dev, E, G> m;
     std::vector<uint8_t> memory;
 
-    TestModel(const Config& c, const Layout& layout, const Comm& world = {}) {
-        m.config = c, m.layout = layout, m.world = world;
+    TestModel(const Config& c, const Layout& layout, const Comm& world = {}, Dev dev = {}) {
+        m.dev = dev, m.config = c, m.layout = layout, m.world = world;
         Arena arena;
         model_place(m, arena);
-        memory.resize(arena.used + Arena::alignment);
-        arena = {(uint8_t*)((uintptr_t(memory.data()) + 255) / 256 * 256), 0, {}};
+        if constexpr (std::is_same_v<Dev, Cpu>) {
+            memory.resize(arena.used + Arena::alignment);
+            arena = {(uint8_t*)((uintptr_t(memory.data()) + 255) / 256 * 256), 0, {}};
+        } else {
+            arena = {device_allocate(dev, arena.used), 0, {}}; // until the test program ends
+        }
         model_place(m, arena);
+        std::vector<E> weights(m.elements);
         for (const ParamInfo& p : param_table(c))
             for (size_t i = p.offset; i < p.offset + p.count(); i++)
-                m.param_flat[i] = E((p.start == Start::ones ? 1.0 : 0.0) + 0.3 * hash_normal(7, i));
+                weights[i] = E((p.start == Start::ones ? 1.0 : 0.0) + 0.3 * hash_normal(7, i));
+        copy_to_device(dev, m.param_flat, weights.data(), m.elements * sizeof(E));
     }
 
     // Summed loss over `counted`, gradients in m.grads.
     double gradients(const std::vector<Row>& rows, Attention mode, const Comm& ring, double counted, size_t batch) {
         double loss = 0;
-        memset((void*)m.grad_flat, 0, m.elements * sizeof(G));
+        fill_zero(m.dev, m.grad_flat, m.elements * sizeof(G));
         for (size_t first = 0; first < rows.size(); first += batch) {
             const size_t last = std::min(first + batch, rows.size());
-            Batch b = batch_make({rows.begin() + first, rows.begin() + last}, mode, ring);
+            Batch b = batch_make({rows.begin() + first, rows.begin() + last}, mode, ring,
+                                 attention_tiles<E>(m.dev, m.config.D));
             model_forward(m, b);
             head_forward_backward(m, b, 1 / counted);
             model_backward(m, b);
-            for (size_t t = 0; t < b.T; t++) loss += double(m.loss[t]);
+            for (Acc<E> x : to_host(m.dev, m.loss, b.T)) loss += double(x);
         }
         return loss / counted;
     }

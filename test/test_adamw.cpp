@@ -5,7 +5,7 @@
 #include <omp.h>
 
 namespace {
-constexpr AdamW defaults = {1e-2, 0.9, 0.95, 1e-8, 0.1, 1, 1.0, 1234};
+constexpr AdamW defaults = {1e-2, 0.9, 0.95, 1e-8, 0.1, 1234};
 
 // Parameters with their state; the gradient of step s is hash_normal(100 + s, i).
 template <class P, class G, class M> struct State {
@@ -20,23 +20,22 @@ template <class P, class G, class M> struct State {
         m.fill(0), v.fill(0);
         for (size_t i = 0; i < count; i++) master[i] = Acc<P>(param[i]);
     }
-    void step(AdamW a, int step, size_t begin, size_t end) {
-        Buffer<G> grad(count, uint64_t(100 + step));
-        a.step = step;
+    void step(const AdamW& a, AdamWStep step, size_t begin, size_t end) {
+        Buffer<G> grad(count, uint64_t(100 + step.step));
         adamw_update(Cpu(), param.data() + begin, with_master ? master.data() + begin : nullptr, m.data() + begin,
-                     v.data() + begin, grad.data() + begin, end - begin, 1000 + begin, a);
+                     v.data() + begin, grad.data() + begin, end - begin, 1000 + begin, a, &step);
     }
-    void steps(const AdamW& a, int n) {
-        for (int s = 1; s <= n; s++) step(a, s, 0, count);
+    void steps(const AdamW& a, int n, double grad_scale = 1) {
+        for (int s = 1; s <= n; s++) step(a, {s, grad_scale, 0}, 0, count);
     }
 };
 
 // The algorithm as the paper's Algorithm 2 has it, one parameter at a time, the moments' bias by their exact sums.
-double adamw_long_hand(double p, size_t i, const AdamW& a, int steps, bool bf16_grad) {
+double adamw_long_hand(double p, size_t i, const AdamW& a, int steps, bool bf16_grad, double grad_scale = 1) {
     double m = 0, v = 0, weight1 = 0, weight2 = 0; // weight: what the averages would be had every gradient been 1
     for (int s = 1; s <= steps; s++) {
         double g = hash_normal(uint64_t(100 + s), i);
-        g = (bf16_grad ? double(bf16(float(g))) : g) * a.grad_scale;
+        g = (bf16_grad ? double(bf16(float(g))) : g) * grad_scale;
         m += (1 - a.beta1) * (g - m), weight1 += (1 - a.beta1) * (1 - weight1);
         v += (1 - a.beta2) * (g * g - v), weight2 += (1 - a.beta2) * (1 - weight2);
         p -= a.lr * a.weight_decay * p + a.lr * (m / weight1) / (std::sqrt(v / weight2) + a.eps);
@@ -52,16 +51,14 @@ double correlation(const std::vector<double>& x, const std::vector<double>& y) {
 } // namespace
 
 TEST_CASE("adamw: double is the algorithm, at every step, with and without a master") {
-    AdamW a = defaults;
-    a.grad_scale = 0.37;
     for (bool with_master : {false, true})
         for (size_t count : {0, 1, 17, 1000}) {
             State<double, double, double> s(count, with_master);
             Buffer<double> start = converted<double>(s.param);
-            s.steps(a, 20);
+            s.steps(defaults, 20, 0.37);
             // The two orders of arithmetic differ by some 2^-53 a step in values of order 1.
             for (size_t i = 0; i < count; i++) {
-                CHECK(std::fabs(s.param[i] - adamw_long_hand(start[i], i, a, 20, false)) < 1e-14);
+                CHECK(std::fabs(s.param[i] - adamw_long_hand(start[i], i, defaults, 20, false, 0.37)) < 1e-14);
                 if (with_master) CHECK(s.master[i] == s.param[i]);
             }
         }
@@ -80,7 +77,8 @@ TEST_CASE("adamw: the first step, and none without a gradient but decay") {
         CHECK(s.v[i] == doctest::Approx(0.05 * g * g).epsilon(1e-14));
     }
     double p[2] = {2, -3}, m[2] = {}, v[2] = {}, none[2] = {};
-    adamw_update(Cpu(), p, (double*)nullptr, m, v, none, 2, 0, defaults);
+    const AdamWStep step = {1, 1, 0};
+    adamw_update(Cpu(), p, (double*)nullptr, m, v, none, 2, 0, defaults, &step);
     CHECK(p[0] == doctest::Approx(2 * 0.999).epsilon(1e-15));
     CHECK(p[1] == doctest::Approx(-3 * 0.999).epsilon(1e-15));
 }
@@ -141,8 +139,8 @@ TEST_CASE("adamw: bf16 parameters drift by the right mean, where the nearest val
     Buffer<bf16> param(count), grad(count);
     Buffer<float> m(count), v(count);
     param.fill(1), grad.fill(1), m.fill(0), v.fill(0);
-    for (a.step = 1; a.step <= steps; a.step++)
-        adamw_update(Cpu(), param.data(), (float*)nullptr, m.data(), v.data(), grad.data(), count, 0, a);
+    for (AdamWStep step = {1, 1, 0}; step.step <= steps; step.step++)
+        adamw_update(Cpu(), param.data(), (float*)nullptr, m.data(), v.data(), grad.data(), count, 0, a, &step);
     double sum = 0;
     for (size_t i = 0; i < count; i++) sum += double(param[i]);
     double sigma = 0x1p-8 / 2 * std::sqrt(double(steps) / double(count));
@@ -153,7 +151,7 @@ TEST_CASE("adamw: bf16 moments are unbiased, and the errors of p, m and v indepe
     const size_t count = 50000;
     State<bf16, bf16, bf16> rounded(count, false);
     State<bf16, bf16, float> exact(count, true);
-    rounded.step(defaults, 1, 0, count), exact.step(defaults, 1, 0, count);
+    rounded.steps(defaults, 1), exact.steps(defaults, 1);
     std::vector<double> error[3], shifted;
     for (size_t i = 0; i < count; i++) {
         auto units = [](double rounded, double exact) { return (rounded - exact) / ulp<bf16>(exact); };
@@ -181,12 +179,13 @@ TEST_CASE("adamw: bf16 moments are unbiased, and the errors of p, m and v indepe
 }
 
 TEST_CASE("adamw: step and seed each choose other random bits") {
-    auto run = [](uint64_t seed, int step) {
+    auto run = [](uint64_t seed, int number) {
         State<bf16, bf16, bf16> s(500, false);
         AdamW a = defaults;
-        a.seed = seed, a.step = step, a.beta1 = a.beta2 = 0; // then the step changes nothing but the random bits
+        a.seed = seed, a.beta1 = a.beta2 = 0; // then the step changes nothing but the random bits
         Buffer<bf16> grad(500, 9);
-        adamw_update(Cpu(), s.param.data(), (float*)nullptr, s.m.data(), s.v.data(), grad.data(), 500, 0, a);
+        const AdamWStep step = {number, 1, 0};
+        adamw_update(Cpu(), s.param.data(), (float*)nullptr, s.m.data(), s.v.data(), grad.data(), 500, 0, a, &step);
         return converted<double>(s.param);
     };
     Buffer<double> p = run(1, 1);
@@ -200,8 +199,9 @@ TEST_CASE("adamw: neither the split of the parameters nor the threads change a b
     State<bf16, bf16, bf16> whole(count, false), parts(count, false);
     int threads = omp_get_max_threads();
     for (int s = 1; s <= 3; s++) {
-        omp_set_num_threads(1), whole.step(defaults, s, 0, count);
-        omp_set_num_threads(3), parts.step(defaults, s, 0, 400), parts.step(defaults, s, 400, count);
+        const AdamWStep step = {s, 1, 0};
+        omp_set_num_threads(1), whole.step(defaults, step, 0, count);
+        omp_set_num_threads(3), parts.step(defaults, step, 0, 400), parts.step(defaults, step, 400, count);
     }
     omp_set_num_threads(threads);
     CHECK(largest_error(whole.param, parts.param) == 0);
@@ -209,10 +209,26 @@ TEST_CASE("adamw: neither the split of the parameters nor the threads change a b
     CHECK(largest_error(whole.v, parts.v) == 0);
 }
 
+TEST_CASE("adamw: a step that is to be skipped leaves every bit, whatever its gradient") {
+    State<bf16, float, bf16> skipped(1000, true), kept(1000, true);
+    skipped.steps(defaults, 2), kept.steps(defaults, 2);
+    Buffer<float> grad(1000);
+    grad.poison();
+    const AdamWStep skip = {3, std::numeric_limits<double>::quiet_NaN(), 1};
+    adamw_update(Cpu(), skipped.param.data(), skipped.master.data(), skipped.m.data(), skipped.v.data(), grad.data(),
+                 1000, 1000, defaults, &skip);
+    CHECK(largest_error(skipped.param, kept.param) == 0);
+    CHECK(largest_error(skipped.master, kept.master) == 0);
+    CHECK(largest_error(skipped.m, kept.m) == 0);
+    CHECK(largest_error(skipped.v, kept.v) == 0);
+    skipped.step(defaults, {3, 1, 0}, 0, 1000);
+    CHECK(largest_error(skipped.param, kept.param) > 0);
+}
+
 TEST_CASE("adamw: step 0 is refused") {
-    AdamW a = defaults;
-    a.step = 0;
+    const AdamWStep step = {0, 1, 0};
     double p = 1, m = 0, v = 0, g = 1;
-    std::string message = fails_with([&] { adamw_update(Cpu(), &p, (double*)nullptr, &m, &v, &g, 1, 0, a); });
+    std::string message =
+        fails_with([&] { adamw_update(Cpu(), &p, (double*)nullptr, &m, &v, &g, 1, 0, defaults, &step); });
     CHECK(message.find("step") != std::string::npos);
 }

@@ -41,8 +41,8 @@ def program_logits(folder, model, tokens, config):
     bos = config.get("bos_token_id")
     token_file.write_tokens(folder / "tokens.bin", [tokens], config["vocab_size"], -1 if bos is None else bos)
     done = subprocess.run(
-        [BINARY, "--device", "cpu", "--dtype", "float", "--attention", "full", "-c", str(len(tokens)), "-e", str(model),
-         "-i", str(folder / "tokens.bin"), "--dump_logits", str(folder / "logits")], capture_output=True, text=True)
+        [BINARY, "--device", os.environ.get("TRAIN_DEVICE", "cpu"), "--dtype", "float", "--attention", "full",
+         "-c", str(len(tokens)), "-e", str(model), "-i", str(folder / "tokens.bin"), "--dump_logits", str(folder / "logits")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return np.fromfile(folder / "logits", "<f4").reshape(len(tokens), config["vocab_size"])
 

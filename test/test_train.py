@@ -16,19 +16,22 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BINARY = os.environ.get("TRAIN_LLAMA", str(ROOT / "train_llama"))
+# TRAIN_DEVICE=gpu runs the same tests on a GPU, where repeated bits must be asked for.
+ON_GPU = os.environ.get("TRAIN_DEVICE", "cpu") == "gpu"
+DEVICE = ["--device", "gpu", "--deterministic"] if ON_GPU else ["--device", "cpu"]
 sys.path.insert(0, str(ROOT / "data"))
 from token_file import write_tokens  # noqa: E402
 
 MPIRUN = ["mpirun", "--oversubscribe", "--allow-run-as-root", "--bind-to", "none", "-np"]
 HAS_MPI = shutil.which("mpirun") is not None and "(MPI)" in subprocess.run(
-    [BINARY, "-e", "tiny", "--steps", "1", "-c", "16"], capture_output=True, text=True).stdout
+    [BINARY, "--device", "cpu", "-e", "tiny", "--steps", "1", "-c", "16"], capture_output=True, text=True).stdout
 SMALL = ["-e", "tiny", "--layers", "1", "--channels", "32", "--heads", "2", "--ffn", "48", "-c", "64", "--generator_mean",
          "20", "--vocab", "64", "-l", "3e-3"]
-needs_mpi = pytest.mark.skipif(not HAS_MPI, reason="built without MPI")
+needs_mpi = pytest.mark.skipif(not HAS_MPI or ON_GPU, reason="built without MPI, or on a GPU")
 
 
 def command(*args, ranks=1):
-    return (MPIRUN + [str(ranks)] if ranks > 1 else []) + [BINARY, *map(str, args)]
+    return (MPIRUN + [str(ranks)] if ranks > 1 else []) + [BINARY, *DEVICE, *map(str, args)]
 
 
 def run(*args, ranks=1, ok=True, cwd=None, threads=1):
@@ -93,7 +96,7 @@ def test_every_option_refuses_a_bad_value_by_name():
     (["--prompt", "1,x", "--generate", "4"], "--prompt"),
     (["--generate", "100"], "--context"),
     (["--memory", "0.0001"], "GiB"),
-    (["--device", "gpu"], "GPU"),
+    (["--device", "gpu", "--memory", "0.001"], "GPU" if not ON_GPU else "GiB"),
     (["--rope_base", "0.5"], "rope base"),
     (["--rope_scaling", "linear", "--rope_factor", "0.5"], "factor"),
     (["-e", "llama3-8b", "--vocab", "8"], "bos or eos"),

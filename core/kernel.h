@@ -1,0 +1,132 @@
+// What kernels share: accesses of 16 bytes, bf16 by pairs, sums over warps and blocks, the size of a grid.
+#pragma once
+#include "device.h"
+
+#ifdef __CUDACC__
+// Elements in 16 bytes, the widest access of a thread.
+template <class E> constexpr int pack_width = 16 / int(sizeof(E));
+
+// W neighbouring elements as they stand in memory, converted to float where they are used: a row that waits in
+// registers takes half as many of them in bf16. W is a multiple of pack_width, or 1 where rows do not start on 16 bytes.
+template <class E, int W> struct Pack {
+    static constexpr int words = (W * int(sizeof(E)) + 3) / 4;
+    uint32_t word[words];
+
+    __device__ float operator[](int i) const {
+        if constexpr (sizeof(E) == 4) return __uint_as_float(word[i]);
+        else return __uint_as_float(i % 2 ? word[i / 2] & 0xffff0000u : word[i / 2] << 16);
+    }
+};
+
+template <int W, class E> __device__ Pack<E, W> pack_load(const E* from) {
+    Pack<E, W> x;
+    if constexpr (W == 1) {
+        if constexpr (sizeof(E) == 4) x.word[0] = __float_as_uint(*from);
+        else x.word[0] = from->bits;
+    } else {
+        static_assert(W % pack_width<E> == 0);
+#pragma unroll
+        for (int i = 0; i < x.words; i += 4) {
+            uint4 v = ((const uint4*)from)[i / 4];
+            x.word[i] = v.x, x.word[i + 1] = v.y, x.word[i + 2] = v.z, x.word[i + 3] = v.w;
+        }
+    }
+    return x;
+}
+
+template <class E, int W> __device__ void pack_store(E* to, const Pack<E, W>& x) {
+    if constexpr (W == 1) {
+        if constexpr (sizeof(E) == 4) *to = __uint_as_float(x.word[0]);
+        else to->bits = uint16_t(x.word[0]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < x.words; i += 4)
+            ((uint4*)to)[i / 4] = make_uint4(x.word[i], x.word[i + 1], x.word[i + 2], x.word[i + 3]);
+    }
+}
+
+// Both to the nearest bf16, ties to even: one instruction, where the type's own conversion takes six each.
+__device__ inline uint32_t bf16_pair(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+template <class E, int W> __device__ Pack<E, W> pack_from(const float (&x)[W]) {
+    Pack<E, W> packed;
+    if constexpr (sizeof(E) == 4) {
+#pragma unroll
+        for (int i = 0; i < W; i++) packed.word[i] = __float_as_uint(x[i]);
+    } else if constexpr (W == 1) {
+        packed.word[0] = bf16_pair(x[0], 0);
+    } else {
+#pragma unroll
+        for (int i = 0; i < W; i += 2) packed.word[i / 2] = bf16_pair(x[i], x[i + 1]);
+    }
+    return packed;
+}
+template <class E, int W> __device__ void pack_store(E* to, const float (&x)[W]) { pack_store(to, pack_from<E, W>(x)); }
+
+// Whether rows of `width` elements at these addresses (null: absent) can be taken in packs.
+template <class E, class... P> bool packs_fit(size_t width, const P*... row) {
+    return width % pack_width<E> == 0 && ((uintptr_t(row) % 16 == 0) && ...);
+}
+
+// One instruction of the special function units each: e^x to 2^-22 and what rounding x / ln 2 makes of it (|x| 2^-24),
+// 1 / x to 2^-23. Results below 2^-126 are 0.
+__device__ inline float exp_approximate(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504088896341f));
+    return y;
+}
+__device__ inline float reciprocal_approximate(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// e^x, exact enough for what is stored as E.
+template <class E> __device__ float exp_for(float x) {
+    if constexpr (sizeof(E) == 2) return exp_approximate(x);
+    else return expf(x);
+}
+
+// Every lane gets the sum of the warp's values, or the largest that is not NaN.
+template <class A> __device__ A warp_sum(A x) {
+#pragma unroll
+    for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(~0u, x, lane);
+    return x;
+}
+__device__ inline float warp_max(float x) {
+#pragma unroll
+    for (int lane = 16; lane > 0; lane /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, lane));
+    return x;
+}
+
+// Every thread gets the sum over the block, of whole warps, always in the same order. `slot` is shared memory that no
+// warp still reads from a sum before: let two take turns.
+template <class A> __device__ A block_sum(A x, A (&slot)[32]) {
+    x = warp_sum(x);
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (lane == 0) slot[warp] = x;
+    __syncthreads();
+    return warp_sum(lane < blockDim.x / 32 ? slot[lane] : A(0));
+}
+
+// As many blocks as the GPU holds at once.
+template <class Kernel> unsigned resident_blocks(Gpu gpu, Kernel kernel, unsigned threads) {
+    int each = 0;
+    CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, int(threads), 0));
+    return unsigned(each * gpu.context->sms);
+}
+
+// Threads, in whole warps, for `work` pieces of which each thread takes up to `each`.
+inline unsigned block_threads(size_t work, unsigned each, unsigned most) {
+    const size_t warps = (work + 32 * each - 1) / (32 * each);
+    return warps * 32 < most ? unsigned(warps * 32) : most;
+}
+
+inline unsigned grid_blocks(size_t blocks) {
+    REQUIRE(blocks < size_t(1) << 31, "one launch takes fewer than 2^31 blocks: take fewer tokens at once");
+    return unsigned(blocks);
+}
+#endif
