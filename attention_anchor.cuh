@@ -58,8 +58,8 @@ inline std::vector<int64_t> visible_pairs(const int32_t* doc /*(S)*/, size_t S, 
 }
 inline int64_t visible_pairs(const int32_t* doc /*(S)*/, size_t S) { return S == 0 ? 0 : visible_pairs(doc, S, S)[0]; }
 
-// What a tile of queries has to visit; in a map by keys, the queries that a tile of keys has to visit. All numbers count
-// local tokens, of the query set or of the key set.
+// What a tile of queries has to visit; in a map by keys, the queries that a tile of keys has to visit. All numbers
+// count local tokens, of the query set or of the key set.
 struct KeyRange {
     int32_t begin, end;
     bool masked; // some of its pairs are not visible: test each
@@ -158,8 +158,8 @@ struct TileMapOptions {
 };
 
 // Every visible pair but those of the anchor's column lies in exactly one range of its tile. What a tile visits is cut
-// into tiles of the other kind; one is left out when none of its pairs is visible (up to tile_ranges_most), and unmasked
-// when all are, for any doc[]. Rows never mix.
+// into tiles of the other kind; one is left out when none of its pairs is visible (up to tile_ranges_most), and is
+// unmasked when all are, for any doc[]. Rows never mix.
 inline void tile_map_build(TileMap& map, const Tokens& q, const Tokens& k, int tile_q, int tile_k,
                            TileMapOptions options = {}) {
     REQUIRE(tile_q > 0 && tile_k > 0 && q.rows() == k.rows(), "pass the same rows of queries and keys");

@@ -815,10 +815,10 @@ struct TrainState {
 };
 
 // Reads weights of any element type into the model's.
-template <class Dev, class E, class G> void weights_load(Model<Dev, E, G>& m, const std::string& path) {
-    const WeightsFile file = weights_open(path);
+template <class Dev, class E, class G> void weights_load(Model<Dev, E, G>& m, const WeightsFile& file) {
     if (file.elements != m.elements)
-        fail("%s: %llu elements, the model has %zu", path.c_str(), (unsigned long long)file.elements, m.elements);
+        fail("%s: %llu elements, the model has %zu", file.file.path.c_str(), (unsigned long long)file.elements,
+             m.elements);
     auto read_as = [&]<class X>() {
         const size_t piece = 1 << 22;
         std::vector<X> buffer(std::min(piece, m.elements));
@@ -872,7 +872,7 @@ template <class Dev, class E, class G> bool resume(Model<Dev, E, G>& m, const Se
         fail("%s: its shape, context or RoPE is not this command line's; resume with the options of the run, or start "
              "another with -e %s/weights.bin",
              from.path.c_str(), from.path.c_str());
-    weights_load(m, from.path + "/weights.bin");
+    weights_load(m, weights);
     checkpoint_read(from, "state.bin", 0, &state, sizeof state);
     copy_to_device(m.dev, m.update, &state.update, sizeof state.update);
     auto read = [&](ShardField field, Type type, void* to) {
@@ -900,6 +900,44 @@ std::vector<Row> take_rows(Loader& loader, const Setup& s, int64_t count) {
         if (j % s.groups() == s.group()) loader_next(loader, mine.emplace_back());
         else loader_skip(loader);
     return mine;
+}
+
+// The text of a file, empty when there is none.
+std::string text_read(const std::string& path) {
+    std::string text;
+    char buffer[1 << 12];
+    FILE* file = fopen(path.c_str(), "r");
+    for (size_t n; file && (n = fread(buffer, 1, sizeof buffer, file)) > 0;) text.append(buffer, n);
+    if (file) fclose(file);
+    return text;
+}
+
+// On a GPU there are many algorithms for a matrix product. Rank 0 times them once, in a step whose results are thrown
+// away, all ranks take its choice, and it stays with the run: the same bits when it is resumed.
+template <class E, class G> void model_tune(Model<Cpu, E, G>&, const Setup&, Loader&) {}
+template <class E, class G> void model_tune(Model<Gpu, E, G>& m, const Setup& s, Loader& loader) {
+    const std::string path = s.o.out.empty() ? "" : s.o.out + "/matmul.txt";
+    const Cursor start = loader.cursor;
+    std::vector<Row> rows = take_rows(loader, s, int64_t(s.layout.B) * s.groups());
+    loader_seek(loader, start);
+    Batch b = batch_make(rows, s.attention, s.ring, attention_tiles<E>(m.dev, m.config.D));
+    auto step = [&] {
+        model_forward(m, b);
+        head_forward_backward(m, b, 1.0 / double(std::max<int64_t>(b.counted, 1)));
+        model_backward(m, b);
+    };
+    if (s.world.rank == 0) matmul_algos_read(m.dev, text_read(path));
+    if (s.world.rank == 0) matmul_tune(m.dev, step);
+    else step();
+    std::string text = matmul_algos_text(m.dev);
+    int64_t size = int64_t(text.size());
+    comm_broadcast(Cpu{}, s.world, &size, 1, 0);
+    text.resize(size_t(size));
+    comm_broadcast(Cpu{}, s.world, (uint8_t*)text.data(), text.size(), 0);
+    if (s.world.rank > 0) matmul_algos_read(m.dev, text);
+    FILE* file = path.empty() || s.world.rank > 0 ? nullptr : fopen(path.c_str(), "w");
+    if (file && (fwrite(text.data(), 1, text.size(), file) != text.size() || fclose(file) != 0))
+        fail("%s: %s", path.c_str(), strerror(errno));
 }
 
 double learning_rate(const Setup& s, int64_t step) {
@@ -1230,6 +1268,7 @@ template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setu
     std::vector<std::string> pieces = pieces_read(o.vocab_file);
     announce(log, s, loader);
 
+    if (state.step < o.steps) model_tune(m, s, loader);
     signal(SIGTERM, [](int) { signal_caught = 1; });
     signal(SIGUSR1, [](int) { signal_caught = 1; });
     const size_t longest = std::min(m.layout.tokens(), s.layout.S); // that a sample can be
@@ -1298,7 +1337,7 @@ template <class Dev, class E, class G> int run(Dev dev, Setup& s) {
     model_place(m, arena);
     REQUIRE(arena.used == planned, "every rank must place what was measured");
     if (s.weights.empty()) model_init(m, uint64_t(s.o.seed));
-    else weights_load(m, s.weights);
+    else weights_load(m, weights_open(s.weights));
     if (s.layout.train) return train(m, s);
 
     if (s.o.generate) {

@@ -108,8 +108,8 @@ inline void directory_remove(const std::string& path) { // of files only
     FILE_CHECK(rmdir(path.c_str()), path);
 }
 
-// What one rank contributes: a name, unique over the ranks, and the arrays that follow one another in the file. An array
-// in the memory of a GPU comes with a function that brings a part of it to the host.
+// What one rank contributes: a name, unique over the ranks, and the arrays that follow one another in the file. An
+// array in the memory of a GPU comes with a function that brings a part of it to the host.
 using Fetch = std::function<void(void* to, const void* from, size_t bytes)>;
 struct Piece {
     const void* data;

@@ -2,6 +2,7 @@
 #include "../core/checkpoint.h"
 #include "check.h"
 #include "fails.h"
+#include "world.h"
 #include <chrono>
 #include <csignal>
 #include <filesystem>
@@ -24,13 +25,6 @@ extern "C" int rename(const char* from, const char* to) noexcept {
     return injected() ? -1 : int(syscall(SYS_rename, from, to));
 }
 
-static const Comm& world() {
-    static struct World {
-        Comm comm = comm_init(nullptr, nullptr);
-        ~World() { comm_finalize(comm); }
-    } up;
-    return up.comm;
-}
 // Whether this process may fork: fails_with and the kill test do.
 static bool alone() {
     bool yes = world().size == 1 && std::string(comm_backend()) == "serial";

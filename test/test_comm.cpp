@@ -3,16 +3,9 @@
 #include "../core/comm.h"
 #include "check.h"
 #include "fails.h"
+#include "world.h"
 #include <chrono>
 #include <csignal>
-
-static const Comm& world() {
-    static struct World {
-        Comm comm = comm_init(nullptr, nullptr);
-        ~World() { comm_finalize(comm); }
-    } up;
-    return up.comm;
-}
 
 // Element i of rank's data. The floats differ in size, so that another order of summation gives other bits.
 template <class E> static E value(int rank, size_t i) {
