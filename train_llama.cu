@@ -684,7 +684,8 @@ double machine_memory(const Setup& s) {
 }
 
 // Element types, master weights and recomputation: what was asked for, else the most precise and fastest that fits.
-void setup_memory(Setup& s) {
+// False when nothing does.
+bool choose_layout(Setup& s) {
     const Options& o = s.o;
     Layout& layout = s.layout;
     auto type = [](const std::string& name, Type other) {
@@ -699,10 +700,6 @@ void setup_memory(Setup& s) {
     if (s.dtype == Type::f32 && s.grad_dtype == Type::bf16) fail("--grad_dtype bf16 goes with --dtype bf16");
     if (s.dtype != Type::bf16 && o.master == "float") fail("--master float goes with --dtype bf16");
 
-    s.memory = o.memory > 0 ? o.memory * (1 << 30) : machine_memory(s);
-    std::vector<double> all(s.world.size);
-    comm_gather(Cpu{}, s.world, all.data(), &s.memory, 1);
-    s.memory = *std::min_element(all.begin(), all.end()); // all ranks must come to the same layout
     const int L = s.config.L;
     auto fits = [&](bool master, int units) {
         layout.master = master;
@@ -719,8 +716,42 @@ void setup_memory(Setup& s) {
     for (int most : {recompute_kinds - 1, recompute_kinds})
         for (int master = may; master >= must; master--)
             for (int units = 0; units <= most * L; units++)
-                if (fits(master, units)) return;
-    fits(must, recompute_kinds * L);
+                if (fits(master, units)) return true;
+    return fits(must, recompute_kinds * L);
+}
+
+void setup_memory(Setup& s) {
+    s.memory = s.o.memory > 0 ? s.o.memory * (1 << 30) : machine_memory(s);
+    std::vector<double> all(s.world.size);
+    comm_gather(Cpu{}, s.world, all.data(), &s.memory, 1);
+    s.memory = *std::min_element(all.begin(), all.end()); // all ranks must come to the same layout
+    choose_layout(s);
+}
+
+// For a layout that does not fit: changes after which it does, each kept while the next is tried, the mildest first.
+std::string what_fits(Setup s) {
+    std::string changes;
+    auto change = [&](const std::string& text) {
+        changes += (changes.empty() ? "" : " ") + text;
+        return choose_layout(s);
+    };
+    if (s.o.recompute != "auto" && (s.o.recompute = "auto", change("--recompute auto"))) return changes;
+    if (s.o.master == "float" && (s.o.master = "none", change("--master none"))) return changes;
+    if (s.dtype == Type::bf16 && (s.grad_dtype == Type::f32 || s.layout.moments == Type::f32)) {
+        s.o.grad_dtype = s.o.opt_dtype = "bf16";
+        if (change("--grad_dtype bf16 --opt_dtype bf16")) return changes;
+    }
+    if (s.layout.B > 1 && (s.layout.B = 1, change("--batch 1"))) return changes;
+    if (s.layout.tokens() > 8192 && s.layout.ffn_tile != 8192) {
+        s.layout.ffn_tile = 8192;
+        if (change("--ffn_tile 8192")) return changes;
+    }
+    const std::string before = changes;
+    for (int ranks = 2 * s.layout.world; ranks <= 1024; ranks *= 2) {
+        changes = before, s.layout.world = s.layout.ring = ranks;
+        if (change("on " + std::to_string(ranks) + " ranks")) return changes;
+    }
+    return "a smaller model or --context";
 }
 
 void print_plan(const Setup& s) {
@@ -734,8 +765,8 @@ void print_plan(const Setup& s) {
         printf("  %-20s %8.3f\n", part.name.c_str(), double(part.bytes) / (1 << 30));
     if (s.gpu) printf("  %-20s %8.3f\n", "CUDA, cuBLASLt", gpu_overhead_bytes / (1 << 30));
     const double needed = memory_needed(s, s.layout);
-    printf("  %-20s %8.3f of %.1f%s\n", "all", needed / (1 << 30), s.memory / (1 << 30),
-           needed < memory_usable(s) ? "" : ": does not fit; try --batch 1, more ranks, --master none, --ffn_tile");
+    printf("  %-20s %8.3f of %.1f\n", "all", needed / (1 << 30), s.memory / (1 << 30));
+    if (needed >= memory_usable(s)) printf("\n  does not fit; this would: %s\n", what_fits(s).c_str());
 }
 
 // --prompt's token ids, or BOS alone.
