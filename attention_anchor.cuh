@@ -744,6 +744,8 @@ template <class E> struct AttentionBackward {
     int T, Tk, H, K, D;
 };
 
+#include "layers/attention_mma.cuh"
+
 template <class E> void attention_forward(Gpu gpu, E* out, float* lse, float* state, const E* q, size_t q_stride,
                                           const E* kv, size_t kv_stride, const E* anchor, const AttentionMap& map,
                                           Portion portion, const Tokens& qt, const Tokens& kt, size_t H, size_t K,

@@ -11,7 +11,7 @@
 // table (T, D/2, 2): cos, sin. Su et al., arXiv 2104.09864.
 #pragma once
 #include "core/config.h"
-#include "core/types.h"
+#include "core/kernel.h"
 #include <algorithm>
 #include <cmath>
 
@@ -124,13 +124,14 @@ inline bool rope_precision_parse(const char* name, RopePrecision* precision) {
 }
 
 // In double: at position 4M an fp32 angle is wrong by up to 0.2 rad, as half an ulp of 2^22 is 0.25.
-inline double rope_angle(int32_t pos, double inv_freq, RopePrecision precision) {
+HOST_DEVICE inline double rope_angle(int32_t pos, double inv_freq, RopePrecision precision) {
     if (precision != RopePrecision::bf16_angle) return double(pos) * inv_freq;
     return double(bf16(float(bf16(float(pos))) * float(bf16(float(inv_freq)))));
 }
 
 // One entry of the table: cos and sin as the rotation gets them.
-template <class E> void rope_cos_sin(Acc<E>* entry, double angle, double attention_factor, RopePrecision precision) {
+template <class E>
+HOST_DEVICE void rope_cos_sin(Acc<E>* entry, double angle, double attention_factor, RopePrecision precision) {
     using A = Acc<E>;
     A c = A(std::cos(angle) * attention_factor), s = A(std::sin(angle) * attention_factor);
     bool round = precision != RopePrecision::exact;
@@ -189,5 +190,107 @@ void rope_backward(Cpu, E* dqkv, const Acc<E>* table, RopePrecision precision, s
 }
 
 #ifdef __CUDACC__
-// Gpu: kernels follow.
+// As kernel arguments; more pairs take more launches.
+struct RopeFrequencies {
+    static constexpr size_t most = 256;
+    double value[most];
+};
+
+// A thread an entry, in double. The time is that of the cosines and sines; once a batch, for all layers.
+template <class E> __global__ void rope_table_kernel(float* table, const int32_t* pos,
+                                                     const __grid_constant__ RopeFrequencies inv_freq,
+                                                     double attention_factor, RopePrecision precision, size_t entries,
+                                                     unsigned pairs, size_t first, size_t half) {
+    const size_t entry = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (entry >= entries) return;
+    const size_t t = entry / pairs, i = entry % pairs;
+    rope_cos_sin<E>(table + (t * half + first + i) * 2, rope_angle(pos[t], inv_freq.value[i], precision),
+                    attention_factor, precision);
+}
+
+template <class E> void rope_table(Gpu gpu, float* table, const int32_t* pos, const double* inv_freq,
+                                   double attention_factor, RopePrecision precision, size_t T, size_t D) {
+    for (size_t first = 0; T > 0 && first < D / 2; first += RopeFrequencies::most) {
+        const size_t pairs = std::min(D / 2 - first, RopeFrequencies::most);
+        RopeFrequencies part = {};
+        std::copy(inv_freq + first, inv_freq + first + pairs, part.value);
+        rope_table_kernel<E><<<grid_blocks((T * pairs + 127) / 128), 128, 0, gpu.stream>>>(
+            table, pos, part, attention_factor, precision, T * pairs, unsigned(pairs), first, D / 2);
+        CUDA_CHECK(cudaGetLastError());
+    }
+}
+
+// A block a token; blockDim (x, y): x threads a head, each with W pairs whose cosines and sines it reads once for all
+// its heads, y heads side by side and 4 of them in flight. Bound by memory.
+template <bool three_roundings, class E, int W>
+__global__ void rope_apply_kernel(E* qkv, const float* table, float sign, size_t heads, size_t all_heads, size_t D) {
+    constexpr int unroll = 4;
+    const size_t half = D / 2;
+    E* x = qkv + blockIdx.x * all_heads * D;
+    auto round = [](float a) { return __uint_as_float(bf16_pair(0, a)); };
+    auto sum = [&](float a, float b) {
+        if constexpr (three_roundings) return round(round(a) + round(b));
+        else return a + b;
+    };
+    for (size_t i = threadIdx.x * W; i < half; i += blockDim.x * W) {
+        Pack<float, 2 * W> cos_sin;
+        if constexpr (W > 1) cos_sin = pack_load<2 * W>(table + (blockIdx.x * half + i) * 2);
+        else
+#pragma unroll
+            for (int j = 0; j < 2; j++) cos_sin.word[j] = __float_as_uint(table[(blockIdx.x * half + i) * 2 + j]);
+        for (size_t h = threadIdx.y; h < heads; h += unroll * blockDim.y) {
+            Pack<E, W> x1[unroll], x2[unroll];
+#pragma unroll
+            for (int k = 0; k < unroll; k++)
+                if (const size_t head = h + k * blockDim.y; head < heads) {
+                    x1[k] = pack_load<W>(x + head * D + i);
+                    x2[k] = pack_load<W>(x + head * D + half + i);
+                }
+#pragma unroll
+            for (int k = 0; k < unroll; k++)
+                if (const size_t head = h + k * blockDim.y; head < heads) {
+                    float y1[W], y2[W];
+#pragma unroll
+                    for (int j = 0; j < W; j++) {
+                        const float c = cos_sin[2 * j], s = sign * cos_sin[2 * j + 1];
+                        y1[j] = sum(x1[k][j] * c, -x2[k][j] * s);
+                        y2[j] = sum(x2[k][j] * c, x1[k][j] * s);
+                    }
+                    pack_store(x + head * D + i, y1);
+                    pack_store(x + head * D + half + i, y2);
+                }
+        }
+    }
+}
+
+template <class E> void rope_apply(Gpu gpu, E* qkv, const float* table, RopePrecision precision, float sign, size_t T,
+                                   size_t H, size_t K, size_t D) {
+    REQUIRE(D % 2 == 0, "RoPE rotates pairs: take an even head size");
+    if (T == 0 || H + K == 0 || D == 0) return;
+    const bool three_roundings = precision == RopePrecision::bf16_rotation || precision == RopePrecision::bf16_angle;
+    auto launch = [&](auto rounding, auto width) {
+        constexpr int W = decltype(width)::value;
+        const unsigned x = unsigned(std::min<size_t>(D / 2 / W, 128));
+        const dim3 threads(x, unsigned(std::min<size_t>(H + K, std::max(1u, 128 / x))));
+        rope_apply_kernel<decltype(rounding)::value, E, W>
+            <<<grid_blocks(T), threads, 0, gpu.stream>>>(qkv, table, sign, H + K, H + 2 * K, D);
+    };
+    auto launch_for = [&](auto width) {
+        if (three_roundings) launch(std::true_type(), width);
+        else launch(std::false_type(), width);
+    };
+    if (packs_fit<E>(D / 2, qkv, table)) launch_for(std::integral_constant<int, pack_width<E>>());
+    else launch_for(std::integral_constant<int, 1>());
+    CUDA_CHECK(cudaGetLastError());
+}
+
+template <class E> void rope_forward(Gpu gpu, E* qkv, const float* table, RopePrecision precision, size_t T, size_t H,
+                                     size_t K, size_t D) {
+    rope_apply(gpu, qkv, table, precision, 1, T, H, K, D);
+}
+
+template <class E> void rope_backward(Gpu gpu, E* dqkv, const float* table, RopePrecision precision, size_t T, size_t H,
+                                      size_t K, size_t D) {
+    rope_apply(gpu, dqkv, table, precision, -1, T, H, K, D);
+}
 #endif

@@ -229,7 +229,6 @@ template <class Dev, class E, class G> void model_place(Model<Dev, E, G>& m, Are
     m.moment1 = arena.take<uint8_t>("moments", moment_bytes);
     m.moment2 = arena.take<uint8_t>("moments", moment_bytes);
     m.master = arena.take<A>("master weights", m.layout.master ? mine : 0);
-    if (!m.layout.master) m.master = nullptr;
     m.update = arena.take<UpdateState>("inputs", 1);
 
     // The policy's name is a field of Recompute: that many layers share one place. Without a backward all do, and x in
@@ -991,7 +990,7 @@ double model_flops(const Config& c, double tokens, double pairs) {
 // What an update did, the same on every rank. loss, norm and skipped come from the device, when it has got there.
 struct StepResult {
     int64_t step = 0, tokens = 0; // the state's after it
-    double loss = 0, norm = 0, lr = 0;
+    double loss = 0, norm = 0, lr = 0, seconds = 0;
     int64_t counted = 0, inputs = 0; // labels and data tokens, over all ranks
     double pairs = 0, imbalance = 1, moved = 0;
     bool stop = false;   // a signal asks to save and leave
@@ -1002,7 +1001,9 @@ volatile sig_atomic_t signal_caught = 0;
 
 // Gradients of one update: all micro-batches forward and backward. The count of labels is known first, so every
 // micro-batch weighs its tokens alike, however the update is cut.
-template <class Dev, class E, class G> StepResult step_gradients(Model<Dev, E, G>& m, const Setup& s, Loader& loader) {
+template <class Dev, class E, class G>
+StepResult step_gradients(Model<Dev, E, G>& m, const Setup& s, const TrainState& state, Loader& loader) {
+    mail_open(m.dev, m.mail[(state.step + 1) % 2], sizeof *m.update);
     std::vector<Row> rows = take_rows(loader, s, s.rows_per_update());
     StepResult r;
     for (const Row& row : rows) r.counted += row.counted, r.inputs += row.inputs;
@@ -1043,8 +1044,9 @@ void step_update(Model<Dev, E, G>& m, const Setup& s, TrainState& state, StepRes
 
 // Waits until the update is done, and reads what was decided.
 template <class Dev, class E, class G> void step_finish(Model<Dev, E, G>& m, StepResult& r) {
-    const UpdateState& u = *(const UpdateState*)mail_wait(m.dev, m.mail[r.step % 2]);
-    r.loss = u.loss, r.norm = u.norm, r.skipped = verdict_text(u.verdict);
+    Mail& mail = m.mail[r.step % 2];
+    const UpdateState& u = *(const UpdateState*)mail_wait(m.dev, mail);
+    r.loss = u.loss, r.norm = u.norm, r.skipped = verdict_text(u.verdict), r.seconds = mail.seconds;
 }
 
 template <class Dev, class X> std::vector<X> to_host(Dev dev, const X* from, size_t count) {
@@ -1227,8 +1229,8 @@ double memory_gib(Cpu) { // the largest so far
     return kib / (1 << 20);
 }
 
-void log_step(Log& log, const Setup& s, const StepResult& r, double seconds, double memory) {
-    double tokens = double(s.rows_per_update()) * double(s.layout.S);
+void log_step(Log& log, const Setup& s, const StepResult& r, double memory) {
+    double tokens = double(s.rows_per_update()) * double(s.layout.S), seconds = r.seconds;
     double flops = model_flops(s.config, tokens, r.pairs) / seconds / s.world.size;
     const bool shown = r.step % s.o.log_every == 0 || r.step == s.o.steps || r.step <= 3;
     if (r.skipped.empty() && shown)
@@ -1305,11 +1307,9 @@ template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setu
     const size_t longest = std::min(m.layout.tokens(), s.layout.S); // that a sample can be
     if (state.step >= o.steps) log_note(log, "nothing to do: --steps is %lld", (long long)o.steps);
     int skips = 0;
-    double mark = seconds_now();
     auto finish = [&](StepResult& r) { // false: the run is lost
         step_finish(m, r);
-        log_step(log, s, r, seconds_now() - mark, memory_gib(m.dev));
-        mark = seconds_now();
+        log_step(log, s, r, memory_gib(m.dev));
         skips = r.skipped.empty() ? 0 : skips + 1;
         return r.skipped.empty() || (skips < most_skips && (o.on_bad == "skip" || r.counted == 0));
     };
@@ -1318,7 +1318,7 @@ template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setu
     auto due = [&](int64_t every) { return every && state.step % every == 0; };
     std::optional<StepResult> under_way;
     while (state.step < o.steps) {
-        StepResult r = step_gradients(m, s, loader);
+        StepResult r = step_gradients(m, s, state, loader);
         step_update(m, s, state, r);
         state.cursor = loader.cursor;
         bool lost = under_way && !finish(*under_way);
@@ -1349,7 +1349,6 @@ template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setu
                      o.out.empty() ? "nothing is saved without --out" : "saved");
             break;
         }
-        mark = seconds_now();
     }
     log_close(log);
     return 0;

@@ -18,14 +18,14 @@ struct Arena {
     size_t used = 0;
     std::vector<Part> parts;
 
-    // `count` elements of E, entered under `part` in the table; null while measuring.
+    // `count` elements of E, entered under `part` in the table; null while measuring, and when there are none.
     template <class E> E* take(const char* part, size_t count) {
         size_t bytes = (count * sizeof(E) + alignment - 1) / alignment * alignment;
         auto same = [&](const Part& p) { return p.name == part; };
         auto line = std::find_if(parts.begin(), parts.end(), same);
         if (line == parts.end()) line = parts.insert(line, {part, 0});
         line->bytes += bytes;
-        E* place = base ? (E*)(base + used) : nullptr;
+        E* place = base && count ? (E*)(base + used) : nullptr;
         used += bytes;
         return place;
     }

@@ -2,6 +2,7 @@
 #pragma once
 #include "types.h"
 #include <algorithm>
+#include <chrono>
 #include <string>
 
 // What a GPU's memory holds beside the arena: the driver's context, the kernels, cuBLASLt, GpuContext::scratch.
@@ -23,14 +24,24 @@ inline void copy_on_device(Cpu, void* to, const void* from, size_t bytes) { memc
 inline void fill_zero(Cpu, void* to, size_t bytes) { memset(to, 0, bytes); }
 inline void device_wait(Cpu) {}
 
-// A value on its way from the device to the host: sent in order with the work, looked at when the host wants it.
+inline double seconds_now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// A value on its way from the device to the host: sent in order with the work, looked at when the host wants it. The
+// time from mail_open to mail_send is the device's.
 struct Mail {
     void* memory = nullptr;
-    void* arrived = nullptr; // the GPU's event
+    void *opened = nullptr, *sent = nullptr; // the GPU's events
+    double seconds = 0;                      // the CPU's time at mail_open; after mail_wait the time it took
 };
-inline void mail_send(Cpu, Mail& mail, const void* from, size_t bytes) {
+inline void mail_open(Cpu, Mail& mail, size_t bytes) {
     if (!mail.memory) mail.memory = malloc(bytes);
+    mail.seconds = seconds_now();
+}
+inline void mail_send(Cpu, Mail& mail, const void* from, size_t bytes) {
     memcpy(mail.memory, from, bytes);
+    mail.seconds = seconds_now() - mail.seconds;
 }
 inline const void* mail_wait(Cpu, Mail& mail) { return mail.memory; }
 
@@ -104,16 +115,23 @@ inline void copy_on_device(Gpu gpu, void* to, const void* from, size_t bytes) {
 }
 inline void fill_zero(Gpu gpu, void* to, size_t bytes) { CUDA_CHECK(cudaMemsetAsync(to, 0, bytes, gpu.stream)); }
 
-inline void mail_send(Gpu gpu, Mail& mail, const void* from, size_t bytes) {
+inline void mail_open(Gpu gpu, Mail& mail, size_t bytes) {
     if (!mail.memory) {
         CUDA_CHECK(cudaMallocHost(&mail.memory, bytes));
-        CUDA_CHECK(cudaEventCreateWithFlags((cudaEvent_t*)&mail.arrived, cudaEventDisableTiming));
+        CUDA_CHECK(cudaEventCreate((cudaEvent_t*)&mail.opened));
+        CUDA_CHECK(cudaEventCreate((cudaEvent_t*)&mail.sent));
     }
+    CUDA_CHECK(cudaEventRecord((cudaEvent_t)mail.opened, gpu.stream));
+}
+inline void mail_send(Gpu gpu, Mail& mail, const void* from, size_t bytes) {
     CUDA_CHECK(cudaMemcpyAsync(mail.memory, from, bytes, cudaMemcpyDeviceToHost, gpu.stream));
-    CUDA_CHECK(cudaEventRecord((cudaEvent_t)mail.arrived, gpu.stream));
+    CUDA_CHECK(cudaEventRecord((cudaEvent_t)mail.sent, gpu.stream));
 }
 inline const void* mail_wait(Gpu, Mail& mail) {
-    CUDA_CHECK(cudaEventSynchronize((cudaEvent_t)mail.arrived));
+    float ms = 0;
+    CUDA_CHECK(cudaEventSynchronize((cudaEvent_t)mail.sent));
+    CUDA_CHECK(cudaEventElapsedTime(&ms, (cudaEvent_t)mail.opened, (cudaEvent_t)mail.sent));
+    mail.seconds = 1e-3 * ms;
     return mail.memory;
 }
 

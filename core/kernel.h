@@ -7,8 +7,10 @@
 template <class E> constexpr int pack_width = 16 / int(sizeof(E));
 
 // W neighbouring elements as they stand in memory, converted to float where they are used: a row that waits in
-// registers takes half as many of them in bf16. W is a multiple of pack_width, or 1 where rows do not start on 16 bytes.
-template <class E, int W> struct Pack {
+// registers takes half as many of them in bf16. Their bytes are 8 or a multiple of 16, or W is 1 where rows do not start
+// on 16 bytes. Beyond 16 the accesses of a warp have gaps, which stores do not bear well: where types mix, W is best the
+// widest type's pack_width.
+template <class E, int W> struct alignas(W == 1 ? 4 : W * sizeof(E) == 8 ? 8 : 16) Pack {
     static constexpr int words = (W * int(sizeof(E)) + 3) / 4;
     uint32_t word[words];
 
@@ -23,6 +25,9 @@ template <int W, class E> __device__ Pack<E, W> pack_load(const E* from) {
     if constexpr (W == 1) {
         if constexpr (sizeof(E) == 4) x.word[0] = __float_as_uint(*from);
         else x.word[0] = from->bits;
+    } else if constexpr (x.words == 2) {
+        uint2 v = *(const uint2*)from;
+        x.word[0] = v.x, x.word[1] = v.y;
     } else {
         static_assert(W % pack_width<E> == 0);
 #pragma unroll
@@ -38,6 +43,8 @@ template <class E, int W> __device__ void pack_store(E* to, const Pack<E, W>& x)
     if constexpr (W == 1) {
         if constexpr (sizeof(E) == 4) *to = __uint_as_float(x.word[0]);
         else to->bits = uint16_t(x.word[0]);
+    } else if constexpr (x.words == 2) {
+        *(uint2*)to = make_uint2(x.word[0], x.word[1]);
     } else {
 #pragma unroll
         for (int i = 0; i < x.words; i += 4)
@@ -66,6 +73,18 @@ template <class E, int W> __device__ Pack<E, W> pack_from(const float (&x)[W]) {
     return packed;
 }
 template <class E, int W> __device__ void pack_store(E* to, const float (&x)[W]) { pack_store(to, pack_from<E, W>(x)); }
+
+// Into shared memory, without waiting unless W is 1. The thread's copies since the last commit become a group; wait until
+// at most N groups are still on their way. What a thread has copied itself it may then read without a barrier.
+template <class E, int W> __device__ void pack_copy_async(Pack<E, W>* to, const E* from) {
+    if constexpr (W == 1) *to = pack_load<1>(from);
+    else
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(to))),
+                     "l"(from)
+                     : "memory");
+}
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 // Whether rows of `width` elements at these addresses (null: absent) can be taken in packs.
 template <class E, class... P> bool packs_fit(size_t width, const P*... row) {
@@ -112,10 +131,10 @@ template <class A> __device__ A block_sum(A x, A (&slot)[32]) {
     return warp_sum(lane < blockDim.x / 32 ? slot[lane] : A(0));
 }
 
-// As many blocks as the GPU holds at once.
-template <class Kernel> unsigned resident_blocks(Gpu gpu, Kernel kernel, unsigned threads) {
+// As many blocks as the GPU holds at once; `shared`: bytes of dynamic shared memory a block.
+template <class Kernel> unsigned resident_blocks(Gpu gpu, Kernel kernel, unsigned threads, size_t shared = 0) {
     int each = 0;
-    CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, int(threads), 0));
+    CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, int(threads), shared));
     return unsigned(each * gpu.context->sms);
 }
 

@@ -1,11 +1,7 @@
 // The log: one line a step on the terminal, the same as log.jsonl in the run's folder.
 #pragma once
+#include "device.h"
 #include "options.h"
-#include <chrono>
-
-inline double seconds_now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 inline std::string json_text(const std::string& s) {
     std::string out = "\"";

@@ -21,7 +21,8 @@ LAYER_INCLUDES = {
     "layers/matmul.cuh": {"layers/matmul_gpu.cuh"},
     "layers/matmul_gpu.cuh": {"layers/matmul.cuh"},
     "attention_anchor.cuh": {"layers/attention_mma.cuh", "layers/attention_hopper.cuh"},
-    "layers/attention_mma.cuh": {"attention_anchor.cuh"},
+    "layers/attention_simt.cuh": {"attention_anchor.cuh"},
+    "layers/attention_mma.cuh": {"attention_anchor.cuh", "layers/attention_simt.cuh"},
     "layers/attention_hopper.cuh": {"attention_anchor.cuh", "layers/attention_mma.cuh"},
 }
 CLANG_FORMAT = 14

@@ -90,27 +90,22 @@ template <class P, class G, class M> void adamw_update(Cpu, P* param, Acc<P>* ma
 }
 
 #ifdef __CUDACC__
-// x between the two neighbouring bf16 as stochastic_round does it, in half the instructions: adding to an infinity
-// leaves it, and a NaN that arithmetic makes here (0x7fffffff) keeps its upper half if nothing is added.
+// x as it is stored, with the random bits as in stochastic_round; they must be 0 for a NaN, which is cut off then:
+// arithmetic makes it 0x7fffffff here. An infinity is left by adding to it.
 template <class S, int W> __device__ void adamw_store_pack(S* to, const float (&x)[W], const uint32_t (&random16)[W]) {
     if constexpr (std::is_same_v<S, bf16>) {
-        uint32_t u[W];
-#pragma unroll
-        for (int j = 0; j < W; j++) {
-            u[j] = __float_as_uint(x[j]);
-            if (x[j] == x[j]) u[j] += random16[j];
-        }
         Pack<bf16, W> packed;
-        if constexpr (W == 1) packed.word[0] = u[0] >> 16;
+        auto sum = [&](int j) { return __float_as_uint(x[j]) + random16[j]; };
+        if constexpr (W == 1) packed.word[0] = sum(0) >> 16;
         else
 #pragma unroll
-            for (int j = 0; j < W; j += 2) packed.word[j / 2] = __byte_perm(u[j], u[j + 1], 0x7632);
+            for (int j = 0; j < W; j += 2) packed.word[j / 2] = __byte_perm(sum(j), sum(j + 1), 0x7632);
         pack_store(to, packed);
     } else pack_store(to, x);
 }
 
-// W neighbours, the index in the model of the first being `index`. The root, the quotient are approximate (2^-22): what
-// they err is below a thousandth of an ulp of p.
+// W neighbours, the index in the model of the first being `index`. Root and quotient are approximate, to 2^-21 of the
+// step.
 template <bool with_master, int W, class P, class G, class M>
 __device__ void adamw_pack(P* param, float* master, M* m, M* v, const G* grad, const AdamWScalars<float>& s,
                            uint64_t stream, uint64_t index) {
@@ -132,8 +127,9 @@ __device__ void adamw_pack(P* param, float* master, M* m, M* v, const G* grad, c
         const float step = new_m[j] * s.correction1 * reciprocal_approximate(root + s.eps);
         new_p[j] = old_p[j] - s.lr * (step + s.weight_decay * old_p[j]);
         const uint64_t random = needs_random ? hash64(stream, index + j) : 0;
-        random_p[j] = uint32_t(random) & 0xffffu, random_m[j] = uint32_t(random) >> 16;
-        random_v[j] = uint32_t(random >> 32) & 0xffffu;
+        const uint32_t not_nan = new_p[j] == new_p[j] ? 0xffffu : 0; // a NaN in m or v is one in p too
+        random_p[j] = uint32_t(random) & not_nan, random_m[j] = uint32_t(random) >> 16 & not_nan;
+        random_v[j] = uint32_t(random >> 32) & not_nan;
     }
     adamw_store_pack(m, new_m, random_m);
     adamw_store_pack(v, new_v, random_v);
@@ -141,8 +137,8 @@ __device__ void adamw_pack(P* param, float* master, M* m, M* v, const G* grad, c
     else adamw_store_pack(param, new_p, random_p);
 }
 
-// The threads that fit on the GPU at once share the parameters, 8 neighbours at a time with 16-byte accesses (W = 8), or
-// one where an address is not on 16 bytes; what is left of the last 8 goes to the grid's first thread. The scalars are
+// The threads that fit on the GPU at once share the parameters, W neighbours at a time, so that the widest type takes 16
+// bytes, or one where an address is not on 16 bytes; what is left of the last W goes to the grid's first thread. The scalars are
 // computed once a block, in double. With everything in bf16 (14 bytes of traffic) the hash's 40 integer instructions an
 // element take about as long as the memory; the other forms are bound by memory.
 template <bool with_master, int W, class P, class G, class M> __global__ void __launch_bounds__(256)
@@ -177,12 +173,14 @@ template <class P, class G, class M> void adamw_update(Gpu gpu, P* param, float*
         const unsigned blocks = unsigned(std::min<size_t>(enough, resident_blocks(gpu, kernel, threads)));
         kernel<<<blocks, threads, 0, gpu.stream>>>(param, master, m, v, grad, count, first, a, step);
     };
-    auto launch_for = [&](auto width) {
-        if (master) launch(std::true_type(), width);
-        else launch(std::false_type(), width);
+    auto launch_for = [&](auto with_master) {
+        constexpr size_t widest = with_master.value ? 4 : std::max({sizeof(P), sizeof(G), sizeof(M)});
+        const bool fit = packs_fit<P>(0, param, master, m, v, grad);
+        if (fit) launch(with_master, std::integral_constant<int, int(16 / widest)>());
+        else launch(with_master, std::integral_constant<int, 1>());
     };
-    if (packs_fit<P>(0, param, master, m, v, grad)) launch_for(std::integral_constant<int, 8>());
-    else launch_for(std::integral_constant<int, 1>());
+    if (master) launch_for(std::true_type());
+    else launch_for(std::false_type());
     CUDA_CHECK(cudaGetLastError());
 }
 #endif

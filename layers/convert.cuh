@@ -30,17 +30,17 @@ template <class A> void sum(Cpu, double* total, const A* x, size_t count, bool a
 }
 
 #ifdef __CUDACC__
-// A thread takes 2 times 8 neighbours, or 2 single elements where an address is not on 16 bytes; thread 0 of the grid
-// takes what is left of the last 8. Bound by memory.
+// A thread takes 4 times 4 neighbours, or 4 single elements where an address is not on 16 bytes; thread 0 of the grid
+// takes what is left of the last 4. Bound by memory.
 template <class To, class From, int W> __global__ void __launch_bounds__(256)
     convert_kernel(To* to, const From* from, size_t count) {
-    const size_t begin = (size_t(blockIdx.x) * 2 * blockDim.x + threadIdx.x) * W, stride = size_t(blockDim.x) * W;
-    Pack<From, W> x[2];
+    const size_t begin = (size_t(blockIdx.x) * 4 * blockDim.x + threadIdx.x) * W, stride = size_t(blockDim.x) * W;
+    Pack<From, W> x[4];
 #pragma unroll
-    for (int k = 0; k < 2; k++)
+    for (int k = 0; k < 4; k++)
         if (begin + k * stride + W <= count) x[k] = pack_load<W>(from + begin + k * stride);
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
+    for (int k = 0; k < 4; k++) {
         if (begin + k * stride + W > count) continue;
         float y[W];
 #pragma unroll
@@ -56,10 +56,10 @@ template <class To, class From> void convert(Gpu gpu, To* to, const From* from, 
     if (count == 0) return;
     auto launch = [&](auto width) {
         constexpr int W = decltype(width)::value;
-        const unsigned blocks = grid_blocks((count + 2 * W * threads - 1) / (2 * W * threads));
+        const unsigned blocks = grid_blocks((count + 4 * W * threads - 1) / (4 * W * threads));
         convert_kernel<To, From, W><<<blocks, threads, 0, gpu.stream>>>(to, from, count);
     };
-    if (packs_fit<float>(0, to, from)) launch(std::integral_constant<int, 8>());
+    if (packs_fit<float>(0, to, from)) launch(std::integral_constant<int, 4>());
     else launch(std::integral_constant<int, 1>());
     CUDA_CHECK(cudaGetLastError());
 }

@@ -10,7 +10,9 @@
 // logits, dlogits (T, V); label (T), below V; loss (T); argmax (T): the first of the largest logits (0 if all are NaN).
 #pragma once
 #include "../core/fastexp.h"
-#include "../core/types.h"
+#include "../core/kernel.h"
+#include <cfloat>
+#include <climits>
 #include <limits>
 
 template <class A> struct SoftmaxRow {
@@ -68,5 +70,155 @@ void loss_forward_backward(Cpu, Acc<E>* loss, E* logits, const int32_t* label, d
 }
 
 #ifdef __CUDACC__
-// Gpu: kernels follow.
+// Adds W logits to a row of which some are in already: when the largest grows, the sum is scaled to it. Starting from
+// the lowest float instead of -inf keeps a start of only -inf logits from becoming NaN.
+__device__ inline SoftmaxRow<float> softmax_row_empty() { return {-FLT_MAX, 0}; }
+
+template <class E, int W> __device__ void softmax_row_add(SoftmaxRow<float>& row, const Pack<E, W>& x) {
+    float m = row.max;
+#pragma unroll
+    for (int j = 0; j < W; j++) m = fmaxf(m, x[j]);
+    row.sum *= exp_for<E>(row.max - m);
+    row.max = m;
+#pragma unroll
+    for (int j = 0; j < W; j++) row.sum += exp_for<E>(x[j] - m);
+}
+
+// Every thread gets the row of the whole block.
+template <class E>
+__device__ SoftmaxRow<float> softmax_row_join(SoftmaxRow<float> mine, SoftmaxRow<float> (&slot)[32]) {
+    auto join_warp = [](SoftmaxRow<float> x) {
+        const float m = warp_max(x.max);
+        return SoftmaxRow<float>{m, warp_sum(x.sum * exp_for<E>(x.max - m))};
+    };
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    mine = join_warp(mine);
+    if (lane == 0) slot[warp] = mine;
+    __syncthreads();
+    return join_warp(lane < blockDim.x / 32 ? slot[lane] : softmax_row_empty());
+}
+
+// A block per token, each thread with its largest logit and its sum; where two are equal the first place counts, and a
+// NaN never does. Bound by memory.
+template <class E, int W> __global__ void __launch_bounds__(1024)
+    loss_forward_kernel(float* loss, int32_t* argmax, const E* logits, const int32_t* label, size_t V) {
+    __shared__ SoftmaxRow<float> slot[32];
+    __shared__ float slot_best[32];
+    __shared__ int slot_place[32];
+    const E* x = logits + blockIdx.x * V;
+    const unsigned packs = unsigned(V / W);
+    SoftmaxRow<float> row = softmax_row_empty();
+    float best = -INFINITY;
+    int place = INT_MAX;
+    auto take = [&](float value, int where) {
+        if (value > best || (value == best && where < place)) best = value, place = where;
+    };
+    auto take_lanes = [&] {
+#pragma unroll
+        for (int lane = 16; lane > 0; lane /= 2) {
+            const float value = __shfl_xor_sync(~0u, best, lane);
+            take(value, __shfl_xor_sync(~0u, place, lane));
+        }
+    };
+#pragma unroll 4
+    for (unsigned p = threadIdx.x; p < packs; p += blockDim.x) {
+        const Pack<E, W> v = pack_load<W>(x + size_t(p) * W);
+        softmax_row_add(row, v);
+#pragma unroll
+        for (int j = 0; j < W; j++) take(v[j], int(p) * W + j);
+    }
+    take_lanes();
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (lane == 0) slot_best[warp] = best, slot_place[warp] = place;
+    row = softmax_row_join<E>(row, slot); // its barrier serves both
+    if (warp > 0) return;
+    best = -INFINITY, place = INT_MAX;
+    if (lane < blockDim.x / 32) best = slot_best[lane], place = slot_place[lane];
+    take_lanes();
+    if (lane > 0) return;
+    const int32_t at = label[blockIdx.x];
+    loss[blockIdx.x] = at < 0 ? 0 : logf(row.sum) + (row.max - float(x[at]));
+    if (argmax) argmax[blockIdx.x] = place < INT_MAX ? place : 0;
+}
+
+// A block per token. The logits are read once and wait in registers, P packs a thread, while the row's sum forms; each
+// joins the sum as it arrives, so that the exponentials run under the loads. A row longer than P packs for 1024 threads
+// (65536 bf16) is taken in chunks of this size: the first is read last and waits, the others are read again, mostly from
+// L2, which holds the rows of all blocks. Bound by memory; the two exponentials an element keep the special function
+// units busy for about half of that time.
+template <class E, int W, int P> __global__ void __launch_bounds__(1024)
+    loss_forward_backward_kernel(float* loss, E* logits, const int32_t* label, float scale, size_t V) {
+    __shared__ SoftmaxRow<float> slot[32];
+    E* x = logits + blockIdx.x * V;
+    const unsigned packs = unsigned(V / W), stride = blockDim.x, chunk = P * stride;
+    const int32_t at = label[blockIdx.x];
+    if (at < 0) {
+        const float zero[W] = {};
+        for (unsigned p = threadIdx.x; p < packs; p += stride) pack_store(x + size_t(p) * W, zero);
+        if (threadIdx.x == 0) loss[blockIdx.x] = 0;
+        return;
+    }
+    Pack<E, W> kept[P];
+    auto load = [&](unsigned begin) {
+#pragma unroll
+        for (int k = 0; k < P; k++)
+            if (const unsigned p = begin + threadIdx.x + k * stride; p < packs)
+                kept[k] = pack_load<W>(x + size_t(p) * W);
+    };
+    SoftmaxRow<float> row = softmax_row_empty();
+    for (unsigned begin = (packs - 1) / chunk * chunk;; begin -= chunk) {
+        load(begin);
+#pragma unroll
+        for (int k = 0; k < P; k++)
+            if (begin + threadIdx.x + k * stride < packs) softmax_row_add(row, kept[k]);
+        if (begin == 0) break;
+    }
+    const float at_label = float(x[at]); // before the barrier, after which it is overwritten
+    row = softmax_row_join<E>(row, slot);
+    if (threadIdx.x == 0) loss[blockIdx.x] = logf(row.sum) + (row.max - at_label);
+
+    const float each = scale / row.sum;
+    for (unsigned begin = 0; begin < packs; begin += chunk) {
+        if (begin > 0) load(begin);
+#pragma unroll
+        for (int k = 0; k < P; k++)
+            if (const unsigned p = begin + threadIdx.x + k * stride; p < packs) {
+                float d[W];
+#pragma unroll
+                for (int j = 0; j < W; j++) d[j] = exp_for<E>(kept[k][j] - row.max) * each;
+                pack_store(x + size_t(p) * W, d);
+            }
+    }
+    if (threadIdx.x == unsigned(at) / W % stride) // the thread that has just written there
+        x[at] = E((exp_for<E>(at_label - row.max) / row.sum - 1) * scale);
+}
+
+template <class E>
+void loss_forward(Gpu gpu, float* loss, int32_t* argmax, const E* logits, const int32_t* label, size_t T, size_t V) {
+    REQUIRE(V > 0, "the vocabulary is empty");
+    if (T == 0) return;
+    auto launch = [&](auto width) {
+        constexpr int W = decltype(width)::value;
+        const unsigned threads = block_threads(V / W, 4, 512);
+        loss_forward_kernel<E, W><<<grid_blocks(T), threads, 0, gpu.stream>>>(loss, argmax, logits, label, V);
+    };
+    if (packs_fit<E>(V, logits)) launch(std::integral_constant<int, pack_width<E>>());
+    else launch(std::integral_constant<int, 1>());
+    CUDA_CHECK(cudaGetLastError());
+}
+
+template <class E>
+void loss_forward_backward(Gpu gpu, float* loss, E* logits, const int32_t* label, double scale, size_t T, size_t V) {
+    REQUIRE(V > 0, "the vocabulary is empty");
+    if (T == 0) return;
+    auto launch = [&](auto width) {
+        constexpr int W = decltype(width)::value, P = 8;
+        const unsigned threads = block_threads(V / W, P, 1024);
+        loss_forward_backward_kernel<E, W, P>
+            <<<grid_blocks(T), threads, 0, gpu.stream>>>(loss, logits, label, float(scale), V);
+    };
+    if (packs_fit<E>(V, logits)) launch(std::integral_constant<int, pack_width<E>>());
+    else launch(std::integral_constant<int, 1>());
+    CUDA_CHECK(cudaGetLastError());
+}
 #endif

@@ -35,39 +35,21 @@
 // channels: 260 to 300 GF/s, 91% to 113% of OpenBLAS 0.3.21's sgemm with its SkylakeX kernels, whose peak
 // here is 313 (dev/bench_cpu.cpp). On one core double reaches 0.5 of float, bf16 0.8 (forward) to 1.
 #pragma once
-#include "../core/types.h"
+#include "../core/vector.h"
 #include <algorithm>
-#include <new>
 #include <omp.h>
 #include <utility>
 
 // The accumulators of an MR x NR tile, NR being two vectors, fill the registers but for two of B and a
 // broadcast of A: 28 + 3 of 32 (AVX-512), 12 + 3 of 16 (AVX2). A step of k then takes MR + 2 loads for
 // 2 MR FMAs, and as many of these are in flight: the FMA units are the bound.
-#if defined(__AVX512F__)
-constexpr size_t gemm_bytes = 64, gemm_mr = 14;
-#elif defined(__AVX2__)
-constexpr size_t gemm_bytes = 32, gemm_mr = 6;
-#else
-constexpr size_t gemm_bytes = 16, gemm_mr = 4;
-#endif
+constexpr size_t gemm_mr = vector_bytes == 64 ? 14 : vector_bytes == 32 ? 6 : 4;
 
-// `type` is the widest native vector, `loose` the same at any address. The attribute wants a type that
-// does not depend on a template's parameter, hence the two specialisations.
-template <class A> struct GemmVector;
-template <> struct GemmVector<float> {
-    typedef float type __attribute__((vector_size(gemm_bytes)));
-    typedef float loose __attribute__((vector_size(gemm_bytes), aligned(4), may_alias));
-};
-template <> struct GemmVector<double> {
-    typedef double type __attribute__((vector_size(gemm_bytes)));
-    typedef double loose __attribute__((vector_size(gemm_bytes), aligned(8), may_alias));
-};
-typedef uint32_t GemmBits __attribute__((vector_size(gemm_bytes)));
-typedef uint16_t GemmHalves __attribute__((vector_size(gemm_bytes / 2), aligned(2), may_alias));
+typedef uint32_t GemmBits __attribute__((vector_size(vector_bytes)));
+typedef uint16_t GemmHalves __attribute__((vector_size(vector_bytes / 2), aligned(2), may_alias));
 
 template <class A> struct GemmSizes {
-    static constexpr size_t width = gemm_bytes / sizeof(A); // elements of a vector
+    static constexpr size_t width = vector_lanes<A>;
     static constexpr size_t mr = gemm_mr, nr = 2 * width;
     static constexpr size_t a_pitch = (mr + width - 1) / width * width;     // packed rows are whole vectors
     static constexpr size_t kc = 256, group = 8;                            // group: A panels packed together
@@ -86,10 +68,10 @@ __attribute__((always_inline)) inline void gemm_unroll(F f, std::integer_sequenc
     (f(I), ...);
 }
 
-template <class A, class E> inline typename GemmVector<A>::type gemm_load(const E* p) {
-    using V = typename GemmVector<A>::type;
+template <class A, class E> inline typename NativeVector<A>::type gemm_load(const E* p) {
+    using V = typename NativeVector<A>::type;
     if constexpr (std::is_same_v<E, bf16>) return (V)(__builtin_convertvector(*(const GemmHalves*)p, GemmBits) << 16);
-    else return *(const typename GemmVector<A>::loose*)p;
+    else return *(const typename NativeVector<A>::loose*)p;
 }
 
 // out[0], out[1] = a0 b0 a1 b1 ..: the lower halves of a and b interleaved, then the upper.
@@ -115,7 +97,7 @@ template <class V> inline void gemm_zip(V* out, V a, V b) {
 // one place, so after log2(width) rounds row and lane have changed places.
 template <class A, class E>
 inline void gemm_transpose(A* target, size_t pitch, const E* source, size_t stride, size_t valid) {
-    using V = typename GemmVector<A>::type;
+    using V = typename NativeVector<A>::type;
     constexpr int width = GemmSizes<A>::width;
     constexpr auto all = std::make_integer_sequence<int, width>{};
     constexpr auto half = std::make_integer_sequence<int, width / 2>{};
@@ -140,7 +122,7 @@ template <class E> struct GemmOperand {
 template <class A, size_t step, size_t pitch, class E>
 void gemm_pack(A* target, const GemmOperand<E>& x, size_t first, size_t last, size_t k0, size_t kc) {
     using S = GemmSizes<A>;
-    using V = typename GemmVector<A>::type;
+    using V = typename NativeVector<A>::type;
     const E* source = x.data + first * x.lane_stride + k0 * x.k_stride;
     size_t panels = gemm_pieces(last - first, step), room = x.lanes - first, whole = 0;
     if (x.k_stride != 1 && room >= pitch) whole = std::min(panels, (room - pitch) / step + 1);
@@ -167,7 +149,7 @@ void gemm_pack(A* target, const GemmOperand<E>& x, size_t first, size_t last, si
 // tile(MR, NR) = a(kc, MR)^T b(kc, NR), or += that.
 template <class A> void gemm_tile(A* tile, const A* a, const A* b, size_t kc, bool add) {
     using S = GemmSizes<A>;
-    using V = typename GemmVector<A>::type;
+    using V = typename NativeVector<A>::type;
     constexpr auto rows = std::make_integer_sequence<int, S::mr>{};
     V sum[S::mr][2] = {};
     for (size_t k = 0; k < kc; k++, a += S::a_pitch, b += S::nr) {
@@ -239,19 +221,19 @@ void gemm(const GemmOperand<E>& a, const GemmOperand<E>& b, size_t k, Store stor
     const size_t scratch = S::group * S::a_panel + size.cols / S::nr * S::b_panel + tiles * S::tile;
 #pragma omp parallel if (blocks > 1)
     {
-        A* mine = (A*)::operator new(scratch * sizeof(A), std::align_val_t(gemm_bytes));
+        VectorScratch<A> mine(scratch);
 #pragma omp for schedule(dynamic)
         for (size_t i = 0; i < blocks; i++) {
             size_t row = i / across * size.rows, col = i % across * size.cols;
-            gemm_block(a, b, k, {row, col, std::min(size.rows, m - row), std::min(size.cols, n - col)}, mine, store);
+            gemm_block(a, b, k, {row, col, std::min(size.rows, m - row), std::min(size.cols, n - col)}, mine.data(),
+                       store);
         }
-        ::operator delete(mine, std::align_val_t(gemm_bytes));
     }
 }
 
 // A product of two contiguous rows, in four interleaved chains of FMAs to hide their latency.
 template <class A, class E> A gemm_dot(const E* a, const E* b, size_t count) {
-    using V = typename GemmVector<A>::type;
+    using V = typename NativeVector<A>::type;
     constexpr size_t width = GemmSizes<A>::width;
     V sum[4] = {};
     size_t i = 0;
@@ -336,5 +318,5 @@ void matmul_backward_weight(Cpu, G* dweight, G* dbias, const E* dout, const E* i
 }
 
 #ifdef __CUDACC__
-// Gpu: products through cuBLASLt follow.
+#include "matmul_gpu.cuh"
 #endif

@@ -8,7 +8,7 @@
 // gate_up, dgate_up (T, 2F): gate in [:, :F], up in [:, F:]; out, dout (T, F). Shazeer, arXiv 2002.05202.
 #pragma once
 #include "../core/fastexp.h"
-#include "../core/types.h"
+#include "../core/kernel.h"
 
 template <class E> void swiglu_forward(Cpu, E* out, const E* gate_up, size_t T, size_t F) {
     using A = Acc<E>;
@@ -41,5 +41,91 @@ template <class E> void swiglu_backward(Cpu, E* dgate_up, const E* dout, const E
 }
 
 #ifdef __CUDACC__
-// Gpu: kernels follow.
+template <class E> __device__ float sigmoid_for(float x) {
+    if constexpr (sizeof(E) == 2) return reciprocal_approximate(1 + exp_approximate(-x));
+    else return 1 / (1 + expf(-x));
+}
+
+// A thread takes W neighbouring features of `rows` tokens, all its loads in flight at once; the blocks of a token cut
+// its features into strips. Bound by memory: an exponential and a reciprocal an element are half of what the special
+// function units could do meanwhile.
+template <class E, int W, int rows> __global__ void __launch_bounds__(128)
+    swiglu_forward_kernel(E* out, const E* gate_up, size_t T, size_t F, unsigned strips) {
+    const size_t f = (size_t(blockIdx.x % strips) * blockDim.x + threadIdx.x) * W;
+    const size_t t = size_t(blockIdx.x / strips) * rows;
+    if (f >= F) return;
+    Pack<E, W> gate[rows], up[rows];
+#pragma unroll
+    for (int r = 0; r < rows; r++)
+        if (t + r < T) {
+            gate[r] = pack_load<W>(gate_up + (t + r) * 2 * F + f);
+            up[r] = pack_load<W>(gate_up + (t + r) * 2 * F + F + f);
+        }
+#pragma unroll
+    for (int r = 0; r < rows; r++)
+        if (t + r < T) {
+            float y[W];
+#pragma unroll
+            for (int j = 0; j < W; j++) y[j] = gate[r][j] * sigmoid_for<E>(gate[r][j]) * up[r][j];
+            pack_store(out + (t + r) * F + f, y);
+        }
+}
+
+// As the forward's; gate_up is read before dgate_up, perhaps the same memory, is written.
+template <class E, int W, int rows> __global__ void __launch_bounds__(128)
+    swiglu_backward_kernel(E* dgate_up, const E* dout, const E* gate_up, size_t T, size_t F, unsigned strips) {
+    const size_t f = (size_t(blockIdx.x % strips) * blockDim.x + threadIdx.x) * W;
+    const size_t t = size_t(blockIdx.x / strips) * rows;
+    if (f >= F) return;
+    Pack<E, W> gate[rows], up[rows], dy[rows];
+#pragma unroll
+    for (int r = 0; r < rows; r++)
+        if (t + r < T) {
+            gate[r] = pack_load<W>(gate_up + (t + r) * 2 * F + f);
+            up[r] = pack_load<W>(gate_up + (t + r) * 2 * F + F + f);
+            dy[r] = pack_load<W>(dout + (t + r) * F + f);
+        }
+#pragma unroll
+    for (int r = 0; r < rows; r++)
+        if (t + r < T) {
+            float dgate[W], dup[W];
+#pragma unroll
+            for (int j = 0; j < W; j++) {
+                const float g = gate[r][j], d = dy[r][j], s = sigmoid_for<E>(g);
+                dgate[j] = d * up[r][j] * s * (1 + g * (1 - s));
+                dup[j] = d * g * s;
+            }
+            pack_store(dgate_up + (t + r) * 2 * F + f, dgate);
+            pack_store(dgate_up + (t + r) * 2 * F + F + f, dup);
+        }
+}
+
+template <class E> void swiglu_forward(Gpu gpu, E* out, const E* gate_up, size_t T, size_t F) {
+    constexpr int threads = 128, rows = 2;
+    if (T == 0 || F == 0) return;
+    auto launch = [&](auto width) {
+        constexpr int W = decltype(width)::value;
+        const size_t strips = (F + threads * W - 1) / (threads * W);
+        const unsigned blocks = grid_blocks((T + rows - 1) / rows * strips);
+        swiglu_forward_kernel<E, W, rows><<<blocks, threads, 0, gpu.stream>>>(out, gate_up, T, F, unsigned(strips));
+    };
+    if (packs_fit<E>(F, out, gate_up)) launch(std::integral_constant<int, pack_width<E>>());
+    else launch(std::integral_constant<int, 1>());
+    CUDA_CHECK(cudaGetLastError());
+}
+
+template <class E> void swiglu_backward(Gpu gpu, E* dgate_up, const E* dout, const E* gate_up, size_t T, size_t F) {
+    constexpr int threads = 128, rows = 2;
+    if (T == 0 || F == 0) return;
+    auto launch = [&](auto width) {
+        constexpr int W = decltype(width)::value;
+        const size_t strips = (F + threads * W - 1) / (threads * W);
+        const unsigned blocks = grid_blocks((T + rows - 1) / rows * strips);
+        swiglu_backward_kernel<E, W, rows>
+            <<<blocks, threads, 0, gpu.stream>>>(dgate_up, dout, gate_up, T, F, unsigned(strips));
+    };
+    if (packs_fit<E>(F, dgate_up, dout, gate_up)) launch(std::integral_constant<int, pack_width<E>>());
+    else launch(std::integral_constant<int, 1>());
+    CUDA_CHECK(cudaGetLastError());
+}
 #endif

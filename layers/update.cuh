@@ -78,7 +78,7 @@ inline void update_decide(Cpu, UpdateState* s, const UpdateRule& rule) { update_
 
 #ifdef __CUDACC__
 // One thread: a few hundred additions, once an update.
-inline __global__ void update_decide_kernel(UpdateState* s, UpdateRule rule) { update_decide(*s, rule); }
+template <class Rule> __global__ void update_decide_kernel(UpdateState* s, Rule rule) { update_decide(*s, rule); }
 
 inline void update_decide(Gpu gpu, UpdateState* s, const UpdateRule& rule) {
     update_decide_kernel<<<1, 1, 0, gpu.stream>>>(s, rule);

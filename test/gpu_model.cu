@@ -51,7 +51,7 @@ template <class G> static void check_tensors(const Config& c, const Buffer<doubl
         double error = largest_error(gpu.data() + p.offset, truth.data() + p.offset, p.count());
         double allowed = 2 * largest_error(cpu.data() + p.offset, truth.data() + p.offset, p.count()), largest = 0;
         for (size_t i = p.offset; i < p.offset + p.count(); i++) largest = std::max(largest, std::fabs(truth[i]));
-        CAPTURE(p.name);
+        CAPTURE(std::string(p.name));
         CAPTURE(p.layer);
         CHECK(error <= allowed + 2 * ulp<G>(largest));
     }
@@ -133,6 +133,7 @@ static std::vector<double> losses(TestModel<E, G, Dev>& model, const std::vector
         model.gradients(rows, Attention::anchor, Comm{}, counted, 2);
         fill_zero(model.m.dev, &model.m.update->loss_sum, 8);
         sum(model.m.dev, &model.m.update->loss_sum, model.m.loss, rows.size() * rows[0].token.size(), true);
+        mail_open(model.m.dev, model.m.mail[(state.step + 1) % 2], sizeof(UpdateState));
         step_update(model.m, s, state, r);
         step_finish(model.m, r);
         values.push_back(r.loss);
@@ -187,6 +188,7 @@ TEST_CASE("a skipped update on the GPU touches nothing, and the next one goes on
         if (poison != 0) gradient[5] = bf16(poison);
         copy_to_device(t.m.dev, t.m.grad_flat, gradient.data(), gradient.size() * 2);
         copy_to_device(t.m.dev, &t.m.update->loss_sum, &loss_sum, 8);
+        mail_open(t.m.dev, t.m.mail[(state.step + 1) % 2], sizeof(UpdateState));
         step_update(t.m, s, state, r);
         step_finish(t.m, r);
         return r.skipped;

@@ -1,0 +1,770 @@
+// Flash attention on tensor cores of any GPU from sm_80 on: mma.sync, ldmatrix, cp.async. bf16, head sizes 32, 64, 128.
+// The mathematics, the mask and the tile map stand in attention_anchor.cuh; other sizes and types are computed by
+// attention_simt.cuh.
+//
+// A product of a warp takes fragments of 16 x 16 (A) and 16 x 8 (B); a lane holds rows lane / 4 and lane / 4 + 8 and
+// pairs of neighbouring columns 2 (lane % 4), + 8. The sum's fragment (C) has the same places as A, so that P, once
+// rounded, is the next product's A as it stands in the registers.
+#pragma once
+#include "attention_simt.cuh"
+
+#ifdef __CUDACC__
+__device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// Four 8 x 8 matrices; lane i gives the address of row i % 8 of matrix i / 8.
+__device__ inline void load_matrices(uint32_t (&to)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(address));
+}
+__device__ inline void load_matrices_transposed(uint32_t (&to)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(address));
+}
+
+// c (16, 8) += a (16, 16) b (16, 8)
+__device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Copies in the background; without `valid` the bytes become zero and `from` is not read.
+__device__ inline void copy_16(uint32_t to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0));
+}
+template <int BYTES> __device__ void copy_small(uint32_t to, const void* from, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES),
+                 "r"(valid ? BYTES : 0));
+}
+
+// 2^x, with 2^-inf = 0
+__device__ inline float exp2_approximate(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Rows of W bf16 in shared memory, without bank conflicts: the 16-byte chunks of a row are permuted by its number.
+template <int W> __device__ constexpr uint32_t swizzle(int row) { return W >= 64 ? row % 8 : row / (64 / W) % (W / 8); }
+template <int W> __device__ constexpr uint32_t tile_address(int row, int chunk) {
+    return row * 2 * W + ((chunk ^ swizzle<W>(row)) << 4);
+}
+
+// What a lane passes to load_matrices for the 16 x 16 at row 0, column 0. To it, xor 32 k moves k times 16 columns, and
+// adding 32 W moves 16 rows. `along`: matrices 1 and 2 are rows 8..15 and columns 8..15; `across`: the other way round.
+//   along:  A of (m, k) rows;  B, transposed, of (k, n) rows
+//   across: B of (n, k) rows;  A, transposed, of (k, m) rows
+template <int W> __device__ uint32_t lane_along(int lane) { return tile_address<W>(lane % 16, lane / 16); }
+template <int W> __device__ uint32_t lane_across(int lane) {
+    return tile_address<W>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+}
+
+// ROWS rows of D, `stride` elements apart; from row `valid` on they are zero.
+template <int D, int ROWS, int THREADS>
+__device__ void load_tile(uint32_t to, const bf16* from, size_t stride, int valid) {
+    constexpr int chunks = D / 8, step = THREADS / chunks; // a multiple of 8: all rows of a thread swizzle alike
+    const int chunk = threadIdx.x % chunks, first = threadIdx.x / chunks;
+    to += tile_address<D>(first, chunk), from += first * stride + chunk * 8;
+#pragma unroll
+    for (int i = 0; i < (ROWS + step - 1) / step; i++, from += step * stride)
+        if (ROWS % step == 0 || first + i * step < ROWS) copy_16(to + i * step * 2 * D, from, first + i * step < valid);
+}
+
+// s (16 M, 8 N) = a b^T, depth D; both stand in shared memory with D elements a row.
+template <int D, int M, int N> __device__ void scores(float (&s)[M][N][4], uint32_t a_along, uint32_t b_across) {
+#pragma unroll
+    for (int i = 0; i < M * N * 4; i++) s[i / (N * 4)][i / 4 % N][i % 4] = 0;
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+        uint32_t a[M][4];
+#pragma unroll
+        for (int m = 0; m < M; m++) load_matrices(a[m], (a_along ^ (k << 5)) + m * 32 * D);
+#pragma unroll
+        for (int n = 0; n < N / 2; n++) {
+            uint32_t b[4];
+            load_matrices(b, (b_across ^ (k << 5)) + n * 32 * D);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                multiply_add(s[m][2 * n], a[m], b[0], b[1]);
+                multiply_add(s[m][2 * n + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// sum (16 M, D) += p b, depth 16 CHUNKS; b stands in shared memory. fragment(chunk, m, r) computes register r of p's
+// fragment m: rows of half r % 2, columns from 8 (r / 2) on. That is done between the products of the chunk before, so
+// that exponentials and tensor cores overlap.
+template <int D, int M, int CHUNKS, class Fragment>
+__device__ void multiply_chunks(float (&sum)[M][D / 8][4], uint32_t b_along, Fragment fragment) {
+    constexpr int registers = M * 4, steps = D / 16;
+    uint32_t p[2][M][4];
+#pragma unroll
+    for (int i = 0; i < registers; i++) p[0][i / 4][i % 4] = fragment(0, i / 4, i % 4);
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; chunk++)
+#pragma unroll
+        for (int d = 0; d < steps; d++) {
+            uint32_t b[4];
+            load_matrices_transposed(b, (b_along ^ (d << 5)) + chunk * 32 * D);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                multiply_add(sum[m][2 * d], p[chunk % 2][m], b[0], b[1]);
+                multiply_add(sum[m][2 * d + 1], p[chunk % 2][m], b[2], b[3]);
+            }
+            if (chunk + 1 < CHUNKS)
+#pragma unroll
+                for (int i = d * registers / steps; i < (d + 1) * registers / steps; i++)
+                    p[(chunk + 1) % 2][i / 4][i % 4] = fragment(chunk + 1, i / 4, i % 4);
+        }
+}
+
+// The state m starts at this instead of -inf, so that m - m is 0 and 2^(-inf - m) is 0.
+constexpr float nothing_seen = -1e30f;
+// m is raised, and O and l multiplied, only when a score exceeds it by this much (base 2): P stays below 2^8, which
+// changes no relative error, and the sums are far from the largest float.
+constexpr float lazy_maximum = 8;
+constexpr float log2_e = 1.44269504088896341f;
+
+template <int D, int KEYS, int WARPS> struct ForwardShared {
+    bf16 q[32 * WARPS * D]; // later the output
+    bf16 k[2][KEYS * D], v[2][KEYS * D];
+    TokenLabel q_label[32 * WARPS], k_label[2][KEYS];
+    float start[32 * WARPS]; // the anchor's scores
+};
+
+// A block takes one tile of queries of one head, a warp 32 of its queries, and goes through the keys, KEYS at a time,
+// while the next ones are copied to the other half of the shared memory. Scores stay in base 2 units. The exponentials
+// of 16 keys are computed between the products P V of the 16 keys before.
+template <int D, int KEYS, int WARPS> __global__ void __launch_bounds__(32 * WARPS, 8 / WARPS)
+    attention_mma_forward_kernel(const __grid_constant__ AttentionForward<bf16> a, int together) {
+    constexpr int threads = 32 * WARPS, queries = 32 * WARPS, row_bytes = 2 * D;
+    extern __shared__ __align__(1024) uint8_t shared_memory[];
+    auto& shared = *(ForwardShared<D, KEYS, WARPS>*)shared_memory;
+    const auto [tile, head] = tile_of_head(a.map, a.H, together);
+    const int kv_head = head / (a.H / a.K), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int valid = tile.end - tile.begin;
+    if (tile.first_range == tile.last_range && !a.first && !a.last) return; // the state stays as it is
+    const float to_base_2 = log2_e * float(1 / sqrt(double(D)));
+
+    const bf16 *key = a.kv + kv_head * D, *value = key + a.K * D;
+    auto load_keys = [&](int begin, int stage) {
+        const bf16* from = key + size_t(begin) * a.kv_stride;
+        load_tile<D, KEYS, threads>(shared_address(shared.k[stage]), from, a.kv_stride, a.Tk - begin);
+        load_tile<D, KEYS, threads>(shared_address(shared.v[stage]), from + (value - key), a.kv_stride, a.Tk - begin);
+        if (threadIdx.x < KEYS)
+            copy_small<8>(shared_address(&shared.k_label[stage][threadIdx.x]), a.k_label + begin + threadIdx.x,
+                          begin + int(threadIdx.x) < a.Tk);
+    };
+    load_tile<D, queries, threads>(shared_address(shared.q), a.q + tile.begin * a.q_stride + head * D, a.q_stride,
+                                   valid);
+    copy_small<8>(shared_address(&shared.q_label[threadIdx.x]), a.q_label + tile.begin + threadIdx.x,
+                  int(threadIdx.x) < valid);
+    if (tile.first_range < tile.last_range) load_keys(a.map.ranges[tile.first_range].begin, 0);
+    copies_commit();
+
+    // The lane's rows of the tile: row(m, half) for m, half in 0, 1.
+    auto row = [&](int m, int half) { return warp * 32 + m * 16 + half * 8 + lane / 4; };
+    float o[2][D / 8][4], m2[2][2], sum[2][2]; // m2: m in base 2; sum: of this lane's columns
+    if (a.first && a.anchor) {
+        copies_wait<0>();
+        __syncthreads();
+        const bf16* k0 = a.anchor + (size_t(tile.row) * 2 * a.K + kv_head) * D;
+        float score = 0;
+#pragma unroll
+        for (int chunk = 0; chunk < D / 8; chunk++) {
+            const auto q = pack_load<8>(shared.q + tile_address<D>(threadIdx.x, chunk) / 2);
+            const auto k = pack_load<8>(k0 + chunk * 8);
+#pragma unroll
+            for (int i = 0; i < 8; i++) score += q[i] * k[i];
+        }
+        shared.start[threadIdx.x] = score * to_base_2;
+        __syncwarp();
+        const bf16* v0 = k0 + a.K * D;
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                m2[m][half] = shared.start[row(m, half)], sum[m][half] = lane % 4 == 0;
+#pragma unroll
+                for (int n = 0; n < D / 8; n++)
+#pragma unroll
+                    for (int i = 0; i < 2; i++) o[m][n][2 * half + i] = float(v0[n * 8 + lane % 4 * 2 + i]);
+            }
+    } else {
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const bool go_on = !a.first && row(m, half) < valid;
+                const size_t t = tile.begin + row(m, half);
+                const float lse = go_on ? a.lse[size_t(head) * a.T + t] : -INFINITY;
+                m2[m][half] = lse == -INFINITY ? nothing_seen : lse * log2_e;
+                sum[m][half] = lse != -INFINITY && lane % 4 == 0;
+#pragma unroll
+                for (int n = 0; n < D / 8; n++) {
+                    const float* from = a.state + (t * a.H + head) * D + n * 8 + lane % 4 * 2;
+                    const float2 x = go_on ? *(const float2*)from : make_float2(0, 0);
+                    o[m][n][2 * half] = x.x, o[m][n][2 * half + 1] = x.y;
+                }
+            }
+    }
+
+    const uint32_t q_lane = shared_address(shared.q) + warp * 32 * row_bytes + lane_along<D>(lane);
+    int stage = 0;
+    auto visit = [&](auto masked, int begin, int end, int next) {
+        copies_wait<0>();
+        __syncthreads(); // the keys are here, and nobody reads the other stage any more
+        if (next >= 0) load_keys(next, stage ^ 1);
+        copies_commit();
+
+        float s[2][KEYS / 8][4];
+        scores<D>(s, q_lane, shared_address(shared.k[stage]) + lane_across<D>(lane));
+        if constexpr (decltype(masked)::value) {
+            TokenLabel mine[2][2];
+#pragma unroll
+            for (int i = 0; i < 4; i++) mine[i / 2][i % 2] = shared.q_label[row(i / 2, i % 2)];
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int column = n * 8 + lane % 4 * 2 + i;
+                    TokenLabel k = shared.k_label[stage][column];
+                    if (begin + column >= end) k.doc = hidden_doc;
+#pragma unroll
+                    for (int r = 0; r < 4; r++)
+                        if (!visible(mine[r / 2][r % 2].index, mine[r / 2][r % 2].doc, k.index, k.doc))
+                            s[r / 2][n][r % 2 * 2 + i] = -INFINITY;
+                }
+        }
+
+        float top[2][2];
+        bool higher = false;
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float x = s[m][0][2 * half];
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; n++) x = fmaxf(x, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+                top[m][half] = x * to_base_2;
+                higher |= top[m][half] > m2[m][half] + lazy_maximum;
+            }
+        if (__any_sync(~0u, higher)) {
+#pragma unroll
+            for (int m = 0; m < 2; m++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    float x = fmaxf(m2[m][half], top[m][half]);
+                    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+                    x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+                    const float factor = exp2_approximate(m2[m][half] - x);
+                    m2[m][half] = x, sum[m][half] *= factor;
+#pragma unroll
+                    for (int n = 0; n < D / 8; n++) o[m][n][2 * half] *= factor, o[m][n][2 * half + 1] *= factor;
+                }
+        }
+
+        auto probabilities = [&](int chunk, int m, int r) {
+            const float* x = &s[m][2 * chunk + r / 2][r % 2 * 2];
+            const float p0 = exp2_approximate(x[0] * to_base_2 - m2[m][r % 2]);
+            const float p1 = exp2_approximate(x[1] * to_base_2 - m2[m][r % 2]);
+            sum[m][r % 2] += p0 + p1;
+            return bf16_pair(p0, p1);
+        };
+        multiply_chunks<D, 2, KEYS / 16>(o, shared_address(shared.v[stage]) + lane_along<D>(lane), probabilities);
+        stage ^= 1;
+    };
+    for (int r = tile.first_range; r < tile.last_range; r++) {
+        const KeyRange range = a.map.ranges[r];
+        const int after = r + 1 < tile.last_range ? a.map.ranges[r + 1].begin : -1;
+        const int whole = range.masked ? range.begin : range.end - (range.end - range.begin) % KEYS;
+        auto next = [&](int begin) { return begin + KEYS < range.end ? begin + KEYS : after; };
+        int begin = range.begin;
+        for (; begin < whole; begin += KEYS) visit(std::false_type(), begin, range.end, next(begin));
+        for (; begin < range.end; begin += KEYS) visit(std::true_type(), begin, range.end, next(begin));
+    }
+    copies_wait<0>(); // a tile without keys has not waited for its queries
+
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float l = sum[m][half];
+            l += __shfl_xor_sync(~0u, l, 1);
+            l += __shfl_xor_sync(~0u, l, 2);
+            const float share = l > 0 ? 1 / l : 0;
+            const size_t t = tile.begin + row(m, half);
+            const bool mine = row(m, half) < valid;
+            if (mine && lane % 4 == 0)
+                a.lse[size_t(head) * a.T + t] = l > 0 ? (m2[m][half] + log2f(l)) / log2_e : -INFINITY;
+#pragma unroll
+            for (int n = 0; n < D / 8; n++) {
+                const float x = o[m][n][2 * half] * share, y = o[m][n][2 * half + 1] * share;
+                if (a.last) // a warp's own queries, which it has read for the last time
+                    *(uint32_t*)((uint8_t*)shared.q + tile_address<D>(row(m, half), n) + lane % 4 * 4) =
+                        bf16_pair(x, y);
+                else if (mine) *(float2*)(a.state + (t * a.H + head) * D + n * 8 + lane % 4 * 2) = make_float2(x, y);
+            }
+        }
+    if (!a.last) return;
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < D / 8; i++) {
+        const int line = warp * 32 + (i * 32 + lane) / (D / 8), chunk = lane % (D / 8);
+        const uint4 x = *(const uint4*)((const uint8_t*)shared.q + tile_address<D>(line, chunk));
+        if (line < valid) *(uint4*)(a.out + ((size_t(tile.begin) + line) * a.H + head) * D + chunk * 8) = x;
+    }
+}
+
+// Both to the nearest half; P is at most 1. What goes from one warp to another is rounded less than as bf16.
+__device__ inline uint32_t half_pair(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+__device__ inline float2 half_unpack(uint32_t pair) {
+    float2 x;
+    asm("{.reg .f16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
+        : "=f"(x.x), "=f"(x.y)
+        : "r"(pair));
+    return x;
+}
+
+// to[0], to[1] += x, y, in no fixed order.
+__device__ inline void add_to_both(float* to, float x, float y) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+#else
+    atomicAdd(to, x), atomicAdd(to + 1, y);
+#endif
+}
+
+// Barriers of a block beside __syncthreads, by number: one side only tells, the other one waits for it.
+template <int NUMBER, int THREADS> __device__ void barrier_tell() {
+    asm volatile("bar.arrive %0, %1;" ::"n"(NUMBER), "n"(THREADS) : "memory");
+}
+template <int NUMBER, int THREADS> __device__ void barrier_wait() {
+    asm volatile("bar.sync %0, %1;" ::"n"(NUMBER), "n"(THREADS) : "memory");
+}
+
+struct QueryStep {
+    int head, begin, end; // queries [begin, end) of this head
+    int masked;
+};
+
+template <int D, int KEYS, int QUERIES> struct BackwardShared {
+    bf16 k[KEYS * D], v[KEYS * D];                // later dK and dV
+    bf16 q[3][QUERIES * D], dout[3][QUERIES * D]; // of steps n - 1, n, n + 1
+    uint4 p[2][KEYS * QUERIES / 8];               // P^T of steps n - 1, n: halves, as the lanes hold them
+    bf16 ds[KEYS * QUERIES];                      // dS^T
+    float lse[3][QUERIES], delta[3][QUERIES];
+    TokenLabel q_label[3][QUERIES], k_label[KEYS];
+    QueryStep step[8];                     // of steps n - 2 .. n + 2
+    int next_head, next_range, next_begin; // where step n + 3 begins
+};
+
+// A block keeps one tile of keys and values of one KV head in shared memory and goes through the queries that see it, of
+// all heads of the group, QUERIES at a time. Warp w of the first four and warp w of the last four share a quarter of the
+// keys, as rows:
+//   first four   dQ of step n - 2, added to memory;   S^T = K Q^T, P^T, dV += P^T dO of step n
+//   last four    dP^T = V dO^T, dS^T, dK += dS^T Q of step n - 1
+// so that one half's exponentials, conversions and atomics run beside the other half's products, and both sums stay in
+// registers. P^T and dS^T enter their products from the registers; P^T goes to the other half lane by lane, dS^T to all.
+template <int D, int KEYS, int QUERIES> __global__ void __launch_bounds__(256, 1)
+    attention_mma_backward_kernel(const __grid_constant__ AttentionBackward<bf16> a, int together, int parts) {
+    constexpr int M = KEYS / 64, N = QUERIES / 8, CHUNKS = QUERIES / 16, row_bytes = 2 * D;
+    extern __shared__ __align__(1024) uint8_t shared_memory[];
+    auto& shared = *(BackwardShared<D, KEYS, QUERIES>*)shared_memory;
+    auto [tile, tile_head] = tile_of_head(a.map, a.K * parts, together * parts);
+    const int kv_head = tile_head / parts, group = a.H / a.K;
+    tile.begin += tile_head % parts * KEYS;
+    const int valid = min(tile.end - tile.begin, KEYS);
+    if (valid <= 0) return;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    const bool first_half = threadIdx.x < 128;
+    const float scale = float(1 / sqrt(double(D))), to_base_2 = log2_e * scale;
+
+    int steps = 0;
+    for (int r = tile.first_range; r < tile.last_range; r++)
+        steps += (a.map.ranges[r].end - a.map.ranges[r].begin + QUERIES - 1) / QUERIES;
+    steps *= group;
+    if (steps == 0 && !a.dkv_out) return;
+
+    auto plan_step = [&](int n) { // by one thread
+        if (n >= steps) return;
+        const KeyRange range = a.map.ranges[shared.next_range];
+        const int begin = shared.next_begin, end = min(begin + QUERIES, range.end);
+        shared.step[n % 8] = {shared.next_head, begin, end, range.masked || valid < KEYS};
+        if (end < range.end) {
+            shared.next_begin = end;
+        } else {
+            const bool more = shared.next_range + 1 < tile.last_range;
+            shared.next_range = more ? shared.next_range + 1 : tile.first_range, shared.next_head += !more;
+            shared.next_begin = a.map.ranges[shared.next_range].begin;
+        }
+    };
+    auto load_step = [&](int n) {
+        const QueryStep at = shared.step[n % 8];
+        const int stage = n % 3, count = at.end - at.begin, i = threadIdx.x % QUERIES;
+        const size_t t = at.begin;
+        load_tile<D, QUERIES, 256>(shared_address(shared.q[stage]), a.q + t * a.q_stride + at.head * D, a.q_stride,
+                                   count);
+        load_tile<D, QUERIES, 256>(shared_address(shared.dout[stage]), a.dout + (t * a.H + at.head) * D,
+                                   size_t(a.H) * D, count);
+        const size_t row = size_t(at.head) * a.T + t + i;
+        if (threadIdx.x < QUERIES) copy_small<4>(shared_address(&shared.lse[stage][i]), a.lse + row, i < count);
+        else if (threadIdx.x < 2 * QUERIES)
+            copy_small<4>(shared_address(&shared.delta[stage][i]), a.delta + row, i < count);
+        else if (threadIdx.x < 3 * QUERIES)
+            copy_small<8>(shared_address(&shared.q_label[stage][i]), a.q_label + t + i, i < count);
+    };
+
+    if (threadIdx.x == 0 && steps > 0) {
+        shared.next_head = kv_head * group, shared.next_range = tile.first_range;
+        shared.next_begin = a.map.ranges[tile.first_range].begin;
+        plan_step(0), plan_step(1);
+    }
+    if (threadIdx.x < KEYS)
+        shared.k_label[threadIdx.x] =
+            threadIdx.x < valid ? a.k_label[tile.begin + threadIdx.x] : TokenLabel{0, hidden_doc};
+    __syncthreads();
+    const bf16* key = a.kv + tile.begin * a.kv_stride + kv_head * D;
+    load_tile<D, KEYS, 256>(shared_address(shared.k), key, a.kv_stride, valid);
+    load_tile<D, KEYS, 256>(shared_address(shared.v), key + a.K * D, a.kv_stride, valid);
+    if (steps > 0) load_step(0);
+    copies_commit();
+
+    const uint32_t along = lane_along<D>(lane), across = lane_across<D>(lane);
+    const int first_row = warp * (KEYS / 4), pair = lane % 4 * 2; // of the lane's fragments
+    float sum[M][D / 8][4] = {};                                  // dV or dK
+    for (int n = 0; n < steps + 2; n++) {
+        copies_wait<0>();
+        __syncthreads(); // step n is here; P^T of n - 1 and dS^T of n - 2 are complete, their readers' stages free
+        if (n + 1 < steps) load_step(n + 1);
+        copies_commit();
+        if (threadIdx.x == 0) plan_step(n + 2);
+
+        if (first_half) {
+            if (n >= 2 && a.dq) {
+                // dQ (QUERIES, D) = dS K; four warps share it by columns, and by queries when there are too few.
+                constexpr int across_d = D / 16 < 4 ? D / 16 : 4, across_q = 4 / across_d;
+                constexpr int MQ = QUERIES / 16 / across_q, ND = D / 16 / across_d;
+                const int m_first = warp / across_d * MQ, d_first = warp % across_d * ND;
+                float dq[MQ][2 * ND][4] = {};
+                const uint32_t ds = shared_address(shared.ds) + lane_across<QUERIES>(lane);
+                const uint32_t k = shared_address(shared.k) + along;
+#pragma unroll
+                for (int depth = 0; depth < KEYS / 16; depth++) {
+                    uint32_t x[MQ][4];
+#pragma unroll
+                    for (int m = 0; m < MQ; m++)
+                        load_matrices_transposed(x[m], (ds ^ ((m_first + m) << 5)) + depth * 32 * QUERIES);
+#pragma unroll
+                    for (int d = 0; d < ND; d++) {
+                        uint32_t b[4];
+                        load_matrices_transposed(b, (k ^ ((d_first + d) << 5)) + depth * 32 * D);
+#pragma unroll
+                        for (int m = 0; m < MQ; m++) {
+                            multiply_add(dq[m][2 * d], x[m], b[0], b[1]);
+                            multiply_add(dq[m][2 * d + 1], x[m], b[2], b[3]);
+                        }
+                    }
+                }
+                barrier_tell<1, 256>();
+                const QueryStep at = shared.step[(n - 2) % 8];
+#pragma unroll
+                for (int m = 0; m < MQ; m++)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const int t = at.begin + (m_first + m) * 16 + half * 8 + lane / 4;
+                        float* to = a.dq + (size_t(t) * a.H + at.head) * D + d_first * 16 + pair;
+#pragma unroll
+                        for (int d = 0; d < 2 * ND; d++)
+                            if (t < at.end)
+                                add_to_both(to + d * 8, dq[m][d][2 * half] * scale, dq[m][d][2 * half + 1] * scale);
+                    }
+            } else {
+                barrier_tell<1, 256>();
+            }
+            if (n < steps) {
+                const int stage = n % 3;
+                const bool masked = shared.step[n % 8].masked;
+                float s[M][N][4];
+                scores<D>(s, shared_address(shared.k) + first_row * row_bytes + along,
+                          shared_address(shared.q[stage]) + across);
+                if (masked) {
+                    TokenLabel k[M][2];
+#pragma unroll
+                    for (int i = 0; i < 2 * M; i++) k[i / 2][i % 2] = shared.k_label[first_row + i * 8 + lane / 4];
+#pragma unroll
+                    for (int i = 0; i < 2 * N; i++) {
+                        const TokenLabel q = shared.q_label[stage][i / 2 * 8 + pair + i % 2];
+#pragma unroll
+                        for (int r = 0; r < 2 * M; r++)
+                            if (!visible(q.index, q.doc, k[r / 2][r % 2].index, k[r / 2][r % 2].doc))
+                                s[r / 2][i / 2][r % 2 * 2 + i % 2] = -INFINITY;
+                    }
+                }
+                uint4* exchange = shared.p[n % 2] + warp * 32 + lane;
+                uint4 halves;
+                auto probabilities = [&](int chunk, int m, int r) {
+                    const float2 lse = *(const float2*)&shared.lse[stage][(2 * chunk + r / 2) * 8 + pair];
+                    const float* x = &s[m][2 * chunk + r / 2][r % 2 * 2];
+                    // A query that saw nothing has LSE = -inf and gets P = 0.
+                    const float minus0 = lse.x == -INFINITY ? -INFINITY : -lse.x * log2_e;
+                    const float minus1 = lse.y == -INFINITY ? -INFINITY : -lse.y * log2_e;
+                    const float p0 = exp2_approximate(x[0] * to_base_2 + minus0);
+                    const float p1 = exp2_approximate(x[1] * to_base_2 + minus1);
+                    (&halves.x)[r] = half_pair(p0, p1);
+                    if (r == 3) exchange[(chunk * M + m) * 128] = halves;
+                    return bf16_pair(p0, p1);
+                };
+                multiply_chunks<D, M, CHUNKS>(sum, shared_address(shared.dout[stage]) + along, probabilities);
+            }
+        } else if (n >= 1 && n <= steps) {
+            const int stage = (n - 1) % 3;
+            float dp[M][N][4];
+            scores<D>(dp, shared_address(shared.v) + first_row * row_bytes + along,
+                      shared_address(shared.dout[stage]) + across);
+            const uint4* exchange = shared.p[(n - 1) % 2] + warp * 32 + lane;
+            const uint32_t ds = shared_address(shared.ds) + tile_address<QUERIES>(lane / 4, 0) + 2 * pair;
+            uint4 halves;
+            barrier_wait<1, 256>(); // dS^T of the step before has been read
+            auto gradients = [&](int chunk, int m, int r) {
+                const float2 delta = *(const float2*)&shared.delta[stage][(2 * chunk + r / 2) * 8 + pair];
+                if (r == 0) halves = exchange[(chunk * M + m) * 128];
+                const float2 p = half_unpack((&halves.x)[r]);
+                const float* x = &dp[m][2 * chunk + r / 2][r % 2 * 2];
+                const uint32_t both = bf16_pair(p.x * (x[0] - delta.x), p.y * (x[1] - delta.y));
+                const int row = first_row + m * 16 + r % 2 * 8;
+                asm volatile("st.shared.b32 [%0], %1;" ::"r"((ds ^ ((2 * chunk + r / 2) << 4)) + row * 2 * QUERIES),
+                             "r"(both));
+                return both;
+            };
+            multiply_chunks<D, M, CHUNKS>(sum, shared_address(shared.q[stage]) + along, gradients);
+        } else {
+            barrier_wait<1, 256>();
+        }
+    }
+
+    // dV (first half) and dK, in place of V and K: to storage by whole rows, or added to what is there.
+    copies_wait<0>();
+    __syncthreads();
+    const int value = first_half;
+    bf16* staged = value ? shared.v : shared.k;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = first_row + m * 16 + half * 8 + lane / 4;
+            const bool anchor = a.danchor && row < valid && shared.k_label[row].doc == hidden_doc;
+            const float* danchor = a.danchor + ((size_t(tile.row) * 2 + value) * a.K + kv_head) * D + pair;
+            float* to = a.dkv + ((size_t(tile.begin) + row) * 2 + value) * a.K * D + kv_head * D + pair;
+#pragma unroll
+            for (int d = 0; d < D / 8; d++) {
+                float x = sum[m][d][2 * half], y = sum[m][d][2 * half + 1];
+                if (!value) x *= scale, y *= scale;
+                if (a.dkv_out) {
+                    if (anchor) x += danchor[d * 8], y += danchor[d * 8 + 1];
+                    *(uint32_t*)((uint8_t*)staged + tile_address<D>(row, d) + 2 * pair) = bf16_pair(x, y);
+                } else if (row < valid) {
+                    float2* both = (float2*)(to + d * 8);
+                    const float2 before = *both;
+                    *both = make_float2(before.x + x, before.y + y);
+                }
+            }
+        }
+    if (!a.dkv_out) return;
+    __syncwarp(); // a warp's own rows
+#pragma unroll
+    for (int i = 0; i < KEYS * D / 8 / 128; i++) {
+        const int line = first_row + (i * 32 + lane) / (D / 8), chunk = lane % (D / 8);
+        const uint4 x = *(const uint4*)((const uint8_t*)staged + tile_address<D>(line, chunk));
+        bf16* to = a.dkv_out + (size_t(tile.begin) + line) * a.dkv_out_stride + (value * a.K + kv_head) * D + chunk * 8;
+        if (line < valid) *(uint4*)to = x;
+    }
+}
+
+template <int D> struct QueryGradientShared {
+    bf16 q[64 * D], dout[64 * D], k[64 * D], v[64 * D];
+    TokenLabel k_label[64];
+    TileList<4> list;
+};
+
+// dQ alone and in a fixed order, for runs that must repeat bit by bit: a block takes 64 queries of one head, a warp 16 of
+// them, and goes through the tiles of keys that visit one of them, in the map's order. It computes S and dP once more.
+template <int D> __global__ void __launch_bounds__(128, 3)
+    attention_mma_dq_kernel(const __grid_constant__ AttentionBackward<bf16> a, int blocks) {
+    extern __shared__ __align__(1024) uint8_t shared_memory[];
+    auto& shared = *(QueryGradientShared<D>*)shared_memory;
+    const int head = blockIdx.x / blocks, begin = (blocks - 1 - blockIdx.x % blocks) * 64, end = min(begin + 64, a.T);
+    const int kv_head = head / (a.H / a.K), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const float scale = float(1 / sqrt(double(D))), to_base_2 = log2_e * scale;
+    load_tile<D, 64, 128>(shared_address(shared.q), a.q + begin * a.q_stride + head * D, a.q_stride, end - begin);
+    load_tile<D, 64, 128>(shared_address(shared.dout), a.dout + (size_t(begin) * a.H + head) * D, size_t(a.H) * D,
+                          end - begin);
+    copies_commit();
+
+    float minus_lse[2], delta[2];
+    TokenLabel mine[2];
+    const int t = begin + warp * 16 + lane / 4; // and t + 8
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const size_t row = size_t(head) * a.T + t + 8 * half;
+        const bool valid = t + 8 * half < end;
+        const float lse = valid ? a.lse[row] : -INFINITY;
+        minus_lse[half] = lse == -INFINITY ? -INFINITY : -lse * log2_e;
+        delta[half] = valid ? a.delta[row] : 0;
+        mine[half] = valid ? a.q_label[t + 8 * half] : TokenLabel{-1, -1};
+    }
+    const uint32_t along = lane_along<D>(lane), across = lane_across<D>(lane), first_row = warp * 16 * 2 * D;
+    float dq[1][D / 8][4] = {};
+    for (int first = 0; first < a.map.count; first += 128) {
+        const int count = tiles_that_visit(shared.list, a.map, first, begin, end);
+        for (int i = 0; i < count; i++) {
+            const QueryTile tile = a.map.tiles[shared.list.tile[i]];
+            const Span queries = visited(a.map, tile);
+            bool all = false;
+            for (int r = tile.first_range; r < tile.last_range; r++)
+                all |= !a.map.ranges[r].masked && a.map.ranges[r].begin <= begin && a.map.ranges[r].end >= end;
+            for (int from = tile.begin; from < tile.end; from += 64) {
+                const int valid = tile.end - from;
+                const bf16* key = a.kv + from * a.kv_stride + kv_head * D;
+                __syncthreads();
+                load_tile<D, 64, 128>(shared_address(shared.k), key, a.kv_stride, valid);
+                load_tile<D, 64, 128>(shared_address(shared.v), key + a.K * D, a.kv_stride, valid);
+                if (threadIdx.x < 64)
+                    shared.k_label[threadIdx.x] =
+                        threadIdx.x < valid ? a.k_label[from + threadIdx.x] : TokenLabel{0, hidden_doc};
+                copies_commit(), copies_wait<0>();
+                __syncthreads();
+                float s[1][8][4], dp[1][8][4];
+                scores<D>(s, shared_address(shared.q) + first_row + along, shared_address(shared.k) + across);
+                scores<D>(dp, shared_address(shared.dout) + first_row + along, shared_address(shared.v) + across);
+                if (!all || valid < 64)
+#pragma unroll
+                    for (int j = 0; j < 16; j++) {
+                        const TokenLabel k = shared.k_label[j / 2 * 8 + lane % 4 * 2 + j % 2];
+#pragma unroll
+                        for (int half = 0; half < 2; half++)
+                            if (!queries.holds(t + 8 * half) ||
+                                !visible(mine[half].index, mine[half].doc, k.index, k.doc))
+                                s[0][j / 2][2 * half + j % 2] = -INFINITY;
+                    }
+                auto gradients = [&](int chunk, int, int r) {
+                    const float *x = &s[0][2 * chunk + r / 2][r % 2 * 2], *y = &dp[0][2 * chunk + r / 2][r % 2 * 2];
+                    const float p0 = exp2_approximate(x[0] * to_base_2 + minus_lse[r % 2]);
+                    const float p1 = exp2_approximate(x[1] * to_base_2 + minus_lse[r % 2]);
+                    return bf16_pair(p0 * (y[0] - delta[r % 2]), p1 * (y[1] - delta[r % 2]));
+                };
+                multiply_chunks<D, 1, 4>(dq, shared_address(shared.k) + along, gradients);
+            }
+        }
+        __syncthreads();
+    }
+    copies_wait<0>();
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) {
+            if (t + 8 * half >= end) continue;
+            float2* to = (float2*)(a.dq + (size_t(t + 8 * half) * a.H + head) * D + n * 8 + lane % 4 * 2);
+            const float2 before = *to;
+            *to = make_float2(before.x + scale * dq[0][n][2 * half], before.y + scale * dq[0][n][2 * half + 1]);
+        }
+}
+
+constexpr bool attention_mma_takes(size_t D) { return D == 32 || D == 64 || D == 128; }
+inline AttentionTiles attention_mma_tiles(size_t D) {
+    REQUIRE(attention_mma_takes(D), "take attention_simt for such a head size");
+    return {128, 64, 64, 128};
+}
+
+template <class A> void attention_mma_require(const A& a) {
+    attention_require(a, 128);
+    REQUIRE(packs_fit<bf16>(a.q_stride, a.q, a.kv) && a.kv_stride % 8 == 0, "queries and keys start on 16 bytes");
+}
+
+template <int D, int KEYS> void attention_mma_forward_tiles(Gpu gpu, const AttentionForward<bf16>& a) {
+    auto* kernel = attention_mma_forward_kernel<D, KEYS, 4>;
+    constexpr size_t bytes = sizeof(ForwardShared<D, KEYS, 4>);
+    allow_shared_memory(gpu, kernel, bytes);
+    const int together = heads_together(gpu, a.Tk, 2 * D * sizeof(bf16), a.K) * (a.H / a.K);
+    kernel<<<grid_blocks(size_t(a.map.count) * a.H), 128, bytes, gpu.stream>>>(a, together);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+template <int D> void attention_mma_forward_heads(Gpu gpu, const AttentionForward<bf16>& a) {
+    int bytes = 0;
+    CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, gpu.context->device));
+    // Two blocks a multiprocessor, so that one computes exponentials while the other multiplies.
+    if (D < 128 || 2 * (sizeof(ForwardShared<D, 64, 4>) + 1024) <= size_t(bytes))
+        attention_mma_forward_tiles<D, 64>(gpu, a);
+    else if constexpr (D == 128) attention_mma_forward_tiles<D, 32>(gpu, a);
+}
+
+inline void attention_mma_forward(Gpu gpu, const AttentionForward<bf16>& a) {
+    attention_mma_require(a);
+    if (a.map.count == 0) return;
+    if (a.D == 128) attention_mma_forward_heads<128>(gpu, a);
+    else if (a.D == 64) attention_mma_forward_heads<64>(gpu, a);
+    else if (a.D == 32) attention_mma_forward_heads<32>(gpu, a);
+    else REQUIRE(false, "take attention_simt for such a head size");
+}
+
+// A tile of 128 keys is given to 128 / KEYS blocks.
+template <int D, int KEYS, int QUERIES> void attention_mma_backward_tiles(Gpu gpu, const AttentionBackward<bf16>& a) {
+    auto* kernel = attention_mma_backward_kernel<D, KEYS, QUERIES>;
+    constexpr size_t bytes = sizeof(BackwardShared<D, KEYS, QUERIES>), parts = 128 / KEYS;
+    allow_shared_memory(gpu, kernel, bytes);
+    const size_t query_bytes = a.H / a.K * D * (2 * sizeof(bf16) + sizeof(float)); // Q, dO, dQ of a KV head's group
+    const int together = heads_together(gpu, a.T, query_bytes, a.K);
+    kernel<<<grid_blocks(a.map.count * parts * a.K), 256, bytes, gpu.stream>>>(a, together, int(parts));
+    CUDA_CHECK(cudaGetLastError());
+}
+
+template <int D> void attention_mma_backward_heads(Gpu gpu, const AttentionBackward<bf16>& a) {
+    int bytes = 0;
+    CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, gpu.context->device));
+    AttentionBackward<bf16> by_keys = a;
+    if (gpu.context->deterministic) by_keys.dq = nullptr;
+    if (sizeof(BackwardShared<D, 128, 64>) <= size_t(bytes)) attention_mma_backward_tiles<D, 128, 64>(gpu, by_keys);
+    else attention_mma_backward_tiles<D, 64, 32>(gpu, by_keys);
+    if (!gpu.context->deterministic || a.T == 0) return;
+    const size_t blocks = (size_t(a.T) + 63) / 64;
+    allow_shared_memory(gpu, attention_mma_dq_kernel<D>, sizeof(QueryGradientShared<D>));
+    attention_mma_dq_kernel<D>
+        <<<grid_blocks(blocks * a.H), 128, sizeof(QueryGradientShared<D>), gpu.stream>>>(a, int(blocks));
+    CUDA_CHECK(cudaGetLastError());
+}
+
+inline void attention_mma_backward(Gpu gpu, const AttentionBackward<bf16>& a) {
+    attention_mma_require(a);
+    REQUIRE(packs_fit<bf16>(a.dkv_out ? a.dkv_out_stride : 8, a.dout, a.dkv_out), "gradients start on 16 bytes");
+    if (a.map.count == 0) return;
+    if (a.D == 128) attention_mma_backward_heads<128>(gpu, a);
+    else if (a.D == 64) attention_mma_backward_heads<64>(gpu, a);
+    else if (a.D == 32) attention_mma_backward_heads<32>(gpu, a);
+    else REQUIRE(false, "take attention_simt for such a head size");
+}
+
+// The choice for a type and a head size: maps must be built for these tiles.
+template <class E> AttentionTiles attention_tiles(Gpu, size_t D) {
+    const bool tensor_cores = std::is_same_v<E, bf16> && attention_mma_takes(D);
+    return tensor_cores ? attention_mma_tiles(D) : attention_simt_tiles();
+}
+template <class E> void attention_forward_launch(Gpu gpu, const AttentionForward<E>& a) {
+    if constexpr (std::is_same_v<E, bf16>)
+        if (attention_mma_takes(a.D)) return attention_mma_forward(gpu, a);
+    attention_simt_forward(gpu, a);
+}
+template <class E> void attention_backward_launch(Gpu gpu, const AttentionBackward<E>& a) {
+    if constexpr (std::is_same_v<E, bf16>)
+        if (attention_mma_takes(a.D)) return attention_mma_backward(gpu, a);
+    attention_simt_backward(gpu, a);
+}
+#endif

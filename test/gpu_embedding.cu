@@ -1,0 +1,164 @@
+// Embedding on the GPU: exact copies forward, exact integer sums backward.
+#include "../layers/embedding.cuh"
+#include "large.h"
+
+namespace {
+struct Size {
+    size_t T, V, C;
+};
+// A single token and channel, rows that do not start on 16 bytes, strips of channels, a vocabulary of one, ids that
+// stand in many pieces of 32 positions, one a piece's border, no token at all.
+constexpr Size sizes[] = {{1, 1, 1},     {17, 5, 17},     {1000, 7, 3}, {40, 1, 256},  {33, 50, 257}, {9, 4, 600},
+                          {0, 3, 5},     {32, 1, 8},      {64, 2, 1},   {5000, 3, 72}, {96, 40, 8},   {1, 9, 4096},
+                          {20, 3, 4104}, {3000, 1, 1032}, {777, 2, 40}, {50000, 9, 8}};
+
+Buffer<int32_t> random_tokens(size_t T, size_t V) {
+    Buffer<int32_t> token(T);
+    for (size_t t = 0; t < T; t++) token[t] = int32_t(hash64(7, t) % V);
+    return token;
+}
+
+// As in text: id v about 1 / v as often as the most frequent one.
+Buffer<int32_t> text_tokens(size_t T, size_t V) {
+    Buffer<int32_t> token(T);
+    for (size_t t = 0; t < T; t++) token[t] = int32_t(std::pow(double(V), hash_uniform(9, t))) - 1;
+    return token;
+}
+
+template <class E, class G> void check_integer_sums(size_t T, size_t V, size_t C, const Buffer<int32_t>& token) {
+    CAPTURE(T);
+    CAPTURE(V);
+    CAPTURE(C);
+    Buffer<E> dout(T * C);
+    Buffer<G> dweight(V * C);
+    std::vector<int64_t> expected(V * C, 3);
+    dweight.fill(3);
+    for (size_t i = 0; i < T * C; i++) {
+        int value = int(hash64(8, i) % 5) - 2;
+        dout[i] = E(float(value));
+        expected[size_t(token[i / C]) * C + i % C] += value;
+    }
+    DeviceBuffer<E> dout_gpu(dout);
+    DeviceBuffer<G> dweight_gpu(dweight);
+    DeviceBuffer<int32_t> token_gpu(token);
+    embedding_backward(the_gpu(), dweight_gpu.data(), dout_gpu.data(), token_gpu.data(), T, C);
+    Buffer<G> result = dweight_gpu.host();
+    bool equal = true;
+    for (size_t i = 0; i < V * C; i++) equal = equal && float(result[i]) == float(G(float(expected[i])));
+    CHECK(equal);
+    CHECK(same_bits(token_gpu.host(), token));
+}
+} // namespace
+
+TEST_CASE("gpu embedding: forward copies the rows") {
+    auto check = [](auto element, size_t T, size_t V, size_t C, size_t shift) {
+        using E = decltype(element);
+        CAPTURE(T);
+        CAPTURE(V);
+        CAPTURE(C);
+        CAPTURE(shift);
+        Buffer<int32_t> token = random_tokens(T, V);
+        Buffer<E> weight(V * C, 1), out(T * C + shift);
+        DeviceBuffer<E> weight_gpu(weight), out_gpu(out);
+        DeviceBuffer<int32_t> token_gpu(token);
+        embedding_forward(Cpu(), out.data() + shift, token.data(), weight.data(), T, C);
+        embedding_forward(the_gpu(), out_gpu.data() + shift, token_gpu.data(), weight_gpu.data(), T, C);
+        CHECK(same_bits(out_gpu.host(), out));
+    };
+    for (auto [T, V, C] : sizes)
+        for (size_t shift : {0, 1}) check(bf16(0), T, V, C, shift), check(float(), T, V, C, shift);
+}
+
+TEST_CASE("gpu embedding: backward adds the right integers to what is there") {
+    for (auto [T, V, C] : sizes) {
+        check_integer_sums<float, float>(T, V, C, random_tokens(T, V));
+        check_integer_sums<bf16, float>(T, V, C, random_tokens(T, V));
+        check_integer_sums<bf16, bf16>(T, V, C, random_tokens(T, V));
+    }
+    check_integer_sums<bf16, float>(16384, 32000, 136, text_tokens(16384, 32000));
+}
+
+TEST_CASE("gpu embedding: a frequent token loses nothing in bf16") {
+    const size_t T = 1000, C = 3;
+    Buffer<int32_t> token(T);
+    token.fill(1);
+    Buffer<bf16> dout(T * C), dweight(2 * C);
+    dout.fill(1), dweight.fill(0);
+    DeviceBuffer<bf16> dout_gpu(dout), dweight_gpu(dweight);
+    DeviceBuffer<int32_t> token_gpu(token);
+    embedding_backward(the_gpu(), dweight_gpu.data(), dout_gpu.data(), token_gpu.data(), T, C);
+    Buffer<bf16> result = dweight_gpu.host();
+    for (size_t c = 0; c < C; c++) {
+        CHECK(float(result[c]) == 0);
+        CHECK(float(result[C + c]) == 1000);
+    }
+}
+
+TEST_CASE("gpu embedding: as good as the CPU, and the same bits every time") {
+    const size_t T = 4000, V = 300, C = 520;
+    Buffer<int32_t> token = text_tokens(T, V);
+    Buffer<bf16> dout(T * C, 1), cpu(V * C, 2);
+    const Buffer<bf16> before(V * C, 2);
+    Buffer<double> dout_double = converted<double>(dout), truth = converted<double>(before);
+    embedding_backward(Cpu(), cpu.data(), dout.data(), token.data(), T, C);
+    embedding_backward(Cpu(), truth.data(), dout_double.data(), token.data(), T, C);
+    DeviceBuffer<bf16> dout_gpu(dout), dweight(before);
+    DeviceBuffer<int32_t> token_gpu(token);
+    embedding_backward(the_gpu(), dweight.data(), dout_gpu.data(), token_gpu.data(), T, C);
+    const Buffer<bf16> first = dweight.host();
+    check_2x(first, cpu, truth);
+    for (int i = 0; i < 5; i++) {
+        dweight.set(before);
+        embedding_backward(the_gpu(), dweight.data(), dout_gpu.data(), token_gpu.data(), T, C);
+        CHECK(same_bits(dweight.host(), first));
+    }
+}
+
+TEST_CASE("gpu embedding: beyond 2^32 elements (large)") {
+    // So many channels that the scratch memory holds partial sums of few pieces only: each is long.
+    const size_t C = 16384, T = (size_t(1) << 32) / C + 1000, V = (size_t(1) << 31) / C + 2000;
+    Buffer<int32_t> token(T);
+    for (size_t t = 0; t < T; t++) token[t] = int32_t(hash64(7, t) % 3 ? hash64(8, t) % V : V - 1);
+    token[0] = token[T - 1] = int32_t(V - 2);
+    DeviceBuffer<int32_t> token_gpu(token);
+    LargeBuffer<bf16> weight(V * C, 1), out(T * C);
+    embedding_forward(the_gpu(), out.data(), token_gpu.data(), weight.data(), T, C);
+    for (size_t t : {size_t(0), (size_t(1) << 31) / C, T / 2, T - 1})
+        CHECK(same_bits(out.part(t * C, C), weight.part(size_t(token[t]) * C, C)));
+
+    // Some rare ids: a sample of the channels of every row that has the id.
+    const size_t sample = 64;
+    size_t middle = T / 2;
+    while (size_t(token[middle]) == V - 1) middle++;
+    for (size_t id : {size_t(token[0]), size_t(token[middle])})
+        for (size_t c : {size_t(0), C / 2, C - sample}) {
+            const Buffer<double> old = converted<double>(weight.part(id * C + c, sample));
+            std::vector<double> truth(old.data(), old.data() + sample), magnitude(sample);
+            double terms = 1;
+            for (size_t i = 0; i < sample; i++) magnitude[i] = std::fabs(truth[i]);
+            for (size_t t = 0; t < T; t++) {
+                if (size_t(token[t]) != id) continue;
+                const Buffer<double> row = converted<double>(out.part(t * C + c, sample));
+                for (size_t i = 0; i < sample; i++) truth[i] += row[i], magnitude[i] += std::fabs(row[i]);
+                terms++;
+            }
+            embedding_backward(the_gpu(), weight.data(), out.data(), token_gpu.data(), T, C);
+            const Buffer<double> result = converted<double>(weight.part(id * C + c, sample));
+            for (size_t i = 0; i < sample; i++) // sums in fp32, one rounding to bf16
+                CHECK(std::fabs(result[i] - truth[i]) <= terms * 0x1p-24 * magnitude[i] + ulp<bf16>(truth[i]) / 2);
+        }
+
+    // The frequent one: every gradient 95/512 (0x3e3e), so that fp32 sums of them are exact up to 2^24 / 95 terms.
+    CUDA_CHECK(cudaMemset(out, 0x3e, T * C * sizeof(bf16)));
+    Buffer<bf16> zero(C);
+    zero.fill(0);
+    weight.set((V - 1) * C, zero);
+    const size_t count = size_t(std::count(token.data(), token.data() + T, int32_t(V - 1)));
+    CHECK(count > 80000);
+    CHECK(count < (1 << 24) / 95);
+    embedding_backward(the_gpu(), weight.data(), out.data(), token_gpu.data(), T, C);
+    const Buffer<bf16> result = weight.part((V - 1) * C, C);
+    bool equal = true;
+    for (size_t c = 0; c < C; c++) equal = equal && float(result[c]) == float(bf16(float(count) * 95 / 512));
+    CHECK(equal);
+}
