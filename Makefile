@@ -39,7 +39,7 @@ GPU_ARCH ?= $(or $(GPU_HERE),80 90a)
 GENCODE  := $(foreach a,$(GPU_ARCH),-gencode=arch=compute_$(a)$(comma)code=sm_$(a))
 NVCCFLAGS := -std=c++20 $(GENCODE) -lineinfo -I. $(foreach f,$(HOST_FLAGS),-Xcompiler=$(f))
 COMPILE  := nvcc $(NVCCFLAGS) -x cu
-CUDA_LIBS := -lcublasLt -lcublas
+CUDA_LIBS := -lcublasLt
 endif
 ifeq ($(MPI),1)
 COMM      := core/comm_mpi.cpp

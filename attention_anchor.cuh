@@ -24,9 +24,9 @@
 #pragma once
 #include "core/fastexp.h"
 #include "core/types.h"
+#include "core/vector.h"
 #include <algorithm>
 #include <limits>
-#include <memory>
 #include <numeric>
 #include <omp.h>
 #include <utility>
@@ -246,28 +246,6 @@ constexpr AttentionTiles attention_tiles_cpu = {attention_tile, attention_tile, 
 template <class E> AttentionTiles attention_tiles(Cpu, size_t) { return attention_tiles_cpu; }
 template <class A> constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
 
-#if defined(__AVX512F__)
-constexpr size_t tile_vector_bytes = 64, tile_registers = 32;
-#elif defined(__AVX__)
-constexpr size_t tile_vector_bytes = 32, tile_registers = 16;
-#else
-constexpr size_t tile_vector_bytes = 16, tile_registers = 16;
-#endif
-template <class A> struct TileVector {
-    typedef A type __attribute__((vector_size(tile_vector_bytes), may_alias, aligned(sizeof(A))));
-};
-template <class A> constexpr size_t tile_lanes = tile_vector_bytes / sizeof(A);
-
-// Scratch memory on cache line boundaries, so that no vector straddles two of them; not set to anything.
-template <class A> struct AlignedScratch {
-    struct alignas(64) Line {
-        A value[64 / sizeof(A)];
-    };
-    std::unique_ptr<Line[]> line;
-    explicit AlignedScratch(size_t count) : line(new Line[count * sizeof(A) / 64 + 1]) {}
-    A* data() { return line[0].value; }
-};
-
 template <class F, int... I>
 __attribute__((always_inline)) inline void tile_unroll(F f, std::integer_sequence<int, I...>) {
     (f(I), ...);
@@ -277,8 +255,8 @@ __attribute__((always_inline)) inline void tile_unroll(F f, std::integer_sequenc
 template <class A, int R, int N, bool add> inline void product_block(A* c, size_t c_row, size_t columns, const A* a,
                                                                      size_t a_row, size_t a_column, const A* b,
                                                                      size_t b_row, size_t depth) {
-    using Vector = typename TileVector<A>::type;
-    constexpr size_t W = tile_lanes<A>;
+    using Vector = typename NativeVector<A>::loose;
+    constexpr size_t W = vector_lanes<A>;
     constexpr std::make_integer_sequence<int, R * N> all;
     Vector sum[R * N] = {};
     for (size_t d = 0; d < depth; d++, a += a_column, b += b_row)
@@ -300,7 +278,7 @@ template <class A, int R, int N, bool add> inline void product_block(A* c, size_
 // transposes need no copy. The rows of b can be read up to the next whole vector, c's are written to n exactly.
 template <bool add, class A> inline void tile_product(A* c, size_t c_row, size_t m, size_t n, const A* a, size_t a_row,
                                                       size_t a_column, const A* b, size_t b_row, size_t depth) {
-    constexpr size_t W = tile_lanes<A>;
+    constexpr size_t W = vector_lanes<A>;
     auto strip = [&]<int R, int N>(size_t column) {
         size_t i = 0;
         for (; i + R <= m; i += R)
@@ -310,7 +288,7 @@ template <bool add, class A> inline void tile_product(A* c, size_t c_row, size_t
             product_block<A, 1, N, add>(c + i * c_row + column, c_row, n - column, a + i * a_row, a_row, a_column,
                                         b + column, b_row, depth);
     };
-    constexpr bool wide = tile_registers == 32;
+    constexpr bool wide = vector_registers == 32;
     for (size_t column = 0; column < n;) {
         if (wide && n - column > 3 * W) strip.template operator()<4, 4>(column), column += 4 * W;
         else if (n - column > W) strip.template operator()<wide ? 8 : 4, 2>(column), column += 2 * W;
@@ -329,10 +307,10 @@ template <class E> inline Acc<E> rounded_operand(Acc<E> x) {
 }
 
 // Keys and values as (K, Tk, D) each, in Acc: a tile of one head is then contiguous.
-template <class A> struct KeysByHead { AlignedScratch<A> key, value; };
+template <class A> struct KeysByHead { VectorScratch<A> key, value; };
 template <class E>
 inline KeysByHead<Acc<E>> keys_by_head(const E* kv, size_t kv_stride, size_t Tk, size_t K, size_t D) {
-    KeysByHead<Acc<E>> to{AlignedScratch<Acc<E>>(K * Tk * D), AlignedScratch<Acc<E>>(K * Tk * D)};
+    KeysByHead<Acc<E>> to{VectorScratch<Acc<E>>(K * Tk * D), VectorScratch<Acc<E>>(K * Tk * D)};
 #pragma omp parallel for schedule(static)
     for (size_t t = 0; t < Tk; t++)
         for (size_t head = 0; head < K; head++)
@@ -432,7 +410,7 @@ template <class E> inline void softmax_step(Acc<E>* s, Acc<E>* m, Acc<E>* l, Acc
 
 // A row of D elements in whole vectors, as the rows of tile_product's b must be.
 template <class A> constexpr size_t padded_row(size_t D) {
-    return (D + tile_lanes<A> - 1) / tile_lanes<A> * tile_lanes<A>;
+    return (D + vector_lanes<A> - 1) / vector_lanes<A> * vector_lanes<A>;
 }
 
 template <class A> inline A attention_scale(size_t D) { return A(1 / std::sqrt(double(D))); }
@@ -470,7 +448,7 @@ template <class E> void attention_begin(Cpu, Acc<E>* o /*(T, H, D)*/, Acc<E>* ls
 
 // From the tile's state to its state.
 template <class E> inline void forward_tile(const TileTask<Acc<E>>& task, Acc<E>* o, Acc<E>* lse, const E* q,
-                                            size_t q_stride, AlignedScratch<Acc<E>>& scratch) {
+                                            size_t q_stride, VectorScratch<Acc<E>>& scratch) {
     using A = Acc<E>;
     constexpr size_t N = attention_tile;
     const size_t n = task.queries(), H = task.H, D = task.D;
@@ -510,7 +488,7 @@ template <class E> void attention_continue(Cpu, Acc<E>* o /*(T, H, D)*/, Acc<E>*
     KeysByHead<Acc<E>> keys = keys_by_head(kv, kv_stride, kt.size(), K, D);
 #pragma omp parallel
     {
-        AlignedScratch<Acc<E>> scratch(attention_tile * (attention_tile + 3 + 2 * D));
+        VectorScratch<Acc<E>> scratch(attention_tile * (attention_tile + 3 + 2 * D));
 #pragma omp for schedule(dynamic, 1)
         for (size_t i = 0; i < H * tiles; i++) {
             const size_t h = i / tiles, t = map.tiles[i % tiles].begin, at = t * H + h;
@@ -594,7 +572,7 @@ template <class E> void attention_backward_begin(Cpu, Acc<E>* delta /*(H, T)*/, 
 // What the task adds to its rows of dq, and to dkv (Tk, 2, K, D) of its KV head.
 template <class E> inline void backward_tile(const TileTask<Acc<E>>& task, Acc<E>* dq, Acc<E>* dkey, Acc<E>* dvalue,
                                              size_t dkv_row, const E* dout, const E* q, size_t q_stride,
-                                             const Acc<E>* lse, const Acc<E>* delta, AlignedScratch<Acc<E>>& scratch) {
+                                             const Acc<E>* lse, const Acc<E>* delta, VectorScratch<Acc<E>>& scratch) {
     using A = Acc<E>;
     constexpr size_t N = attention_tile;
     const size_t n = task.queries(), H = task.H, D = task.D, row = padded_row<A>(D);
@@ -656,7 +634,7 @@ template <class E> void attention_backward_continue(Cpu, Acc<E>* dq /*(T, H, D)*
     std::vector<A> copies((parts - 1) * Tk * width);
 #pragma omp parallel
     {
-        AlignedScratch<A> scratch(attention_tile * (2 * attention_tile + 3 * D + 2 * padded_row<A>(D)));
+        VectorScratch<A> scratch(attention_tile * (2 * attention_tile + 3 * D + 2 * padded_row<A>(D)));
 #pragma omp for schedule(dynamic, 1)
         for (size_t i = 0; i < K * parts; i++) {
             const size_t head = i / parts, part = i % parts;

@@ -818,7 +818,7 @@ Setup setup_read(const Options& options, const Comm& world) {
     if (s.layout.world % s.layout.ring) fail("--ring %d does not divide the %d ranks", s.layout.ring, s.layout.world);
     s.layout.S = o.context ? size_t(o.context) : size_t(s.config.rope.max_context);
     if (s.layout.S < 2) fail("--context must be at least 2: a row holds the anchor and something to predict");
-    s.layout.B = size_t(o.batch), s.layout.head_chunk = size_t(o.head_chunk);
+    s.layout.B = size_t(o.batch), s.layout.head_chunk = o.head_chunk ? size_t(o.head_chunk) : s.gpu ? 2048 : 512;
     s.layout.ffn_tile = size_t(o.ffn_tile);
     s.layout.train = o.eval.empty() && o.dump_logits.empty() && o.generate == 0;
     setup_rope(s);

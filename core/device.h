@@ -88,6 +88,7 @@ inline uint8_t* device_allocate(Gpu, size_t bytes) {
              double(bytes) / (1 << 30), cudaGetErrorString(status), double(free) / (1 << 30), double(all) / (1 << 30));
     }
     CUDA_CHECK(cudaMemset(block, 0, bytes));
+    CUDA_CHECK(cudaDeviceSynchronize()); // it was cleared on another stream than ours
     return (uint8_t*)block;
 }
 

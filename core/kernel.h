@@ -7,9 +7,9 @@
 template <class E> constexpr int pack_width = 16 / int(sizeof(E));
 
 // W neighbouring elements as they stand in memory, converted to float where they are used: a row that waits in
-// registers takes half as many of them in bf16. Their bytes are 8 or a multiple of 16, or W is 1 where rows do not start
-// on 16 bytes. Beyond 16 the accesses of a warp have gaps, which stores do not bear well: where types mix, W is best the
-// widest type's pack_width.
+// registers takes half as many of them in bf16. Their bytes are 8 or a multiple of 16, or W is 1 where rows do not
+// start on 16 bytes. Beyond 16 the accesses of a warp have gaps, which stores do not bear well: where types mix, W is
+// best the widest type's pack_width.
 template <class E, int W> struct alignas(W == 1 ? 4 : W * sizeof(E) == 8 ? 8 : 16) Pack {
     static constexpr int words = (W * int(sizeof(E)) + 3) / 4;
     uint32_t word[words];
@@ -74,8 +74,8 @@ template <class E, int W> __device__ Pack<E, W> pack_from(const float (&x)[W]) {
 }
 template <class E, int W> __device__ void pack_store(E* to, const float (&x)[W]) { pack_store(to, pack_from<E, W>(x)); }
 
-// Into shared memory, without waiting unless W is 1. The thread's copies since the last commit become a group; wait until
-// at most N groups are still on their way. What a thread has copied itself it may then read without a barrier.
+// Into shared memory, without waiting unless W is 1. The thread's copies since the last commit become a group; wait
+// until at most N groups are still on their way. What a thread has copied itself it may then read without a barrier.
 template <class E, int W> __device__ void pack_copy_async(Pack<E, W>* to, const E* from) {
     if constexpr (W == 1) *to = pack_load<1>(from);
     else

@@ -95,7 +95,7 @@ using Flag = bool;
     OPTION(Text, recompute, 0, "auto", "", "activations recomputed in the backward: none, all, auto (the fewest that " \
            "fit) or a list of norm,swiglu,residual,qkv,ffn,attention, each for all layers or, as ffn:8, for the first "\
            "8")                                                                                                        \
-    OPTION(Int, head_chunk, 0, 512, "1..16777216", "tokens whose logits exist at once")                                \
+    OPTION(Int, head_chunk, 0, 0, "0..16777216", "tokens whose logits exist at once; 0: 512, on a GPU 2048")           \
     OPTION(Int, ffn_tile, 0, 0, "0..16777216", "tokens that pass through the feed-forward at once when it is all "     \
            "recomputed, to save memory; 0: all")                                                                       \
     OPTION(Flag, deterministic, 0, false, "", "same bits on every run with the same ranks and threads (the CPU "       \

@@ -80,8 +80,8 @@ void compare(const Shape& shape, int rounds) {
 
 int main(int argc, char** argv) {
     // OpenBLAS chooses its kernels when it is loaded.
-    if (!getenv("OPENBLAS_CORETYPE") && gemm_bytes > 16) {
-        setenv("OPENBLAS_CORETYPE", gemm_bytes == 64 ? "SkylakeX" : "Haswell", 1);
+    if (!getenv("OPENBLAS_CORETYPE") && vector_bytes > 16) {
+        setenv("OPENBLAS_CORETYPE", vector_bytes == 64 ? "SkylakeX" : "Haswell", 1);
         execv("/proc/self/exe", argv);
     }
     if (argc > 1) omp_set_num_threads(atoi(argv[1]));

@@ -45,37 +45,33 @@ void embedding_backward(Cpu, G* dweight, const E* dout, const int32_t* token, si
 #ifdef __CUDACC__
 #include <cub/device/device_radix_sort.cuh>
 
-// blockDim (x, y): y times `rows` tokens a block, x threads a token, 4 packs of each token in flight. Bound by memory.
-template <class E, int W, int rows> __global__ void __launch_bounds__(128)
+// blockDim (x, y): y tokens a block, x threads a token, 4 packs in flight each. Bound by memory.
+template <class E, int W> __global__ void __launch_bounds__(128)
     embedding_forward_kernel(E* out, const int32_t* token, const E* weight, size_t T, size_t C) {
-    const size_t t = (size_t(blockIdx.x) * blockDim.y + threadIdx.y) * rows, stride = size_t(blockDim.x) * W;
-    size_t from[rows];
-#pragma unroll
-    for (int r = 0; r < rows; r++) from[r] = t + r < T ? size_t(token[t + r]) * C : 0;
+    const size_t t = size_t(blockIdx.x) * blockDim.y + threadIdx.y, stride = size_t(blockDim.x) * W;
+    if (t >= T) return;
+    const E* from = weight + size_t(token[t]) * C;
+    E* to = out + t * C;
     for (size_t c = threadIdx.x * W; c < C; c += 4 * stride) {
-        Pack<E, W> x[rows][4];
+        Pack<E, W> x[4];
 #pragma unroll
-        for (int r = 0; r < rows; r++)
+        for (int k = 0; k < 4; k++)
+            if (c + k * stride < C) x[k] = pack_load<W>(from + c + k * stride);
 #pragma unroll
-            for (int k = 0; k < 4; k++)
-                if (t + r < T && c + k * stride < C) x[r][k] = pack_load<W>(weight + from[r] + c + k * stride);
-#pragma unroll
-        for (int r = 0; r < rows; r++)
-#pragma unroll
-            for (int k = 0; k < 4; k++)
-                if (t + r < T && c + k * stride < C) pack_store(out + (t + r) * C + c + k * stride, x[r][k]);
+        for (int k = 0; k < 4; k++)
+            if (c + k * stride < C) pack_store(to + c + k * stride, x[k]);
     }
 }
 
 template <class E> void embedding_forward(Gpu gpu, E* out, const int32_t* token, const E* weight, size_t T, size_t C) {
     if (T == 0 || C == 0) return;
     auto launch = [&](auto width) {
-        constexpr int W = decltype(width)::value, rows = 2;
+        constexpr int W = decltype(width)::value;
         unsigned x = 128; // a power of two, as many as the row has packs
         while (x / 2 >= C / W && x > 1) x /= 2;
         const dim3 threads(x, 128 / x);
-        const unsigned blocks = grid_blocks((T + rows * threads.y - 1) / (rows * threads.y));
-        embedding_forward_kernel<E, W, rows><<<blocks, threads, 0, gpu.stream>>>(out, token, weight, T, C);
+        const unsigned blocks = grid_blocks((T + threads.y - 1) / threads.y);
+        embedding_forward_kernel<E, W><<<blocks, threads, 0, gpu.stream>>>(out, token, weight, T, C);
     };
     if (packs_fit<E>(C, out, weight)) launch(std::integral_constant<int, pack_width<E>>());
     else launch(std::integral_constant<int, 1>());
@@ -97,14 +93,14 @@ struct EmbeddingRuns {
     unsigned strips; // blocks of a piece, each with a strip of the channels
 };
 
-// A block sums a strip of a piece, W channels a thread, the rows of 8 positions and what their runs are added to in
+// A block sums a strip of a piece, W channels a thread, the rows of 4 or 8 positions and what their runs are added to in
 // flight. Bound by memory.
 template <class E, class G, int W> __global__ void __launch_bounds__(128)
     embedding_backward_kernel(G* dweight, const E* dout, EmbeddingRuns runs) {
     const size_t k = blockIdx.x / runs.strips, C = runs.C;
     const size_t c = (size_t(blockIdx.x % runs.strips) * blockDim.x + threadIdx.x) * W;
     if (c >= C) return;
-    constexpr int batch = 8;
+    constexpr int batch = W == 1 ? 8 : 128 / (W * int(sizeof(G)));
     const size_t begin = k * runs.piece, end = min(begin + runs.piece, runs.T);
     float* partial = runs.partial + 2 * k * C + c;
     const int32_t before = begin > 0 ? runs.id[begin - 1] : -1; // the id of a run that began before, if it goes on
@@ -216,8 +212,7 @@ void embedding_backward(Gpu gpu, G* dweight, const E* dout, const int32_t* token
         embedding_join_kernel<G, W><<<blocks, threads, 0, gpu.stream>>>(dweight, runs, pieces);
         CUDA_CHECK(cudaGetLastError());
     };
-    using Wide = std::conditional_t<(sizeof(G) > sizeof(E)), G, E>;
-    if (packs_fit<E>(C, dweight, dout)) launch(std::integral_constant<int, pack_width<Wide>>());
+    if (packs_fit<E>(C, dweight, dout)) launch(std::integral_constant<int, pack_width<E>>());
     else launch(std::integral_constant<int, 1>());
 }
 #endif

@@ -7,6 +7,10 @@
 //     forward           out (N, T)      = weight (M, N)^T in (M, T)
 //     backward_input    din (M, T)      = weight (M, N) dout (N, T)
 //     backward_weight   dweight (M, N) += in (M, T) dout (N, T)^T
+//
+// Measured on an H200, cublasLt 13.1.0, bf16, the fifteen products of LLaMA-2-7B's layers and head at T = 16384 (head
+// 2048), taking turns (dev/bench_matmul.cu): 633 TF/s by cuBLASLt's first guesses, 663 by the best of its guesses, 666
+// by matmul_tune, 667 by the best of up to 2300 configurations each; no product is more than 1% behind its best.
 #pragma once
 #include "../core/checksum.h"
 #include "../core/kernel.h"
@@ -75,7 +79,8 @@ struct MatmulProduct {
 };
 // Where cuBLASLt sees that the residual's factor is 1 and the residual is the output, it rounds the sum and has it
 // added to the output in memory, which rounds again. That is harmless in float; for bf16 the factor is kept in the
-// GPU's memory, where the library cannot look at it.
+// GPU's memory, where the library cannot look at it. (Adding then takes 1.3% of a weight's gradient, in float nothing.
+// A residual of 16384 x 4096 takes 0.05 ms; a kernel of its own would move 400 MB in 0.1 ms. A bias takes 1% at most.)
 inline bool matmul_hides_factor(const MatmulKey& k) { return k.residual && k.out == Type::bf16; }
 inline MatmulProduct matmul_product(const MatmulKey& k, void* out, const void* a, const void* b, const void* bias,
                                     const void* residual) {
@@ -157,9 +162,9 @@ inline std::vector<MatmulAlgo> matmul_guesses(Gpu gpu, MatmulProduct& x) {
     return algos;
 }
 
-// The guesses suppose a GPU at full clock. In a long row of products an H200 is bound by its power, and then the
-// fastest were tiles of about 128 x 160 with two of them on an SM (options 0 to 3), in clusters of one or two: they are
-// candidates too.
+// The guesses seem made for a GPU at full clock. In a long row of products an H200 is bound by its power, and then the
+// fastest of all configurations were tiles of about 128 x 160 with options 0 to 3, in clusters of one or two: they are
+// candidates too, and up to 1.5% faster than the best guess.
 inline std::vector<MatmulAlgo> matmul_candidates(Gpu gpu, MatmulProduct& x) {
     std::vector<MatmulAlgo> algos = matmul_guesses(gpu, x);
     for (uint32_t tile : {CUBLASLT_MATMUL_TILE_128x128, CUBLASLT_MATMUL_TILE_128x160, CUBLASLT_MATMUL_TILE_128x176,
@@ -293,7 +298,8 @@ void matmul_backward_input(Gpu gpu, E* din, const E* dout, const E* weight, size
 }
 
 // partial (parts, N): sums of dout (T, N) over `rows` rows each. A thread has W neighbouring columns, loaded as one,
-// and all rows of its part. Bound by the one reading of dout.
+// and all rows of its part. Bound by the one reading of dout: both kernels, T = 16384, N = 12288, 0.12 ms on an H200,
+// 77% of the speed of a copy.
 template <class E, int W> __global__ void __launch_bounds__(256)
     matmul_dbias_kernel(float* partial, const E* dout, size_t T, size_t N, size_t rows) {
     const size_t column = (blockIdx.x * size_t(256) + threadIdx.x) * W;

@@ -274,8 +274,8 @@ template <class E, class G> void rmsnorm_backward(Gpu gpu, E* din, G* dweight, c
     unsigned blocks = 0;
     int shared = 0; // bytes that a block may have
     CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, gpu.context->device));
-    auto launch = [&](auto width, auto residual) {
-        constexpr int W = decltype(width)::value, P = 4;
+    auto launch = [&](auto width, auto packs, auto residual) {
+        constexpr int W = decltype(width)::value, P = decltype(packs)::value;
         constexpr bool with_residual = decltype(residual)::value;
         constexpr size_t thread_bytes = 2 * rmsnorm_backward_tensors<with_residual> * P * sizeof(Pack<E, W>);
         auto kernel = rmsnorm_backward_kernel<E, W, P, with_residual>;
@@ -286,12 +286,15 @@ template <class E, class G> void rmsnorm_backward(Gpu gpu, E* din, G* dweight, c
         blocks = unsigned(std::min({size_t(resident_blocks(gpu, kernel, threads, bytes)), rows_that_fit, T}));
         kernel<<<blocks, threads, bytes, gpu.stream>>>(din, partial, dout, in, weight, rstd, dresidual, T, C);
     };
-    auto launch_for = [&](auto width) {
-        if (dresidual) launch(width, std::true_type());
-        else launch(width, std::false_type());
+    auto launch_for = [&](auto width, auto packs) {
+        if (dresidual) launch(width, packs, std::true_type());
+        else launch(width, packs, std::false_type());
     };
-    if (packs_fit<E>(C, din, dout, in, weight, dresidual)) launch_for(std::integral_constant<int, pack_width<E>>());
-    else launch_for(std::integral_constant<int, 1>());
+    using Width = std::integral_constant<int, pack_width<E>>;
+    if (!packs_fit<E>(C, din, dout, in, weight, dresidual))
+        launch_for(std::integral_constant<int, 1>(), std::integral_constant<int, 4>());
+    else if (C <= 2 * 512 * Width::value) launch_for(Width(), std::integral_constant<int, 2>());
+    else launch_for(Width(), std::integral_constant<int, 4>());
     CUDA_CHECK(cudaGetLastError());
     rmsnorm_dweight_kernel<<<grid_blocks((C + 31) / 32), 512, 0, gpu.stream>>>(dweight, partial, blocks, C);
     CUDA_CHECK(cudaGetLastError());

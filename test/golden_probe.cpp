@@ -27,7 +27,7 @@ static int write_gradients(const char* model, const char* tokens, const char* ou
     const Config config = weights_open(model).config;
     Layout layout = small_layout(S, 1);
     TestModel<double, double> t(config, layout);
-    weights_load(t.m, model);
+    weights_load(t.m, weights_open(model));
     printf("%.12g\n", t.gradients({row}, Attention::full, Comm{}, double(row.counted), 1));
     FILE* f = fopen(out, "wb");
     bool written = f && fwrite(t.m.grad_flat, 8, t.m.elements, f) == t.m.elements;

@@ -106,6 +106,8 @@ TEST_CASE("gpu adamw: every mix of storage types, at every size, on 16 bytes or 
                 check_update<float, float, float>(count, with_master, begin);
             }
         }
+    check_update<bf16, bf16, bf16>(3000001, false, 1); // more than the grid takes at once
+    check_update<bf16, float, float>(4000001, true, 64);
 }
 
 TEST_CASE("gpu adamw: the same fp32 value is rounded to the CPU's bits") {

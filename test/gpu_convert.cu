@@ -54,7 +54,8 @@ TEST_CASE("gpu convert: a NaN stays one") {
 }
 
 TEST_CASE("gpu random_normal: the CPU's values") {
-    // The two machines' logarithms and cosines differ by some 2^-52, which turns over the last bit of one float in 2^28.
+    // The two machines' logarithms and cosines differ by some 2^-52, which turns over the last bit of one float in
+    // 2^28.
     auto check = [](auto element) {
         using E = decltype(element);
         for (size_t count : {0, 1, 17, 300001}) {
