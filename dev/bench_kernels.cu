@@ -171,7 +171,7 @@ template <class P, class G, class M> void bench_adamw(Gpu gpu, bool with_master,
     const size_t state = sizeof(P) + 2 * sizeof(M) + (with_master ? 4 : 0), bytes = state + sizeof(G);
     // The parameter is not read where there is a master.
     const size_t moved = 2 * state + sizeof(G) - (with_master ? sizeof(P) : 0);
-    const std::string name = "adamw, " + std::to_string(bytes) + " bytes a parameter";
+    const std::string name = "adamw, " + std::to_string(bytes) + " bytes a parameter" + (with_master ? ", master" : "");
     bench_row_bytes(name.c_str(), ms, double(moved) * double(count), ceiling);
     release(param, master, m, v, grad, step);
 }

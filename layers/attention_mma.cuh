@@ -62,21 +62,29 @@ template <int W> __device__ uint32_t lane_across(int lane) {
     return tile_address<W>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 }
 
-// ROWS rows of D, `stride` elements apart; from row `valid` on they are zero.
-template <int D, int ROWS, int THREADS>
-__device__ void load_tile(uint32_t to, const bf16* from, size_t stride, int valid) {
-    constexpr int chunks = D / 8, step = THREADS / chunks; // a multiple of 8: all rows of a thread swizzle alike
-    const int chunk = threadIdx.x % chunks, first = threadIdx.x / chunks;
-    to += tile_address<D>(first, chunk), from += first * stride + chunk * 8;
-#pragma unroll
-    for (int i = 0; i < (ROWS + step - 1) / step; i++, from += step * stride)
-        if (ROWS % step == 0 || first + i * step < ROWS) copy_16(to + i * step * 2 * D, from, first + i * step < valid);
-}
+// ROWS rows of D, `stride` elements apart; from row `valid` on they are zero. 8 threads copy 128 bytes of a row at
+// once; `from` and `to` are the thread's own, as tile_source and tile_target give them.
+template <int D, int THREADS> struct TileCopy {
+    static constexpr int threads_a_row = D < 64 ? D / 8 : 8, step = THREADS / threads_a_row; // step: a multiple of 8
+    int row = threadIdx.x / threads_a_row, column = threadIdx.x % threads_a_row * 8;
+    __device__ uint32_t target() const { return tile_address<D>(row, column / 8); }
 
-// s (16 M, 8 N) = a b^T, depth D; both stand in shared memory with D elements a row.
-template <int D, int M, int N> __device__ void scores(float (&s)[M][N][4], uint32_t a_along, uint32_t b_across) {
+    template <int ROWS> __device__ void load(uint32_t to, const bf16* from, uint32_t stride, int valid) const {
 #pragma unroll
-    for (int i = 0; i < M * N * 4; i++) s[i / (N * 4)][i / 4 % N][i % 4] = 0;
+        for (int i = 0; i < (ROWS + step - 1) / step; i++, from += size_t(step) * stride)
+#pragma unroll
+            for (int d = 0; d < D; d += 64)
+                if (ROWS % step == 0 || row + i * step < ROWS)
+                    copy_16(to + i * step * 2 * D + 2 * d, from + d, row + i * step < valid);
+    }
+    // The same, for a tile at `to` whose row 0 stands at `from`.
+    template <int ROWS> __device__ void tile(uint32_t to, const bf16* from, uint32_t stride, int valid) const {
+        load<ROWS>(to + target(), from + size_t(uint32_t(row)) * stride + column, stride, valid);
+    }
+};
+
+// s (16 M, 8 N) += a b^T, depth D; both stand in shared memory with D elements a row.
+template <int D, int M, int N> __device__ void scores(float (&s)[M][N][4], uint32_t a_along, uint32_t b_across) {
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
         uint32_t a[M][4];
@@ -95,17 +103,29 @@ template <int D, int M, int N> __device__ void scores(float (&s)[M][N][4], uint3
     }
 }
 
+// Every column of s starts at what start(column of the lane's first, of two) gives.
+template <int M, int N, class Start> __device__ void scores_start(float (&s)[M][N][4], Start start) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        const float2 x = start(n * 8);
+#pragma unroll
+        for (int m = 0; m < M; m++) s[m][n][0] = s[m][n][2] = x.x, s[m][n][1] = s[m][n][3] = x.y;
+    }
+}
+
 // sum (16 M, D) += p b, depth 16 CHUNKS; b stands in shared memory. fragment(chunk, m, r) computes register r of p's
 // fragment m: rows of half r % 2, columns from 8 (r / 2) on. That is done between the products of the chunk before, so
-// that exponentials and tensor cores overlap.
-template <int D, int M, int CHUNKS, class Fragment>
-__device__ void multiply_chunks(float (&sum)[M][D / 8][4], uint32_t b_along, Fragment fragment) {
-    constexpr int registers = M * 4, steps = D / 16;
+// that exponentials and tensor cores overlap; prepare(chunk) comes some products earlier, and fetches what it needs.
+template <int D, int M, int CHUNKS, class Fragment, class Prepare>
+__device__ void multiply_chunks(float (&sum)[M][D / 8][4], uint32_t b_along, Fragment fragment, Prepare prepare) {
+    constexpr int registers = M * 4, steps = D / 16, wait = steps / 4;
     uint32_t p[2][M][4];
 #pragma unroll
     for (int i = 0; i < registers; i++) p[0][i / 4][i % 4] = fragment(0, i / 4, i % 4);
 #pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; chunk++)
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+        const bool more = chunk + 1 < CHUNKS;
+        if (more) prepare(chunk + 1);
 #pragma unroll
         for (int d = 0; d < steps; d++) {
             uint32_t b[4];
@@ -115,12 +135,15 @@ __device__ void multiply_chunks(float (&sum)[M][D / 8][4], uint32_t b_along, Fra
                 multiply_add(sum[m][2 * d], p[chunk % 2][m], b[0], b[1]);
                 multiply_add(sum[m][2 * d + 1], p[chunk % 2][m], b[2], b[3]);
             }
-            if (chunk + 1 < CHUNKS)
+            if (more && d >= wait)
 #pragma unroll
-                for (int i = d * registers / steps; i < (d + 1) * registers / steps; i++)
+                for (int i = (d - wait) * registers / (steps - wait); i < (d - wait + 1) * registers / (steps - wait);
+                     i++)
                     p[(chunk + 1) % 2][i / 4][i % 4] = fragment(chunk + 1, i / 4, i % 4);
         }
+    }
 }
+__device__ inline void no_preparation(int) {}
 
 // The state m starts at this instead of -inf, so that m - m is 0 and 2^(-inf - m) is 0.
 constexpr float nothing_seen = -1e30f;
@@ -132,7 +155,7 @@ constexpr float log2_e = 1.44269504088896341f;
 template <int D, int KEYS, int WARPS> struct ForwardShared {
     bf16 q[32 * WARPS * D]; // later the output
     bf16 k[2][KEYS * D], v[2][KEYS * D];
-    TokenLabel q_label[32 * WARPS], k_label[2][KEYS];
+    TokenLabel q_label[32 * WARPS], k_label[KEYS];
     float start[32 * WARPS]; // the anchor's scores
 };
 
@@ -150,17 +173,17 @@ template <int D, int KEYS, int WARPS> __global__ void __launch_bounds__(32 * WAR
     if (tile.first_range == tile.last_range && !a.first && !a.last) return; // the state stays as it is
     const float to_base_2 = log2_e * float(1 / sqrt(double(D)));
 
-    const bf16 *key = a.kv + kv_head * D, *value = key + a.K * D;
+    const TileCopy<D, threads> copy;
+    const uint32_t target = shared_address(shared.k) + copy.target(), stride = uint32_t(a.kv_stride);
+    const bf16* source = a.kv + copy.row * a.kv_stride + kv_head * D + copy.column;
     auto load_keys = [&](int begin, int stage) {
-        const bf16* from = key + size_t(begin) * a.kv_stride;
-        load_tile<D, KEYS, threads>(shared_address(shared.k[stage]), from, a.kv_stride, a.Tk - begin);
-        load_tile<D, KEYS, threads>(shared_address(shared.v[stage]), from + (value - key), a.kv_stride, a.Tk - begin);
-        if (threadIdx.x < KEYS)
-            copy_small<8>(shared_address(&shared.k_label[stage][threadIdx.x]), a.k_label + begin + threadIdx.x,
-                          begin + int(threadIdx.x) < a.Tk);
+        const bf16* from = source + size_t(uint32_t(begin)) * stride;
+        const uint32_t to = target + stage * KEYS * row_bytes;
+        copy.template load<KEYS>(to, from, stride, a.Tk - begin);
+        copy.template load<KEYS>(to + 2 * KEYS * row_bytes, from + a.K * D, stride, a.Tk - begin);
     };
-    load_tile<D, queries, threads>(shared_address(shared.q), a.q + tile.begin * a.q_stride + head * D, a.q_stride,
-                                   valid);
+    copy.template tile<queries>(shared_address(shared.q), a.q + tile.begin * a.q_stride + head * D,
+                                uint32_t(a.q_stride), valid);
     copy_small<8>(shared_address(&shared.q_label[threadIdx.x]), a.q_label + tile.begin + threadIdx.x,
                   int(threadIdx.x) < valid);
     if (tile.first_range < tile.last_range) load_keys(a.map.ranges[tile.first_range].begin, 0);
@@ -221,9 +244,14 @@ template <int D, int KEYS, int WARPS> __global__ void __launch_bounds__(32 * WAR
         if (next >= 0) load_keys(next, stage ^ 1);
         copies_commit();
 
-        float s[2][KEYS / 8][4];
+        TokenLabel label{0, hidden_doc}; // on its way while the products are computed
+        if (decltype(masked)::value && int(threadIdx.x) < min(KEYS, end - begin))
+            label = a.k_label[begin + threadIdx.x];
+        float s[2][KEYS / 8][4] = {};
         scores<D>(s, q_lane, shared_address(shared.k[stage]) + lane_across<D>(lane));
         if constexpr (decltype(masked)::value) {
+            if (threadIdx.x < KEYS) shared.k_label[threadIdx.x] = label;
+            __syncthreads();
             TokenLabel mine[2][2];
 #pragma unroll
             for (int i = 0; i < 4; i++) mine[i / 2][i % 2] = shared.q_label[row(i / 2, i % 2)];
@@ -232,8 +260,7 @@ template <int D, int KEYS, int WARPS> __global__ void __launch_bounds__(32 * WAR
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const int column = n * 8 + lane % 4 * 2 + i;
-                    TokenLabel k = shared.k_label[stage][column];
-                    if (begin + column >= end) k.doc = hidden_doc;
+                    const TokenLabel k = shared.k_label[column];
 #pragma unroll
                     for (int r = 0; r < 4; r++)
                         if (!visible(mine[r / 2][r % 2].index, mine[r / 2][r % 2].doc, k.index, k.doc))
@@ -275,7 +302,8 @@ template <int D, int KEYS, int WARPS> __global__ void __launch_bounds__(32 * WAR
             sum[m][r % 2] += p0 + p1;
             return bf16_pair(p0, p1);
         };
-        multiply_chunks<D, 2, KEYS / 16>(o, shared_address(shared.v[stage]) + lane_along<D>(lane), probabilities);
+        multiply_chunks<D, 2, KEYS / 16>(o, shared_address(shared.v[stage]) + lane_along<D>(lane), probabilities,
+                                         no_preparation);
         stage ^= 1;
     };
     for (int r = tile.first_range; r < tile.last_range; r++) {
@@ -334,12 +362,18 @@ __device__ inline float2 half_unpack(uint32_t pair) {
     return x;
 }
 
-// to[0], to[1] += x, y, in no fixed order.
-__device__ inline void add_to_both(float* to, float x, float y) {
+// 16 columns of a row += what four lanes hold of two fragments, in no fixed order: x, y in the first 8 columns and z, w
+// in the last 8. Neighbouring lanes exchange a pair, so that each has four neighbouring columns.
+__device__ inline void add_to_sixteen(float* to, int lane, bool valid, float x, float y, float z, float w) {
+    const bool odd = lane % 2;
+    const float other0 = __shfl_xor_sync(~0u, odd ? x : z, 1), other1 = __shfl_xor_sync(~0u, odd ? y : w, 1);
+    if (!valid) return;
+    to += lane % 4 / 2 * 4 + odd * 8;
+    x = odd ? other0 : x, y = odd ? other1 : y, z = odd ? z : other0, w = odd ? w : other1;
 #if __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
 #else
-    atomicAdd(to, x), atomicAdd(to + 1, y);
+    atomicAdd(to, x), atomicAdd(to + 1, y), atomicAdd(to + 2, z), atomicAdd(to + 3, w);
 #endif
 }
 
@@ -357,23 +391,25 @@ struct QueryStep {
 };
 
 template <int D, int KEYS, int QUERIES> struct BackwardShared {
-    bf16 k[KEYS * D], v[KEYS * D];                // later dK and dV
-    bf16 q[3][QUERIES * D], dout[3][QUERIES * D]; // of steps n - 1, n, n + 1
-    uint4 p[2][KEYS * QUERIES / 8];               // P^T of steps n - 1, n: halves, as the lanes hold them
-    bf16 ds[KEYS * QUERIES];                      // dS^T
-    float lse[3][QUERIES], delta[3][QUERIES];
+    bf16 k[KEYS * D], v[KEYS * D];                    // later dK and dV
+    bf16 q[3][QUERIES * D], dout[3][QUERIES * D];     // of steps n - 1, n, n + 1
+    uint4 p[2][KEYS * QUERIES / 8];                   // P^T of steps n - 1, n: halves, as the lanes hold them
+    bf16 ds[KEYS * QUERIES];                          // dS^T
+    float start[3][QUERIES], minus_delta[3][QUERIES]; // start of S: -LSE, in units of S
     TokenLabel q_label[3][QUERIES], k_label[KEYS];
     QueryStep step[8];                     // of steps n - 2 .. n + 2
     int next_head, next_range, next_begin; // where step n + 3 begins
 };
 
-// A block keeps one tile of keys and values of one KV head in shared memory and goes through the queries that see it, of
-// all heads of the group, QUERIES at a time. Warp w of the first four and warp w of the last four share a quarter of the
-// keys, as rows:
-//   first four   dQ of step n - 2, added to memory;   S^T = K Q^T, P^T, dV += P^T dO of step n
+// A block keeps one tile of keys and values of one KV head in shared memory and goes through the queries that see it,
+// of all heads of the group, QUERIES at a time. Warp w of the first four and warp w of the last four share a quarter of
+// the keys, as rows:
+//   all          dQ = dS K of step n - 2, added to memory
+//   first four   S^T = K Q^T, P^T, dV += P^T dO of step n
 //   last four    dP^T = V dO^T, dS^T, dK += dS^T Q of step n - 1
-// so that one half's exponentials, conversions and atomics run beside the other half's products, and both sums stay in
-// registers. P^T and dS^T enter their products from the registers; P^T goes to the other half lane by lane, dS^T to all.
+// so that one half's exponentials and conversions run beside the other half's products, and both sums stay in
+// registers. P^T and dS^T enter their products from the registers; P^T goes to the other half lane by lane, dS^T to
+// all. S starts at -LSE and dP at -delta, which takes both subtractions from the way between products.
 template <int D, int KEYS, int QUERIES> __global__ void __launch_bounds__(256, 1)
     attention_mma_backward_kernel(const __grid_constant__ AttentionBackward<bf16> a, int together, int parts) {
     constexpr int M = KEYS / 64, N = QUERIES / 8, CHUNKS = QUERIES / 16, row_bytes = 2 * D;
@@ -407,23 +443,36 @@ template <int D, int KEYS, int QUERIES> __global__ void __launch_bounds__(256, 1
             shared.next_begin = a.map.ranges[shared.next_range].begin;
         }
     };
-    auto load_step = [&](int n) {
-        const QueryStep at = shared.step[n % 8];
-        const int stage = n % 3, count = at.end - at.begin, i = threadIdx.x % QUERIES;
+    // LSE or delta of one query, by each thread of the last four warps; stored when it has come, a step later.
+    constexpr int rows = 2 * QUERIES;
+    static_assert(rows <= 128);
+    const int row_thread = int(threadIdx.x) - 128, row_query = row_thread % QUERIES;
+    const bool row_is_delta = row_thread >= QUERIES;
+    float row_value = 0;
+    auto store_rows = [&](int n) {
+        if (row_thread < 0 || row_thread >= rows) return;
+        float* to = row_is_delta ? shared.minus_delta[n % 3] : shared.start[n % 3];
+        // A query that saw nothing has LSE = -inf and gets P = 0.
+        to[row_query] = row_value == -INFINITY ? -INFINITY : row_is_delta ? -row_value : -row_value / scale;
+    };
+    const TileCopy<D, 256> copy;
+    auto load_step = [&](int n, const QueryStep& at) {
+        const int stage = n % 3, count = at.end - at.begin;
         const size_t t = at.begin;
-        load_tile<D, QUERIES, 256>(shared_address(shared.q[stage]), a.q + t * a.q_stride + at.head * D, a.q_stride,
-                                   count);
-        load_tile<D, QUERIES, 256>(shared_address(shared.dout[stage]), a.dout + (t * a.H + at.head) * D,
-                                   size_t(a.H) * D, count);
-        const size_t row = size_t(at.head) * a.T + t + i;
-        if (threadIdx.x < QUERIES) copy_small<4>(shared_address(&shared.lse[stage][i]), a.lse + row, i < count);
-        else if (threadIdx.x < 2 * QUERIES)
-            copy_small<4>(shared_address(&shared.delta[stage][i]), a.delta + row, i < count);
-        else if (threadIdx.x < 3 * QUERIES)
-            copy_small<8>(shared_address(&shared.q_label[stage][i]), a.q_label + t + i, i < count);
+        copy.template tile<QUERIES>(shared_address(shared.q[stage]), a.q + t * a.q_stride + at.head * D,
+                                    uint32_t(a.q_stride), count);
+        copy.template tile<QUERIES>(shared_address(shared.dout[stage]), a.dout + (t * a.H + at.head) * D, a.H * D,
+                                    count);
+        if (row_thread >= 0 && row_thread < rows) {
+            const float* from = (row_is_delta ? a.delta : a.lse) + size_t(at.head) * a.T + t;
+            row_value = row_query < count ? from[row_query] : row_is_delta ? 0 : -INFINITY;
+        }
+        if (at.masked && threadIdx.x < QUERIES)
+            copy_small<8>(shared_address(&shared.q_label[stage][threadIdx.x]), a.q_label + t + threadIdx.x,
+                          int(threadIdx.x) < count);
     };
 
-    if (threadIdx.x == 0 && steps > 0) {
+    if (threadIdx.x == 255 && steps > 0) {
         shared.next_head = kv_head * group, shared.next_range = tile.first_range;
         shared.next_begin = a.map.ranges[tile.first_range].begin;
         plan_step(0), plan_step(1);
@@ -433,9 +482,9 @@ template <int D, int KEYS, int QUERIES> __global__ void __launch_bounds__(256, 1
             threadIdx.x < valid ? a.k_label[tile.begin + threadIdx.x] : TokenLabel{0, hidden_doc};
     __syncthreads();
     const bf16* key = a.kv + tile.begin * a.kv_stride + kv_head * D;
-    load_tile<D, KEYS, 256>(shared_address(shared.k), key, a.kv_stride, valid);
-    load_tile<D, KEYS, 256>(shared_address(shared.v), key + a.K * D, a.kv_stride, valid);
-    if (steps > 0) load_step(0);
+    copy.template tile<KEYS>(shared_address(shared.k), key, uint32_t(a.kv_stride), valid);
+    copy.template tile<KEYS>(shared_address(shared.v), key + a.K * D, uint32_t(a.kv_stride), valid);
+    if (steps > 0) load_step(0, shared.step[0]);
     copies_commit();
 
     const uint32_t along = lane_along<D>(lane), across = lane_across<D>(lane);
@@ -443,111 +492,119 @@ template <int D, int KEYS, int QUERIES> __global__ void __launch_bounds__(256, 1
     float sum[M][D / 8][4] = {};                                  // dV or dK
     for (int n = 0; n < steps + 2; n++) {
         copies_wait<0>();
+        if (n < steps) store_rows(n);
         __syncthreads(); // step n is here; P^T of n - 1 and dS^T of n - 2 are complete, their readers' stages free
-        if (n + 1 < steps) load_step(n + 1);
-        copies_commit();
-        if (threadIdx.x == 0) plan_step(n + 2);
-
-        if (first_half) {
-            if (n >= 2 && a.dq) {
-                // dQ (QUERIES, D) = dS K; four warps share it by columns, and by queries when there are too few.
-                constexpr int across_d = D / 16 < 4 ? D / 16 : 4, across_q = 4 / across_d;
-                constexpr int MQ = QUERIES / 16 / across_q, ND = D / 16 / across_d;
-                const int m_first = warp / across_d * MQ, d_first = warp % across_d * ND;
-                float dq[MQ][2 * ND][4] = {};
-                const uint32_t ds = shared_address(shared.ds) + lane_across<QUERIES>(lane);
-                const uint32_t k = shared_address(shared.k) + along;
+        const QueryStep next = shared.step[(n + 1) % 8];
+        if (n >= 2 && a.dq) {
+            // dQ (QUERIES, D) = dS K: a half of the warps takes a half of the queries, and its warps share the columns,
+            // or queries too when there are few columns.
+            constexpr int across_d = D / 16 < 4 ? D / 16 : 4, across_q = 8 / across_d;
+            constexpr int MQ = QUERIES / 16 / across_q, ND = D / 16 / across_d;
+            static_assert(MQ > 0);
+            const int number = threadIdx.x / 32, m_first = number / across_d * MQ, d_first = number % across_d * ND;
+            float dq[MQ][2 * ND][4] = {};
+            const uint32_t ds = shared_address(shared.ds) + lane_across<QUERIES>(lane);
+            const uint32_t k = shared_address(shared.k) + along;
 #pragma unroll
-                for (int depth = 0; depth < KEYS / 16; depth++) {
-                    uint32_t x[MQ][4];
-#pragma unroll
-                    for (int m = 0; m < MQ; m++)
-                        load_matrices_transposed(x[m], (ds ^ ((m_first + m) << 5)) + depth * 32 * QUERIES);
-#pragma unroll
-                    for (int d = 0; d < ND; d++) {
-                        uint32_t b[4];
-                        load_matrices_transposed(b, (k ^ ((d_first + d) << 5)) + depth * 32 * D);
-#pragma unroll
-                        for (int m = 0; m < MQ; m++) {
-                            multiply_add(dq[m][2 * d], x[m], b[0], b[1]);
-                            multiply_add(dq[m][2 * d + 1], x[m], b[2], b[3]);
-                        }
-                    }
-                }
-                barrier_tell<1, 256>();
-                const QueryStep at = shared.step[(n - 2) % 8];
+            for (int depth = 0; depth < KEYS / 16; depth++) {
+                uint32_t x[MQ][4];
 #pragma unroll
                 for (int m = 0; m < MQ; m++)
+                    load_matrices_transposed(x[m], (ds ^ ((m_first + m) << 5)) + depth * 32 * QUERIES);
 #pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        const int t = at.begin + (m_first + m) * 16 + half * 8 + lane / 4;
-                        float* to = a.dq + (size_t(t) * a.H + at.head) * D + d_first * 16 + pair;
+                for (int d = 0; d < ND; d++) {
+                    uint32_t b[4];
+                    load_matrices_transposed(b, (k ^ ((d_first + d) << 5)) + depth * 32 * D);
 #pragma unroll
-                        for (int d = 0; d < 2 * ND; d++)
-                            if (t < at.end)
-                                add_to_both(to + d * 8, dq[m][d][2 * half] * scale, dq[m][d][2 * half + 1] * scale);
-                    }
-            } else {
-                barrier_tell<1, 256>();
-            }
-            if (n < steps) {
-                const int stage = n % 3;
-                const bool masked = shared.step[n % 8].masked;
-                float s[M][N][4];
-                scores<D>(s, shared_address(shared.k) + first_row * row_bytes + along,
-                          shared_address(shared.q[stage]) + across);
-                if (masked) {
-                    TokenLabel k[M][2];
-#pragma unroll
-                    for (int i = 0; i < 2 * M; i++) k[i / 2][i % 2] = shared.k_label[first_row + i * 8 + lane / 4];
-#pragma unroll
-                    for (int i = 0; i < 2 * N; i++) {
-                        const TokenLabel q = shared.q_label[stage][i / 2 * 8 + pair + i % 2];
-#pragma unroll
-                        for (int r = 0; r < 2 * M; r++)
-                            if (!visible(q.index, q.doc, k[r / 2][r % 2].index, k[r / 2][r % 2].doc))
-                                s[r / 2][i / 2][r % 2 * 2 + i % 2] = -INFINITY;
+                    for (int m = 0; m < MQ; m++) {
+                        multiply_add(dq[m][2 * d], x[m], b[0], b[1]);
+                        multiply_add(dq[m][2 * d + 1], x[m], b[2], b[3]);
                     }
                 }
-                uint4* exchange = shared.p[n % 2] + warp * 32 + lane;
-                uint4 halves;
-                auto probabilities = [&](int chunk, int m, int r) {
-                    const float2 lse = *(const float2*)&shared.lse[stage][(2 * chunk + r / 2) * 8 + pair];
-                    const float* x = &s[m][2 * chunk + r / 2][r % 2 * 2];
-                    // A query that saw nothing has LSE = -inf and gets P = 0.
-                    const float minus0 = lse.x == -INFINITY ? -INFINITY : -lse.x * log2_e;
-                    const float minus1 = lse.y == -INFINITY ? -INFINITY : -lse.y * log2_e;
-                    const float p0 = exp2_approximate(x[0] * to_base_2 + minus0);
-                    const float p1 = exp2_approximate(x[1] * to_base_2 + minus1);
-                    (&halves.x)[r] = half_pair(p0, p1);
-                    if (r == 3) exchange[(chunk * M + m) * 128] = halves;
-                    return bf16_pair(p0, p1);
-                };
-                multiply_chunks<D, M, CHUNKS>(sum, shared_address(shared.dout[stage]) + along, probabilities);
             }
-        } else if (n >= 1 && n <= steps) {
-            const int stage = (n - 1) % 3;
-            float dp[M][N][4];
-            scores<D>(dp, shared_address(shared.v) + first_row * row_bytes + along,
-                      shared_address(shared.dout[stage]) + across);
-            const uint4* exchange = shared.p[(n - 1) % 2] + warp * 32 + lane;
-            const uint32_t ds = shared_address(shared.ds) + tile_address<QUERIES>(lane / 4, 0) + 2 * pair;
-            uint4 halves;
-            barrier_wait<1, 256>(); // dS^T of the step before has been read
-            auto gradients = [&](int chunk, int m, int r) {
-                const float2 delta = *(const float2*)&shared.delta[stage][(2 * chunk + r / 2) * 8 + pair];
-                if (r == 0) halves = exchange[(chunk * M + m) * 128];
-                const float2 p = half_unpack((&halves.x)[r]);
-                const float* x = &dp[m][2 * chunk + r / 2][r % 2 * 2];
-                const uint32_t both = bf16_pair(p.x * (x[0] - delta.x), p.y * (x[1] - delta.y));
-                const int row = first_row + m * 16 + r % 2 * 8;
-                asm volatile("st.shared.b32 [%0], %1;" ::"r"((ds ^ ((2 * chunk + r / 2) << 4)) + row * 2 * QUERIES),
-                             "r"(both));
-                return both;
-            };
-            multiply_chunks<D, M, CHUNKS>(sum, shared_address(shared.q[stage]) + along, gradients);
+            if (first_half) barrier_tell<1, 256>();
+            if (n + 1 < steps) load_step(n + 1, next);
+            const QueryStep at = shared.step[(n - 2) % 8];
+#pragma unroll
+            for (int m = 0; m < MQ; m++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int t = at.begin + (m_first + m) * 16 + half * 8 + lane / 4;
+                    float* to = a.dq + (size_t(t) * a.H + at.head) * D + d_first * 16;
+#pragma unroll
+                    for (int d = 0; d < ND; d++)
+                        add_to_sixteen(to + d * 16, lane, t < at.end, dq[m][2 * d][2 * half] * scale,
+                                       dq[m][2 * d][2 * half + 1] * scale, dq[m][2 * d + 1][2 * half] * scale,
+                                       dq[m][2 * d + 1][2 * half + 1] * scale);
+                }
         } else {
-            barrier_wait<1, 256>();
+            if (first_half) barrier_tell<1, 256>();
+            if (n + 1 < steps) load_step(n + 1, next);
+        }
+        copies_commit();
+
+        if (first_half) {
+            if (n >= steps) continue;
+            const int stage = n % 3;
+            const bool masked = shared.step[n % 8].masked;
+            float s[M][N][4];
+            scores_start(s, [&](int column) { return *(const float2*)&shared.start[stage][column + pair]; });
+            scores<D>(s, shared_address(shared.k) + first_row * row_bytes + along,
+                      shared_address(shared.q[stage]) + across);
+            if (masked) {
+                TokenLabel k[M][2];
+#pragma unroll
+                for (int i = 0; i < 2 * M; i++) k[i / 2][i % 2] = shared.k_label[first_row + i * 8 + lane / 4];
+#pragma unroll
+                for (int i = 0; i < 2 * N; i++) {
+                    const TokenLabel q = shared.q_label[stage][i / 2 * 8 + pair + i % 2];
+#pragma unroll
+                    for (int r = 0; r < 2 * M; r++)
+                        if (!visible(q.index, q.doc, k[r / 2][r % 2].index, k[r / 2][r % 2].doc))
+                            s[r / 2][i / 2][r % 2 * 2 + i % 2] = -INFINITY;
+                }
+            }
+            uint4* exchange = shared.p[n % 2] + warp * 32 + lane;
+            uint4 halves;
+            auto probabilities = [&](int chunk, int m, int r) {
+                const float* x = &s[m][2 * chunk + r / 2][r % 2 * 2];
+                const float p0 = exp2_approximate(x[0] * to_base_2), p1 = exp2_approximate(x[1] * to_base_2);
+                (&halves.x)[r] = half_pair(p0, p1);
+                if (r == 3) exchange[(chunk * M + m) * 128] = halves;
+                return bf16_pair(p0, p1);
+            };
+            multiply_chunks<D, M, CHUNKS>(sum, shared_address(shared.dout[stage]) + along, probabilities,
+                                          no_preparation);
+        } else {
+            if (n >= 1 && n <= steps) {
+                const int stage = (n - 1) % 3;
+                const uint4* exchange = shared.p[(n - 1) % 2] + warp * 32 + lane;
+                uint4 halves[M];
+                auto prepare = [&](int chunk) {
+#pragma unroll
+                    for (int m = 0; m < M; m++) halves[m] = exchange[(chunk * M + m) * 128];
+                };
+                prepare(0);
+                float dp[M][N][4];
+                scores_start(dp, [&](int column) { return *(const float2*)&shared.minus_delta[stage][column + pair]; });
+                scores<D>(dp, shared_address(shared.v) + first_row * row_bytes + along,
+                          shared_address(shared.dout[stage]) + across);
+                const uint32_t ds = shared_address(shared.ds) + tile_address<QUERIES>(lane / 4, 0) + 2 * pair;
+                barrier_wait<1, 256>(); // dS^T of the step before has been read
+                auto gradients = [&](int chunk, int m, int r) {
+                    const float2 p = half_unpack((&halves[m].x)[r]);
+                    const float* x = &dp[m][2 * chunk + r / 2][r % 2 * 2];
+                    const uint32_t both = bf16_pair(p.x * x[0], p.y * x[1]);
+                    const int row = first_row + m * 16 + r % 2 * 8;
+                    asm volatile("st.shared.b32 [%0], %1;" ::"r"((ds ^ ((2 * chunk + r / 2) << 4)) + row * 2 * QUERIES),
+                                 "r"(both));
+                    return both;
+                };
+                multiply_chunks<D, M, CHUNKS>(sum, shared_address(shared.q[stage]) + along, gradients, prepare);
+            } else {
+                barrier_wait<1, 256>();
+            }
+            if (threadIdx.x == 255) plan_step(n + 2); // this half waits for the other one anyway
         }
     }
 
@@ -595,8 +652,9 @@ template <int D> struct QueryGradientShared {
     TileList<4> list;
 };
 
-// dQ alone and in a fixed order, for runs that must repeat bit by bit: a block takes 64 queries of one head, a warp 16 of
-// them, and goes through the tiles of keys that visit one of them, in the map's order. It computes S and dP once more.
+// dQ alone and in a fixed order, for runs that must repeat bit by bit: a block takes 64 queries of one head, a warp 16
+// of them, and goes through the tiles of keys that visit one of them, in the map's order. It computes S and dP once
+// more.
 template <int D> __global__ void __launch_bounds__(128, 3)
     attention_mma_dq_kernel(const __grid_constant__ AttentionBackward<bf16> a, int blocks) {
     extern __shared__ __align__(1024) uint8_t shared_memory[];
@@ -604,9 +662,11 @@ template <int D> __global__ void __launch_bounds__(128, 3)
     const int head = blockIdx.x / blocks, begin = (blocks - 1 - blockIdx.x % blocks) * 64, end = min(begin + 64, a.T);
     const int kv_head = head / (a.H / a.K), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const float scale = float(1 / sqrt(double(D))), to_base_2 = log2_e * scale;
-    load_tile<D, 64, 128>(shared_address(shared.q), a.q + begin * a.q_stride + head * D, a.q_stride, end - begin);
-    load_tile<D, 64, 128>(shared_address(shared.dout), a.dout + (size_t(begin) * a.H + head) * D, size_t(a.H) * D,
-                          end - begin);
+    const TileCopy<D, 128> copy;
+    copy.template tile<64>(shared_address(shared.q), a.q + begin * a.q_stride + head * D, uint32_t(a.q_stride),
+                           end - begin);
+    copy.template tile<64>(shared_address(shared.dout), a.dout + (size_t(begin) * a.H + head) * D, a.H * D,
+                           end - begin);
     copies_commit();
 
     float minus_lse[2], delta[2];
@@ -635,14 +695,14 @@ template <int D> __global__ void __launch_bounds__(128, 3)
                 const int valid = tile.end - from;
                 const bf16* key = a.kv + from * a.kv_stride + kv_head * D;
                 __syncthreads();
-                load_tile<D, 64, 128>(shared_address(shared.k), key, a.kv_stride, valid);
-                load_tile<D, 64, 128>(shared_address(shared.v), key + a.K * D, a.kv_stride, valid);
+                copy.template tile<64>(shared_address(shared.k), key, uint32_t(a.kv_stride), valid);
+                copy.template tile<64>(shared_address(shared.v), key + a.K * D, uint32_t(a.kv_stride), valid);
                 if (threadIdx.x < 64)
                     shared.k_label[threadIdx.x] =
                         threadIdx.x < valid ? a.k_label[from + threadIdx.x] : TokenLabel{0, hidden_doc};
                 copies_commit(), copies_wait<0>();
                 __syncthreads();
-                float s[1][8][4], dp[1][8][4];
+                float s[1][8][4] = {}, dp[1][8][4] = {};
                 scores<D>(s, shared_address(shared.q) + first_row + along, shared_address(shared.k) + across);
                 scores<D>(dp, shared_address(shared.dout) + first_row + along, shared_address(shared.v) + across);
                 if (!all || valid < 64)
@@ -661,7 +721,7 @@ template <int D> __global__ void __launch_bounds__(128, 3)
                     const float p1 = exp2_approximate(x[1] * to_base_2 + minus_lse[r % 2]);
                     return bf16_pair(p0 * (y[0] - delta[r % 2]), p1 * (y[1] - delta[r % 2]));
                 };
-                multiply_chunks<D, 1, 4>(dq, shared_address(shared.k) + along, gradients);
+                multiply_chunks<D, 1, 4>(dq, shared_address(shared.k) + along, gradients, no_preparation);
             }
         }
         __syncthreads();
@@ -686,6 +746,7 @@ inline AttentionTiles attention_mma_tiles(size_t D) {
 
 template <class A> void attention_mma_require(const A& a) {
     attention_require(a, 128);
+    REQUIRE(a.q_stride < size_t(1) << 31 && a.kv_stride < size_t(1) << 31, "a token has fewer than 2^31 elements");
     REQUIRE(packs_fit<bf16>(a.q_stride, a.q, a.kv) && a.kv_stride % 8 == 0, "queries and keys start on 16 bytes");
 }
 
@@ -733,7 +794,8 @@ template <int D> void attention_mma_backward_heads(Gpu gpu, const AttentionBackw
     AttentionBackward<bf16> by_keys = a;
     if (gpu.context->deterministic) by_keys.dq = nullptr;
     if (sizeof(BackwardShared<D, 128, 64>) <= size_t(bytes)) attention_mma_backward_tiles<D, 128, 64>(gpu, by_keys);
-    else attention_mma_backward_tiles<D, 64, 32>(gpu, by_keys);
+    else if constexpr (D >= 64) attention_mma_backward_tiles<D, 64, 32>(gpu, by_keys);
+    else REQUIRE(false, "this GPU has too little shared memory");
     if (!gpu.context->deterministic || a.T == 0) return;
     const size_t blocks = (size_t(a.T) + 63) / 64;
     allow_shared_memory(gpu, attention_mma_dq_kernel<D>, sizeof(QueryGradientShared<D>));

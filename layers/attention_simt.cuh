@@ -271,8 +271,8 @@ template <class E> void attention_backward_end(Gpu gpu, E* dq_out, size_t stride
 }
 
 // 256 threads, 16 by 16, work on 32 by 32 pairs of query and key: thread (y, x) has the pairs of rows y, y + 16 and
-// columns x, x + 16, and of a sum of 32 rows by D the same rows and d = 4 x + 64 i + 0..3. A tile's rows stand in shared
-// memory as floats, padded with zeros to an odd number of float4, so that 8 of them share no bank.
+// columns x, x + 16, and of a sum of 32 rows by D the same rows and d = 4 x + 64 i + 0..3. A tile's rows stand in
+// shared memory as floats, padded with zeros to an odd number of float4, so that 8 of them share no bank.
 constexpr int simt_tile = 32, simt_threads = 256, simt_most = 256; // simt_most: of D
 inline AttentionTiles attention_simt_tiles() { return {simt_tile, simt_tile, simt_tile, simt_tile}; }
 HOST_DEVICE constexpr int simt_row(int D) { return ((D + 3) / 4 | 1) * 4; }

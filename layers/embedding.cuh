@@ -45,7 +45,9 @@ void embedding_backward(Cpu, G* dweight, const E* dout, const int32_t* token, si
 #ifdef __CUDACC__
 #include <cub/device/device_radix_sort.cuh>
 
-// blockDim (x, y): y tokens a block, x threads a token, 4 packs in flight each. Bound by memory.
+// blockDim (x, y): y tokens a block, x threads a token, 4 packs in flight each. Bound by memory and L2: with
+// tokens as in text (16384, a third of them different) 78% of a copy's bandwidth on H200, counting every row of the
+// weight once, 117% counting a row a token.
 template <class E, int W> __global__ void __launch_bounds__(128)
     embedding_forward_kernel(E* out, const int32_t* token, const E* weight, size_t T, size_t C) {
     const size_t t = size_t(blockIdx.x) * blockDim.y + threadIdx.y, stride = size_t(blockDim.x) * W;
@@ -83,9 +85,10 @@ static __global__ void embedding_positions_kernel(int32_t* position, unsigned T)
     if (t < T) position[t] = int32_t(t);
 }
 
-// Sorting (id, position) brings the positions of one id together: its run. The order is cut into pieces of equal length,
-// whatever the runs, so that an id that stands everywhere is no more work than another. A piece's sum of a run goes to
-// dweight if the whole run lies in the piece; a run that continues in the next pieces leaves partial sums, one a piece.
+// Sorting (id, position) brings the positions of one id together: its run. The order is cut into pieces of equal
+// length, whatever the runs, so that an id that stands everywhere is no more work than another. A piece's sum of a run
+// goes to dweight if the whole run lies in the piece; a run that continues in the next pieces leaves partial sums, one
+// a piece.
 struct EmbeddingRuns {
     const int32_t *id, *position; // (T), sorted
     float* partial; // (pieces, 2, C): of the run that began before the piece; of the run that goes on after
@@ -93,8 +96,9 @@ struct EmbeddingRuns {
     unsigned strips; // blocks of a piece, each with a strip of the channels
 };
 
-// A block sums a strip of a piece, W channels a thread, the rows of 4 or 8 positions and what their runs are added to in
-// flight. Bound by memory.
+// A block sums a strip of a piece, W channels a thread, the rows of 4 or 8 positions and what their runs are added to
+// in flight. Bound by memory: with 16384 tokens as in text 81% of a copy's bandwidth on H200, 73% with a float dweight.
+// The whole backward comes to 40%, as the sort takes 54 of 130 us, whatever C.
 template <class E, class G, int W> __global__ void __launch_bounds__(128)
     embedding_backward_kernel(G* dweight, const E* dout, EmbeddingRuns runs) {
     const size_t k = blockIdx.x / runs.strips, C = runs.C;
@@ -136,7 +140,8 @@ template <class E, class G, int W> __global__ void __launch_bounds__(128)
     }
 }
 
-// The block of the piece in which a run begins that goes on adds the partial sums, in the order of the pieces.
+// The block of the piece in which a run begins that goes on adds the partial sums, in the order of the pieces:
+// some 6 us, the longest chain of reads from L2.
 template <class G, int W> __global__ void __launch_bounds__(128)
     embedding_join_kernel(G* dweight, EmbeddingRuns runs, size_t pieces) {
     const size_t k = blockIdx.x / runs.strips, C = runs.C;

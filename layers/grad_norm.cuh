@@ -31,7 +31,8 @@ struct SumOfSquares {
     __device__ double operator()(double x) const { return x * x; }
 };
 
-// sum_kernel with squares: the conversions to double, 16 a clock and multiprocessor, take 0.6 of the time of the reads.
+// sum_kernel with squares. The conversions to double, 16 a clock and multiprocessor, take 0.6 of the time of the reads,
+// which come to 100% of a copy's bandwidth on H200.
 template <class G> void grad_norm_squared(Gpu gpu, double* squared, const G* grad, size_t count) {
     sum_of(gpu, squared, grad, count, SumOfSquares(), false);
 }

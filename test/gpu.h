@@ -21,6 +21,7 @@ template <class E> struct DeviceBuffer {
         static_assert(Buffer<E>::guard == guard);
         CUDA_CHECK(cudaMalloc((void**)&block, bytes()));
         CUDA_CHECK(cudaMemcpy(block, from.store.data(), bytes(), cudaMemcpyHostToDevice));
+        CUDA_CHECK(cudaDeviceSynchronize()); // the copy may still be on its way, and our stream does not wait for it
     }
     DeviceBuffer(const DeviceBuffer&) = delete;
     ~DeviceBuffer() {
@@ -39,6 +40,7 @@ template <class E> struct DeviceBuffer {
     void set(const Buffer<E>& from) {
         CHECK(from.count == count);
         CUDA_CHECK(cudaMemcpy(block, from.store.data(), bytes(), cudaMemcpyHostToDevice));
+        CUDA_CHECK(cudaDeviceSynchronize()); // the copy may still be on its way, and our stream does not wait for it
     }
     void poison() { set(Buffer<E>(count)); }
 };

@@ -111,8 +111,8 @@ TEST_CASE("gpu adamw: every mix of storage types, at every size, on 16 bytes or 
 }
 
 TEST_CASE("gpu adamw: the same fp32 value is rounded to the CPU's bits") {
-    // m and v are multiples of 2^-6, the gradient of 2^-10, all below 2: with both beta 1/2 the new m and v are exact in
-    // fp32, however their sums are contracted, and have 11 and 21 bits, of which bf16 keeps 8.
+    // m and v are multiples of 2^-6, the gradient of 2^-10, all below 2: with both beta 1/2 the new m and v are exact
+    // in fp32, however their sums are contracted, and have 11 and 21 bits, of which bf16 keeps 8.
     const size_t count = 100000;
     State<bf16, bf16, bf16> cpu(count, false), gpu(count, false);
     for (size_t i = 0; i < count; i++) {

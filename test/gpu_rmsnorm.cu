@@ -79,6 +79,7 @@ TEST_CASE("gpu rmsnorm: rows that miss the 16 bytes are taken one by one") {
     cpu.run(T, C, true);
     DeviceBuffer<bf16> in(T * C + 1), out(T * C + 1), weight(cpu.weight);
     CUDA_CHECK(cudaMemcpy(in + 1, cpu.in.data(), T * C * 2, cudaMemcpyHostToDevice));
+    CUDA_CHECK(cudaDeviceSynchronize());
     DeviceBuffer<float> rstd(T);
     rmsnorm_forward(the_gpu(), out + 1, rstd.data(), in + 1, weight.data(), T, C, eps);
     Buffer<bf16> result = out.host();
