@@ -37,7 +37,7 @@ ifeq ($(CUDA),1)
 GPU_HERE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u | sed 's/^90$$/90a/')
 GPU_ARCH ?= $(or $(GPU_HERE),80 90a)
 GENCODE  := $(foreach a,$(GPU_ARCH),-gencode=arch=compute_$(a)$(comma)code=sm_$(a))
-NVCCFLAGS := -std=c++20 $(GENCODE) -lineinfo -I. $(foreach f,$(HOST_FLAGS),-Xcompiler=$(f))
+NVCCFLAGS := -std=c++20 $(GENCODE) -t 0 -lineinfo -I. $(foreach f,$(HOST_FLAGS),-Xcompiler=$(f))
 COMPILE  := nvcc $(NVCCFLAGS) -x cu
 CUDA_LIBS := -lcublasLt
 endif
