@@ -83,25 +83,35 @@ template <int D, int THREADS> struct TileCopy {
     }
 };
 
-// s (16 M, 8 N) += a b^T, depth D; both stand in shared memory with D elements a row.
-template <int D, int M, int N> __device__ void scores(float (&s)[M][N][4], uint32_t a_along, uint32_t b_across) {
+// s (16 M, 8 N) += a b^T, depth D; both stand in shared memory with D elements a row. aside() is done beside the first
+// products.
+template <int D, int M, int N, class Aside>
+__device__ void scores(float (&s)[M][N][4], uint32_t a_along, uint32_t b_across, Aside aside) {
+    constexpr int pairs = N / 2, steps = D / 16 * pairs;
+    uint32_t a[2][M][4], b[3][4]; // fragments come two steps before they are used
+    auto load_a = [&](int k) {
 #pragma unroll
-    for (int k = 0; k < D / 16; k++) {
-        uint32_t a[M][4];
+        for (int m = 0; m < M; m++) load_matrices(a[k % 2][m], (a_along ^ (k << 5)) + m * 32 * D);
+    };
+    auto load_b = [&](int step) {
+        load_matrices(b[step % 3], (b_across ^ (step / pairs << 5)) + step % pairs * 32 * D);
+    };
+    load_a(0), load_b(0), load_b(1);
 #pragma unroll
-        for (int m = 0; m < M; m++) load_matrices(a[m], (a_along ^ (k << 5)) + m * 32 * D);
+    for (int step = 0; step < steps; step++) {
+        const int k = step / pairs, n = step % pairs;
+        if (step + 2 < steps) load_b(step + 2);
+        if (n == pairs - 2 && k + 1 < D / 16) load_a(k + 1);
+        const uint32_t(&now)[4] = b[step % 3];
 #pragma unroll
-        for (int n = 0; n < N / 2; n++) {
-            uint32_t b[4];
-            load_matrices(b, (b_across ^ (k << 5)) + n * 32 * D);
-#pragma unroll
-            for (int m = 0; m < M; m++) {
-                multiply_add(s[m][2 * n], a[m], b[0], b[1]);
-                multiply_add(s[m][2 * n + 1], a[m], b[2], b[3]);
-            }
+        for (int m = 0; m < M; m++) {
+            multiply_add(s[m][2 * n], a[k % 2][m], now[0], now[1]);
+            multiply_add(s[m][2 * n + 1], a[k % 2][m], now[2], now[3]);
         }
+        if (step == pairs - 1) aside();
     }
 }
+__device__ inline void nothing_aside() {}
 
 // Every column of s starts at what start(column of the lane's first, of two) gives.
 template <int M, int N, class Start> __device__ void scores_start(float (&s)[M][N][4], Start start) {
@@ -119,7 +129,11 @@ template <int M, int N, class Start> __device__ void scores_start(float (&s)[M][
 template <int D, int M, int CHUNKS, class Fragment, class Prepare>
 __device__ void multiply_chunks(float (&sum)[M][D / 8][4], uint32_t b_along, Fragment fragment, Prepare prepare) {
     constexpr int registers = M * 4, steps = D / 16, wait = steps / 4;
-    uint32_t p[2][M][4];
+    uint32_t p[2][M][4], b[2][4];
+    auto load = [&](int step) {
+        load_matrices_transposed(b[step % 2], (b_along ^ (step % steps << 5)) + step / steps * 32 * D);
+    };
+    load(0);
 #pragma unroll
     for (int i = 0; i < registers; i++) p[0][i / 4][i % 4] = fragment(0, i / 4, i % 4);
 #pragma unroll
@@ -128,12 +142,12 @@ __device__ void multiply_chunks(float (&sum)[M][D / 8][4], uint32_t b_along, Fra
         if (more) prepare(chunk + 1);
 #pragma unroll
         for (int d = 0; d < steps; d++) {
-            uint32_t b[4];
-            load_matrices_transposed(b, (b_along ^ (d << 5)) + chunk * 32 * D);
+            if (more || d + 1 < steps) load(chunk * steps + d + 1);
+            const uint32_t(&now)[4] = b[d % 2];
 #pragma unroll
             for (int m = 0; m < M; m++) {
-                multiply_add(sum[m][2 * d], p[chunk % 2][m], b[0], b[1]);
-                multiply_add(sum[m][2 * d + 1], p[chunk % 2][m], b[2], b[3]);
+                multiply_add(sum[m][2 * d], p[chunk % 2][m], now[0], now[1]);
+                multiply_add(sum[m][2 * d + 1], p[chunk % 2][m], now[2], now[3]);
             }
             if (more && d >= wait)
 #pragma unroll
@@ -176,11 +190,12 @@ template <int D, int KEYS, int WARPS> __global__ void __launch_bounds__(32 * WAR
     const TileCopy<D, threads> copy;
     const uint32_t target = shared_address(shared.k) + copy.target(), stride = uint32_t(a.kv_stride);
     const bf16* source = a.kv + copy.row * a.kv_stride + kv_head * D + copy.column;
-    auto load_keys = [&](int begin, int stage) {
-        const bf16* from = source + size_t(uint32_t(begin)) * stride;
+    auto load_keys = [&](int begin, int stage) { // zeros, when there are none to come and begin is -1
+        const int first = max(begin, 0), count = begin < 0 ? 0 : a.Tk - begin;
+        const bf16* from = source + size_t(uint32_t(first)) * stride;
         const uint32_t to = target + stage * KEYS * row_bytes;
-        copy.template load<KEYS>(to, from, stride, a.Tk - begin);
-        copy.template load<KEYS>(to + 2 * KEYS * row_bytes, from + a.K * D, stride, a.Tk - begin);
+        copy.template load<KEYS>(to, from, stride, count);
+        copy.template load<KEYS>(to + 2 * KEYS * row_bytes, from + a.K * D, stride, count);
     };
     copy.template tile<queries>(shared_address(shared.q), a.q + tile.begin * a.q_stride + head * D,
                                 uint32_t(a.q_stride), valid);
@@ -240,15 +255,13 @@ template <int D, int KEYS, int WARPS> __global__ void __launch_bounds__(32 * WAR
     int stage = 0;
     auto visit = [&](auto masked, int begin, int end, int next) {
         copies_wait<0>();
-        __syncthreads(); // the keys are here, and nobody reads the other stage any more
-        if (next >= 0) load_keys(next, stage ^ 1);
-        copies_commit();
-
+        __syncthreads();                 // the keys are here, and nobody reads the other stage any more
         TokenLabel label{0, hidden_doc}; // on its way while the products are computed
         if (decltype(masked)::value && int(threadIdx.x) < min(KEYS, end - begin))
             label = a.k_label[begin + threadIdx.x];
         float s[2][KEYS / 8][4] = {};
-        scores<D>(s, q_lane, shared_address(shared.k[stage]) + lane_across<D>(lane));
+        auto load_next = [&] { load_keys(next, stage ^ 1), copies_commit(); };
+        scores<D>(s, q_lane, shared_address(shared.k[stage]) + lane_across<D>(lane), load_next);
         if constexpr (decltype(masked)::value) {
             if (threadIdx.x < KEYS) shared.k_label[threadIdx.x] = label;
             __syncthreads();
@@ -457,7 +470,7 @@ template <int D, int KEYS, int QUERIES> __global__ void __launch_bounds__(256, 1
     };
     const TileCopy<D, 256> copy;
     auto load_step = [&](int n, const QueryStep& at) {
-        const int stage = n % 3, count = at.end - at.begin;
+        const int stage = n % 3, count = n < steps ? at.end - at.begin : 0;
         const size_t t = at.begin;
         copy.template tile<QUERIES>(shared_address(shared.q[stage]), a.q + t * a.q_stride + at.head * D,
                                     uint32_t(a.q_stride), count);
@@ -495,12 +508,13 @@ template <int D, int KEYS, int QUERIES> __global__ void __launch_bounds__(256, 1
         if (n < steps) store_rows(n);
         __syncthreads(); // step n is here; P^T of n - 1 and dS^T of n - 2 are complete, their readers' stages free
         const QueryStep next = shared.step[(n + 1) % 8];
-        if (n >= 2 && a.dq) {
-            // dQ (QUERIES, D) = dS K: a half of the warps takes a half of the queries, and its warps share the columns,
-            // or queries too when there are few columns.
+        // dQ (QUERIES, D) = dS K: a half of the warps takes a half of the queries, and its warps share the columns, or
+        // queries too when there are few columns. read() comes when dS has been read.
+        auto query_gradient = [&](auto read) {
             constexpr int across_d = D / 16 < 4 ? D / 16 : 4, across_q = 8 / across_d;
             constexpr int MQ = QUERIES / 16 / across_q, ND = D / 16 / across_d;
             static_assert(MQ > 0);
+            if (n < 2 || !a.dq) return read();
             const int number = threadIdx.x / 32, m_first = number / across_d * MQ, d_first = number % across_d * ND;
             float dq[MQ][2 * ND][4] = {};
             const uint32_t ds = shared_address(shared.ds) + lane_across<QUERIES>(lane);
@@ -522,8 +536,7 @@ template <int D, int KEYS, int QUERIES> __global__ void __launch_bounds__(256, 1
                     }
                 }
             }
-            if (first_half) barrier_tell<1, 256>();
-            if (n + 1 < steps) load_step(n + 1, next);
+            read();
             const QueryStep at = shared.step[(n - 2) % 8];
 #pragma unroll
             for (int m = 0; m < MQ; m++)
@@ -537,20 +550,18 @@ template <int D, int KEYS, int QUERIES> __global__ void __launch_bounds__(256, 1
                                        dq[m][2 * d][2 * half + 1] * scale, dq[m][2 * d + 1][2 * half] * scale,
                                        dq[m][2 * d + 1][2 * half + 1] * scale);
                 }
-        } else {
-            if (first_half) barrier_tell<1, 256>();
-            if (n + 1 < steps) load_step(n + 1, next);
-        }
-        copies_commit();
+        };
+        auto load_next = [&] { load_step(n + 1, next), copies_commit(); };
 
         if (first_half) {
+            query_gradient([] { barrier_tell<1, 256>(); });
             if (n >= steps) continue;
             const int stage = n % 3;
             const bool masked = shared.step[n % 8].masked;
             float s[M][N][4];
             scores_start(s, [&](int column) { return *(const float2*)&shared.start[stage][column + pair]; });
             scores<D>(s, shared_address(shared.k) + first_row * row_bytes + along,
-                      shared_address(shared.q[stage]) + across);
+                      shared_address(shared.q[stage]) + across, load_next);
             if (masked) {
                 TokenLabel k[M][2];
 #pragma unroll
@@ -584,12 +595,12 @@ template <int D, int KEYS, int QUERIES> __global__ void __launch_bounds__(256, 1
 #pragma unroll
                     for (int m = 0; m < M; m++) halves[m] = exchange[(chunk * M + m) * 128];
                 };
-                prepare(0);
                 float dp[M][N][4];
                 scores_start(dp, [&](int column) { return *(const float2*)&shared.minus_delta[stage][column + pair]; });
                 scores<D>(dp, shared_address(shared.v) + first_row * row_bytes + along,
-                          shared_address(shared.dout[stage]) + across);
+                          shared_address(shared.dout[stage]) + across, load_next);
                 const uint32_t ds = shared_address(shared.ds) + tile_address<QUERIES>(lane / 4, 0) + 2 * pair;
+                query_gradient([&] { prepare(0); });
                 barrier_wait<1, 256>(); // dS^T of the step before has been read
                 auto gradients = [&](int chunk, int m, int r) {
                     const float2 p = half_unpack((&halves[m].x)[r]);
@@ -602,6 +613,8 @@ template <int D, int KEYS, int QUERIES> __global__ void __launch_bounds__(256, 1
                 };
                 multiply_chunks<D, M, CHUNKS>(sum, shared_address(shared.q[stage]) + along, gradients, prepare);
             } else {
+                load_next();
+                query_gradient([] {});
                 barrier_wait<1, 256>();
             }
             if (threadIdx.x == 255) plan_step(n + 2); // this half waits for the other one anyway
@@ -703,8 +716,10 @@ template <int D> __global__ void __launch_bounds__(128, 3)
                 copies_commit(), copies_wait<0>();
                 __syncthreads();
                 float s[1][8][4] = {}, dp[1][8][4] = {};
-                scores<D>(s, shared_address(shared.q) + first_row + along, shared_address(shared.k) + across);
-                scores<D>(dp, shared_address(shared.dout) + first_row + along, shared_address(shared.v) + across);
+                scores<D>(s, shared_address(shared.q) + first_row + along, shared_address(shared.k) + across,
+                          nothing_aside);
+                scores<D>(dp, shared_address(shared.dout) + first_row + along, shared_address(shared.v) + across,
+                          nothing_aside);
                 if (!all || valid < 64)
 #pragma unroll
                     for (int j = 0; j < 16; j++) {

@@ -200,6 +200,7 @@ void attention_begin_launch(Gpu gpu, AttentionBegin<E> a, float* danchor, const 
     const size_t places = GpuContext::scratch_bytes / partial_bytes;
     REQUIRE(!danchor || places > 0, "so many heads need a larger scratch");
     const size_t most = std::min<size_t>(RowBegins::most, places);
+    const size_t resident = resident_blocks(gpu, attention_begin_kernel<E, W, LANES, PACKS>, 256);
     for (size_t row = 0; row < B; row += most) {
         const size_t count = std::min(most, B - row);
         RowBegins rows;
@@ -207,7 +208,7 @@ void attention_begin_launch(Gpu gpu, AttentionBegin<E> a, float* danchor, const 
         for (size_t b = 0; b <= count; b++) rows.begin[b] = row_begin[row + b];
         for (size_t b = 0; b < count; b++) longest = std::max(longest, rows.begin[b + 1] - rows.begin[b]);
         if (longest == 0) continue;
-        const size_t wanted = 8 * gpu.context->sms / (columns * count) + 1; // blocks for every row
+        const size_t wanted = std::max<size_t>(1, resident / (columns * count)); // blocks for every row
         const size_t parts = std::min({wanted, places / count, (longest + 16 * size_t(tokens) - 1) / (16 * tokens)});
         a.row = int(row), a.partial = (float*)gpu.context->scratch;
         attention_begin_kernel<E, W, LANES, PACKS>
@@ -294,7 +295,7 @@ template <class E> __device__ void simt_load(float* tile, const E* from, size_t 
         tile[i] = i / row < valid && i % row < D ? float(from[i / row * stride + i % row]) : 0.f;
 }
 
-// s = a b^T
+// s = a b^T. What it is multiplied with next must round alike everywhere (__fmul_rn): one key alone then has P = 1.
 __device__ inline void simt_scores(float (&s)[2][2], const float* a, const float* b, int D) {
     const SimtThread me;
     const int row = simt_row(D);
@@ -398,7 +399,8 @@ template <class E> __global__ void __launch_bounds__(simt_threads)
                 for (int j = 0; j < 2; j++) {
                     const int column = me.x + 16 * j;
                     const TokenLabel label = column < keys ? a.k_label[begin + column] : TokenLabel{0, hidden_doc};
-                    s[i][j] = visible(query.index, query.doc, label.index, label.doc) ? scale * s[i][j] : -INFINITY;
+                    const bool seen = visible(query.index, query.doc, label.index, label.doc);
+                    s[i][j] = seen ? __fmul_rn(scale, s[i][j]) : -INFINITY;
                 }
                 m[i] = fmaxf(old, simt_over_row(fmaxf(s[i][0], s[i][1]), [](float x, float y) { return fmaxf(x, y); }));
                 const float from = m[i] == -INFINITY ? 0 : m[i], factor = expf(old - from);
@@ -449,7 +451,7 @@ template <class E> struct SimtPairs {
                     const float lse = a.lse[size_t(head) * a.T + t];
                     delta = a.delta[size_t(head) * a.T + t];
                     if (visible(query.index, query.doc, key.index, key.doc) && lse != -INFINITY)
-                        probability = expf(scale * s[i][j] - lse);
+                        probability = expf(__fmul_rn(scale, s[i][j]) - lse);
                 }
                 p[at] = float(E(probability)), ds[at] = float(E(probability * (dp[i][j] - delta)));
             }
