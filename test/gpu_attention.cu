@@ -295,7 +295,18 @@ TEST_CASE_TEMPLATE("attention: plain kernels agree with the reference", E, float
             }
 }
 
-TEST_CASE("attention: queries that see nothing give zeros, not NaN") {
+// Every kernel with every branch it has, at sizes that a sanitizer can follow.
+TEST_CASE("attention: masked and whole tiles, portions, a fixed order (small)") {
+    for (size_t D : {32, 64, 128}) {
+        check<bf16>(Mode::anchor, 2, 140, {2, 1, D}, 3000 + D, Kernels::chosen, 2);
+        const Deterministic scope;
+        check<bf16>(Mode::interleaved, 1, 260, {2, 1, D}, 3001 + D, Kernels::chosen, 1);
+    }
+    check<float>(Mode::random, 1, 70, {2, 1, 34}, 3002, Kernels::simt, 2);
+    check<bf16>(Mode::anchor, 2, 70, {2, 1, 40}, 3003, Kernels::simt, 1);
+}
+
+TEST_CASE("attention: queries that see nothing give zeros, not NaN (small)") {
     for (size_t D : {32, 64, 128, 40})
         for (bool deterministic : {false, true}) {
             const Gpu gpu = the_gpu();
@@ -353,7 +364,7 @@ TEST_CASE("attention: queries that see nothing give zeros, not NaN") {
         }
 }
 
-TEST_CASE("attention: large scores neither overflow nor lose the softmax") {
+TEST_CASE("attention: large scores neither overflow nor lose the softmax (small)") {
     const Sizes z{1, 1, 64}; // scores to +-1e4, whose exponentials have no float; the maximum moves far and often
     for (Mode mode : {Mode::full, Mode::anchor}) {
         Problem<bf16> p(mode, 1, 300, z, 41);
@@ -369,7 +380,7 @@ TEST_CASE("attention: large scores neither overflow nor lose the softmax") {
     }
 }
 
-TEST_CASE("attention: the same bits in every run") {
+TEST_CASE("attention: the same bits in every run (small)") {
     const Sizes z{4, 2, 128};
     for (bool deterministic : {false, true}) {
         the_gpu().context->deterministic = deterministic;

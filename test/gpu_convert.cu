@@ -27,7 +27,7 @@ template <class To, class From> void check_convert(const Buffer<From>& from, siz
 }
 } // namespace
 
-TEST_CASE("gpu convert: the CPU's bits at every size, on 16 bytes or not") {
+TEST_CASE("gpu convert: the CPU's bits at every size, on 16 bytes or not (small)") {
     for (size_t count : counts)
         for (size_t shift : {0, 1}) {
             if (count < shift) continue;
@@ -92,7 +92,7 @@ TEST_CASE("gpu fill: one value") {
     }
 }
 
-TEST_CASE("gpu sum: exact integers at every size, written or added; the same bits every time") {
+TEST_CASE("gpu sum: exact integers at every size, written or added; the same bits every time (small)") {
     for (size_t count : counts)
         for (size_t shift : {0, 1}) {
             if (count < shift) continue;

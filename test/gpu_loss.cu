@@ -81,7 +81,7 @@ TEST_CASE("gpu loss: known values") {
     }
 }
 
-TEST_CASE("gpu loss: tokens that are not counted, huge logits, values that are not finite") {
+TEST_CASE("gpu loss: tokens that are not counted, huge logits, values that are not finite (small)") {
     const size_t V = 40;
     const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
     struct Case {
@@ -153,7 +153,7 @@ TEST_CASE("gpu loss: argmax takes the first of equals, at every place") {
     }
 }
 
-TEST_CASE("gpu loss: the same bits every time") {
+TEST_CASE("gpu loss: the same bits every time (small)") {
     const size_t T = 200, V = 32000;
     const Buffer<bf16> logits(T * V, 1, 3);
     DeviceBuffer<int32_t> label(labels(T, V));

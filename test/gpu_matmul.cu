@@ -249,7 +249,7 @@ TEST_CASE("gpu matmul: float is float: no TF32, which would keep 11 bits") {
     CHECK(largest_error(gpu.dweight.host(), cpu.dweight) == 0);
 }
 
-TEST_CASE("gpu matmul: pointers that are aligned to one element only") {
+TEST_CASE("gpu matmul: pointers that are aligned to one element only (small)") {
     const size_t T = 48, M = 64, N = 72;
     Layer<bf16, bf16> cpu({T, M, N}, Integers());
     cpu.all();
@@ -274,7 +274,7 @@ TEST_CASE("gpu matmul: pointers that are aligned to one element only") {
     CHECK(largest_error(dbias.host().data() + 1, zero.data(), N) == 0);
 }
 
-TEST_CASE("gpu matmul: no token is no work") {
+TEST_CASE("gpu matmul: no token is no work (small)") {
     Buffer<float> kept(6, 1);
     DeviceBuffer<float> x(kept);
     matmul_forward(the_gpu(), x.data(), x.data(), x.data(), (float*)nullptr, (float*)nullptr, 0, 2, 3);

@@ -172,7 +172,7 @@ TEST_CASE("ten training steps on the GPU follow the CPU in double") {
     CHECK(worst_gpu_half <= 2 * worst_half + 1e-3);
 }
 
-TEST_CASE("a skipped update on the GPU touches nothing, and the next one goes on") {
+TEST_CASE("a skipped update on the GPU touches nothing, and the next one goes on (small)") {
     const Config c = gpu_config(16);
     Layout layout = small_layout(64, 1);
     layout.moments = Type::bf16;

@@ -73,7 +73,7 @@ TEST_CASE("gpu rmsnorm: as good as the CPU at every size, with and without resid
         }
 }
 
-TEST_CASE("gpu rmsnorm: rows that miss the 16 bytes are taken one by one") {
+TEST_CASE("gpu rmsnorm: rows that miss the 16 bytes are taken one by one (small)") {
     const size_t T = 9, C = 72;
     Reference<bf16, float> cpu(T, C), shifted(T, C);
     cpu.run(T, C, true);
@@ -91,7 +91,7 @@ TEST_CASE("gpu rmsnorm: rows that miss the 16 bytes are taken one by one") {
     }
 }
 
-TEST_CASE("gpu rmsnorm: no token is no work; the same bits every time") {
+TEST_CASE("gpu rmsnorm: no token is no work; the same bits every time (small)") {
     const size_t T = 1500, C = 520;
     Reference<bf16, float> cpu(T, C);
     DeviceBuffer<bf16> in(cpu.in), weight(cpu.weight), dout(cpu.dout), din(T * C), out(T * C);

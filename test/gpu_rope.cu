@@ -92,7 +92,7 @@ TEST_CASE("gpu rope: as good as the CPU, forward and backward, at every precisio
             }
 }
 
-TEST_CASE("gpu rope: no token is no work") {
+TEST_CASE("gpu rope: no token is no work (small)") {
     DeviceBuffer<bf16> untouched(8);
     DeviceBuffer<float> table(8);
     DeviceBuffer<int32_t> pos(1);

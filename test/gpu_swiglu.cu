@@ -53,7 +53,7 @@ TEST_CASE("gpu swiglu: as good as the CPU at every size, in place or not, on 16 
     check_layer<bf16>(37, 11008, 2, true, 0);
 }
 
-TEST_CASE("gpu swiglu: the ends of the range") {
+TEST_CASE("gpu swiglu: the ends of the range (small)") {
     const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
     const float gate[] = {0, 800, -800, 3e38f, -3e38f, -100, inf, nan};
     auto run = [&](auto element) {
@@ -83,7 +83,7 @@ TEST_CASE("gpu swiglu: the ends of the range") {
     run(bf16(0)), run(float());
 }
 
-TEST_CASE("gpu swiglu: no token is no work") {
+TEST_CASE("gpu swiglu: no token is no work (small)") {
     DeviceBuffer<bf16> untouched(8);
     swiglu_forward(the_gpu(), untouched.data(), untouched.data(), 0, 8);
     swiglu_backward(the_gpu(), untouched.data(), untouched.data(), untouched.data(), 0, 8);

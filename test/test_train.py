@@ -57,7 +57,7 @@ def newest(folder):
 
 def test_the_bare_command_says_what_it_takes(tmp_path):
     out = run("--steps", 2, "-c", 32, cwd=tmp_path)
-    assert "a random model of size tiny" in out and "made-up documents" in out and "step 2/2" in out
+    assert f"a random model of size {'llama2-7b' if ON_GPU else 'tiny'}" in out and "made-up documents" in out and "step 2/2" in out
 
 
 def test_every_option_refuses_a_bad_value_by_name():
