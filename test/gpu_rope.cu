@@ -92,6 +92,14 @@ TEST_CASE("gpu rope: as good as the CPU, forward and backward, at every precisio
             }
 }
 
+TEST_CASE("gpu rope: packs and single elements (small)") {
+    check_table<bf16>(20, 64, 37, RopePrecision::exact);
+    for (size_t shift : {0, 1}) {
+        check_rotation<bf16>(5, 3, 1, 64, RopePrecision::exact, shift);
+        check_rotation<float>(5, 3, 1, 64, RopePrecision::bf16_rotation, shift);
+    }
+}
+
 TEST_CASE("gpu rope: no token is no work (small)") {
     DeviceBuffer<bf16> untouched(8);
     DeviceBuffer<float> table(8);
