@@ -944,8 +944,8 @@ std::string text_read(const std::string& path) {
 
 // On a GPU there are many algorithms for a matrix product. Rank 0 times them once, in a step whose results are thrown
 // away, all ranks take its choice, and it stays with the run: the same bits when it is resumed.
-template <class E, class G> void model_tune(Model<Cpu, E, G>&, const Setup&, Loader&) {}
-template <class E, class G> void model_tune(Model<Gpu, E, G>& m, const Setup& s, Loader& loader) {
+template <class E, class G> void model_tune(Model<Cpu, E, G>&, const Setup&, Loader&, const Log&) {}
+template <class E, class G> void model_tune(Model<Gpu, E, G>& m, const Setup& s, Loader& loader, const Log& log) {
     const std::string path = s.o.out.empty() ? "" : s.o.out + "/matmul.txt";
     const Cursor start = loader.cursor;
     std::vector<Row> rows = take_rows(loader, s, int64_t(s.layout.B) * s.groups());
@@ -956,7 +956,9 @@ template <class E, class G> void model_tune(Model<Gpu, E, G>& m, const Setup& s,
         head_forward_backward(m, b, 1.0 / double(std::max<int64_t>(b.counted, 1)));
         model_backward(m, b);
     };
-    if (s.world.rank == 0) matmul_algos_read(m.dev, text_read(path));
+    const int known = s.world.rank == 0 ? matmul_algos_read(m.dev, text_read(path)) : 0;
+    if (known) log_note(log, "%d matrix products take the algorithms of %s", known, path.c_str());
+    else log_note(log, "timing the algorithms of the matrix products, once, for up to a minute");
     if (s.world.rank == 0) matmul_tune(m.dev, step);
     else step();
     std::string text = matmul_algos_text(m.dev);
@@ -1301,7 +1303,7 @@ template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setu
     std::vector<std::string> pieces = pieces_read(o.vocab_file);
     announce(log, s, loader);
 
-    if (state.step < o.steps) model_tune(m, s, loader);
+    if (state.step < o.steps) model_tune(m, s, loader, log);
     signal(SIGTERM, [](int) { signal_caught = 1; });
     signal(SIGUSR1, [](int) { signal_caught = 1; });
     const size_t longest = std::min(m.layout.tokens(), s.layout.S); // that a sample can be
