@@ -1,12 +1,13 @@
-// The CPU's matrix products against OpenBLAS: GF/s of each and our share, float.
+// The CPU's matrix products against OpenBLAS: GF/s of each and our share, float; and its attention.
 //
 //     apt-get install libopenblas-dev
-//     g++ -x c++ -std=c++20 -O2 -march=native -fopenmp -I. dev/bench_cpu.cpp -o /tmp/bench_cpu -lopenblas
-//     /tmp/bench_cpu [threads, default all] [rounds, default 5]
+//     make CUDA=0 bench
+//     build/bench_cpu [threads, default all] [rounds, default 5]
 //
 // Each product and its rival take turns and the best of all rounds counts. OpenBLAS knows a processor by
 // its model number and takes SSE kernels for one it does not know (0.3.21 on a Sapphire Rapids guest:
 // Prescott, 5 times slower), so its kernels are chosen here, to fit the width of our vectors.
+#include "../attention_anchor.cuh"
 #include "../layers/matmul.cuh"
 #include <cblas.h>
 #include <omp.h>
@@ -14,9 +15,6 @@
 #include <vector>
 
 extern "C" char* openblas_get_corename();
-
-void abort_all_ranks(int status) { exit(status); }
-int world_rank() { return 0; }
 
 struct Shape {
     const char* name;
@@ -78,6 +76,55 @@ void compare(const Shape& shape, int rounds) {
     printf("\n");
 }
 
+struct AttentionCase {
+    const char* name;
+    size_t H, K, D;
+    size_t document; // tokens; 0: full attention
+};
+constexpr AttentionCase attention_cases[] = {
+    {"D 32, full", 8, 8, 32, 0},       {"D 64, full", 8, 8, 64, 0},        {"D 128, full", 8, 8, 128, 0},
+    {"D 64, 4 KV heads", 8, 4, 64, 0}, {"D 64, documents", 8, 8, 64, 400},
+};
+
+// 4096 tokens. FLOPs of visible pairs: 4 D a pair and head forward, 10 D backward.
+template <class E> void attention(const AttentionCase& c, const char* type, int rounds) {
+    const size_t T = 4096, H = c.H, K = c.K, D = c.D, stride = (H + 2 * K) * D, width = 2 * K * D;
+    Tokens t{{}, {}, {0, int32_t(T)}};
+    for (size_t i = 0; i < T; i++) {
+        t.index.push_back(int32_t(i));
+        t.doc.push_back(c.document && i > 0 ? int32_t(1 + (i - 1) / c.document) : 0);
+    }
+    AttentionMap map;
+    attention_map_build(map, t, t, attention_tiles_cpu);
+    auto random = [](size_t count, uint64_t seed) {
+        std::vector<E> x(count);
+        for (size_t i = 0; i < count; i++) x[i] = E(float(hash_normal(seed, i)));
+        return x;
+    };
+    const std::vector<E> qkv = random(T * stride, 1), dout = random(T * H * D, 2);
+    std::vector<E> out(T * H * D), dqkv(T * stride), anchor(qkv.begin() + H * D, qkv.begin() + H * D + width);
+    std::vector<Acc<E>> lse(H * T), state(T * H * D), delta(H * T), dkv(T * width), danchor(width);
+    double forward = 1e9, backward = 1e9;
+    const E *q = qkv.data(), *kv = q + H * D;
+    for (int round = 0; round < rounds; round++) {
+        keep_best(forward, [&] {
+            attention_forward(Cpu{}, out.data(), lse.data(), state.data(), q, stride, kv, stride, anchor.data(), map,
+                              {}, t, t, H, K, D);
+        });
+        keep_best(backward, [&] {
+            std::fill(dkv.begin(), dkv.end(), 0);
+            attention_backward_begin(Cpu{}, delta.data(), state.data(), danchor.data(), dout.data(), out.data(),
+                                     lse.data(), q, stride, anchor.data(), t, H, K, D);
+            attention_backward(Cpu{}, state.data(), dkv.data(), dqkv.data() + H * D, stride, danchor.data(),
+                               dout.data(), q, stride, kv, stride, lse.data(), delta.data(), map, t, t, H, K, D);
+            attention_store(Cpu{}, dqkv.data(), stride, state.data(), T, H * D);
+        });
+    }
+    const double work = 4e-9 * double(visible_pairs(t.doc.data(), T)) * H * D;
+    printf("%-18s %-6s | %6.0f ms %5.0f GF/s | %6.0f ms %5.0f GF/s\n", c.name, type, 1e3 * forward, work / forward,
+           1e3 * backward, 2.5 * work / backward);
+}
+
 int main(int argc, char** argv) {
     // OpenBLAS chooses its kernels when it is loaded.
     if (!getenv("OPENBLAS_CORETYPE") && vector_bytes > 16) {
@@ -89,5 +136,9 @@ int main(int argc, char** argv) {
     printf("%d threads, OpenBLAS kernels for %s\n", omp_get_max_threads(), openblas_get_corename());
     printf("%18s %5s %5s %6s   | %-18s| %-18s| %-18s (GF/s: ours, OpenBLAS, share)\n", "", "T", "M", "N", "forward",
            "backward input", "backward weight");
-    for (const Shape& shape : shapes) compare(shape, argc > 2 ? atoi(argv[2]) : 5);
+    const int rounds = argc > 2 ? atoi(argv[2]) : 5;
+    for (const Shape& shape : shapes) compare(shape, rounds);
+    printf("\n%-25s | %-20s | %-20s (4096 tokens, 8 heads)\n", "attention", "forward", "backward");
+    for (const AttentionCase& c : attention_cases) attention<float>(c, "float", rounds);
+    attention<bf16>(attention_cases[3], "bf16", rounds);
 }

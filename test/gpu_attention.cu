@@ -201,10 +201,10 @@ template <class E> void part(Buffer<E>& to, const Buffer<E>& dqkv, Sizes z, size
     const size_t W = z.qkv(), width = (end - begin) * z.D;
     for (size_t i = 0; i < to.count; i++) to[i] = dqkv[i / width * W + begin * z.D + i % width];
 }
-// dQ, dK and dV differ in size, so each is held to its own bound. A yardstick can be exact by chance, so what roundings in
-// fp32 must be expected to leave is allowed on top. LSE, and with it P: half an ulp of 1 for each product of a score, and
-// of a sum over T keys what T roundings of random sign add up to, twice. dQ, dK: where a query sees one key alone,
-// dS = P (dP - delta) is the difference of two equal sums of D products, an ulp for each.
+// dQ, dK and dV differ in size, so each is held to its own bound. A yardstick can be exact by chance, so what roundings
+// in fp32 must be expected to leave is allowed on top. LSE, and with it P: half an ulp of 1 for each product of a
+// score, and of a sum over T keys what T roundings of random sign add up to, twice. dQ, dK: where a query sees one key
+// alone, dS = P (dP - delta) is the difference of two equal sums of D products, an ulp for each.
 template <class E>
 void check_result(const Problem<E>& p, const Result<E>& r, const Result<E>& yardstick, const Result<double>& truth) {
     const size_t T = p.t.size(), ends[] = {0, p.z.H, p.z.H + p.z.K, p.z.H + 2 * p.z.K};
