@@ -1,0 +1,1039 @@
+// Attention for Hopper (sm_90a): wgmma, TMA, warpgroups with roles. bf16, head sizes 64 and 128.
+//
+// The mathematics, the mask and the tile map stand in attention_anchor.cuh, the instructions in core/ptx.h. One block a
+// multiprocessor stays for the whole launch and takes (tile, head) by (tile, head) from a counter, longest first; the
+// heads that are under way at a time are few enough for their keys and values to stay in the L2 cache.
+//
+// Forward: a tile of 128 queries visits tiles of 128 keys.
+//
+//   warpgroup 0, one thread   loads Q of the next tile (2 slots), K, V of the next steps (2 slots each) by TMA
+//   warpgroups 1 and 2        64 queries each: scores, softmax and output in registers
+//
+//   what a warpgroup does in step n, and what its tensor cores do meanwhile:
+//
+//     turn |  issue S(n) = Q K(n)^T      issue O += P(n-1) V(n-1)
+//          |  pass the turn to the other warpgroup
+//     wait |  S(n)                                                     S(n), then O
+//          |  mask; m, P(n) = exp(S(n) - m), l                         O
+//     wait |  O                                                        the other warpgroup's two products
+//          |  round P(n) to bf16, rescale O if m rose much             "
+//
+// The two warpgroups take turns, so that one's exponentials run under the other's products.
+#pragma once
+#include "../attention_anchor.cuh"
+#include "../core/ptx.h"
+
+#ifdef __CUDACC__
+namespace hopper {
+
+constexpr int forward_queries = 128, forward_keys = 128; // of a tile
+constexpr int block_threads = 384;
+constexpr uint32_t filling = 33; // arrivals that fill a slot: a warp's small copies, and what the copy engine brings
+constexpr int rows_of_group = 64, columns_of_half = 64;
+
+// A place in a ring of buffers; `phase` is the parity of the barrier's phase that fills it.
+template <int SLOTS> struct Ring {
+    int slot = 0;
+    uint32_t phase = 0;
+    __device__ __forceinline__ void next() {
+        if (++slot == SLOTS) slot = 0, phase ^= 1;
+    }
+};
+
+// What the loading thread tells the others of a tile, and of one of its steps.
+struct ForwardTile {
+    int32_t row, begin, end, head; // head < 0: there are no more
+    bool any;                      // it has steps
+};
+struct ForwardStep {
+    int32_t keys; // as many of the tile's keys count (more: all)
+    bool masked, last;
+};
+
+template <int D> struct alignas(1024) ForwardShared {
+    static constexpr int slots = 2;
+    bf16 q[slots][forward_queries * D]; // and the output on its way out
+    bf16 k[slots][forward_keys * D];
+    bf16 v[slots][forward_keys * D];
+    bf16 anchor_key[slots][D / 64 * 512]; // row 0 of a tile of 8 rows; the others do not matter
+    bf16 anchor_value[slots][D];
+    TokenLabel q_label[slots][forward_queries], k_label[slots][forward_keys];
+    ForwardTile tile[slots];
+    ForwardStep step[slots];
+    ptx::Barrier q_full[slots], q_empty[slots], k_full[slots], k_empty[slots], v_full[slots], v_empty[slots];
+};
+
+struct ForwardMaps {
+    CUtensorMap q, k, v, out;
+};
+
+// The order of work: all tiles of `together` heads, then those of the next heads. A block begins with the item of its
+// own number and then takes what the counter, which starts at 0, gives it.
+struct Schedule {
+    int items, block_items, together; // tiles x heads, tiles x together, heads
+    int group;                        // query heads of a KV head
+    int* counter;
+
+    __device__ __forceinline__ int tile(int item) const { return item % block_items / together; }
+    __device__ __forceinline__ int head(int item) const { return item / block_items * together + item % together; }
+    __device__ __forceinline__ int next(int lane) const { // for a whole warp
+        return gridDim.x + __shfl_sync(~0u, lane == 0 ? atomicAdd(counter, 1) : 0, 0);
+    }
+};
+
+// Coordinates of a (rows, D) tile of one head for the maps made by head_map.
+__device__ __forceinline__ void load_tile(void* to, const CUtensorMap& map, int token, int head, ptx::Barrier* bar) {
+    ptx::tensor_load(to, &map, 0, token, 0, head, bar);
+}
+
+// `count` neighbouring values into shared memory by a warp, zeros from the array's `end` on.
+template <int count, class X>
+__device__ __forceinline__ void copy_row(X* to, const X* from, int first, int end, int lane) {
+#pragma unroll
+    for (int i = 0; i < count; i += 32) ptx::copy_async(to + i + lane, from + first + i + lane, first + i + lane < end);
+}
+
+// The loading warp; its lane 0 commands the copy engine. Keys run one step ahead of values, as the products want them.
+template <int D> __device__ __forceinline__ void forward_load(const AttentionForward<bf16>& a, const ForwardMaps& maps,
+                                                              ForwardShared<D>& s, const Schedule& schedule, int lane) {
+    Ring<2> q, k, v;
+    auto load_values = [&](int token, int head) {
+        ptx::barrier_wait(&s.v_empty[v.slot], v.phase ^ 1);
+        if (lane == 0) {
+            ptx::barrier_arrive_expect(&s.v_full[v.slot], sizeof s.v[0]);
+            load_tile(s.v[v.slot], maps.v, token, head, &s.v_full[v.slot]);
+        }
+        v.next();
+    };
+    int item = blockIdx.x;
+    while (item < schedule.items) {
+        const QueryTile tile = a.map.tiles[schedule.tile(item)];
+        const int head = schedule.head(item), kv_head = head / schedule.group;
+        item = schedule.next(lane);
+        ptx::Barrier* full = &s.q_full[q.slot];
+        ptx::barrier_wait(&s.q_empty[q.slot], q.phase ^ 1);
+        copy_row<forward_queries>(s.q_label[q.slot], a.q_label, tile.begin, a.T, lane);
+        ptx::barrier_arrive_copies(full);
+        if (lane == 0) {
+            s.tile[q.slot] = {tile.row, tile.begin, tile.end, head, tile.first_range < tile.last_range};
+            const bool anchor = a.first && a.anchor;
+            ptx::barrier_arrive_expect(full, sizeof s.q[0] + (anchor ? 2 * D * sizeof(bf16) : 0));
+            load_tile(s.q[q.slot], maps.q, tile.begin, head, full);
+            if (anchor) {
+                const bf16* k0 = a.anchor + (size_t(tile.row) * 2 * a.K + kv_head) * D;
+                for (int half = 0; half < D / 64; half++)
+                    ptx::bulk_load(s.anchor_key[q.slot] + half * 512, k0 + half * 64, 128, full);
+                ptx::bulk_load(s.anchor_value[q.slot], k0 + a.K * D, D * sizeof(bf16), full);
+            }
+        }
+        q.next();
+
+        int before = -1; // the keys whose values are still to be loaded
+        for (int r = tile.first_range; r < tile.last_range; r++) {
+            const KeyRange range = a.map.ranges[r];
+            for (int begin = range.begin; begin < range.end; begin += forward_keys) {
+                const bool masked = range.masked || begin + forward_keys > range.end;
+                full = &s.k_full[k.slot];
+                ptx::barrier_wait(&s.k_empty[k.slot], k.phase ^ 1);
+                if (masked) copy_row<forward_keys>(s.k_label[k.slot], a.k_label, begin, a.Tk, lane);
+                ptx::barrier_arrive_copies(full);
+                if (lane == 0) {
+                    s.step[k.slot] = {range.end - begin, masked,
+                                      r + 1 == tile.last_range && begin + forward_keys >= range.end};
+                    ptx::barrier_arrive_expect(full, sizeof s.k[0]);
+                    load_tile(s.k[k.slot], maps.k, begin, kv_head, full);
+                }
+                k.next();
+                if (before >= 0) load_values(before, kv_head);
+                before = begin;
+            }
+        }
+        if (before >= 0) load_values(before, kv_head);
+    }
+    ptx::barrier_wait(&s.q_empty[q.slot], q.phase ^ 1);
+    if (lane == 0) s.tile[q.slot].head = -1;
+    ptx::barrier_arrive_copies(&s.q_full[q.slot]);
+    if (lane == 0) ptx::barrier_arrive(&s.q_full[q.slot]);
+}
+
+// Where a thread stands: the rows g and g + 8 of its warp's 16, the columns 2 t and 2 t + 1 of every 8.
+struct Place {
+    int group, warp, lane, g, t;
+    __device__ __forceinline__ explicit Place(int group)
+        : group(group), warp(__shfl_sync(~0u, threadIdx.x / 32 % 4, 0)), lane(threadIdx.x % 32), g(lane / 4),
+          t(lane % 4) {}
+};
+
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+__device__ __forceinline__ float2 bf16_values(uint32_t pair) {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+}
+
+// Issues sum (64, N) = x y^T, of rows of two tiles of D columns that have x_rows and y_rows.
+template <int D, int N, int x_rows, int y_rows>
+__device__ __forceinline__ void issue_rows(float (&sum)[N / 2], uint64_t x, uint64_t y) {
+#pragma unroll
+    for (int i = 0; i < D / 16; i++)
+        ptx::product<N>(sum, x + i / 4 * x_rows * 8 + i % 4 * 2, y + i / 4 * y_rows * 8 + i % 4 * 2, i > 0);
+}
+
+// Issues sum (64, D) += p y, where p (64, R) is rounded and in registers, and y a tile of R rows by columns.
+template <int D, int R>
+__device__ __forceinline__ void issue_columns(float (&sum)[D / 2], const uint32_t (&p)[R / 4], uint64_t y) {
+#pragma unroll
+    for (int i = 0; i < R / 16; i++) ptx::product<D>(sum, p + 4 * i, y + i * 128, true);
+}
+
+// The anchor's scores by a product of 8 columns, of which the first one counts: in lane t = 0 of each quad.
+template <int D> __device__ __forceinline__ void anchor_scores(float (&s0)[2], uint64_t q, const bf16* key, int lane) {
+    float sum[4];
+    ptx::product_fence();
+    issue_rows<D, 8, forward_queries, 8>(sum, q, ptx::matrix(ptx::address(key)));
+    ptx::product_commit();
+    ptx::product_wait<0>();
+    ptx::settle(sum);
+    for (int i = 0; i < 2; i++) s0[i] = __shfl_sync(~0u, sum[2 * i], lane & ~3);
+}
+
+// The state before these keys: from the anchor, from what earlier portions left, or from nothing. m counts in units of
+// q.k, not yet divided by sqrt(D). l is summed over the quad at the end, so one lane of it starts with the sum so far.
+template <int D> __device__ __forceinline__ void
+forward_start(const AttentionForward<bf16>& a, ForwardShared<D>& s, int slot, const Place& at, uint64_t q,
+              float (&m)[2], float (&l)[2], float (&o)[D / 2]) {
+    const float none = minus_infinity<float>;
+    const ForwardTile tile = s.tile[slot];
+    m[0] = m[1] = none, l[0] = l[1] = 0;
+    if (a.first && a.anchor) {
+        anchor_scores<D>(m, q, s.anchor_key[slot], at.lane);
+        l[0] = l[1] = at.t == 0;
+#pragma unroll
+        for (int j = 0; j < D / 8; j++) {
+            const float2 v0 = bf16_values(((const uint32_t*)s.anchor_value[slot])[4 * j + at.t]);
+            o[4 * j] = o[4 * j + 2] = v0.x, o[4 * j + 1] = o[4 * j + 3] = v0.y;
+        }
+    } else if (a.first) {
+#pragma unroll
+        for (int i = 0; i < D / 2; i++) o[i] = 0;
+    } else {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int token = tile.begin + rows_of_group * at.group + 16 * at.warp + 8 * i + at.g;
+            const bool valid = token < tile.end;
+            const float lse = valid ? a.lse[size_t(tile.head) * a.T + token] : none;
+            const float* from = a.state + (size_t(token) * a.H + tile.head) * D + 2 * at.t;
+            m[i] = lse * sqrtf(float(D));
+            l[i] = lse != none && at.t == 0;
+#pragma unroll
+            for (int j = 0; j < D / 8; j++) {
+                const float2 x = valid ? *(const float2*)(from + 8 * j) : float2{0, 0};
+                o[4 * j + 2 * i] = x.x, o[4 * j + 2 * i + 1] = x.y;
+            }
+        }
+    }
+}
+
+// s = -inf where the query does not see the key, and from column `keys` on.
+__device__ __forceinline__ void forward_mask(float (&s)[forward_keys / 2], const TokenLabel* q_label,
+                                             const TokenLabel* k_label, int keys, int t) {
+    const TokenLabel q[2] = {q_label[0], q_label[8]};
+#pragma unroll
+    for (int j = 0; j < forward_keys / 8; j++) {
+        const int4 two = ((const int4*)k_label)[4 * j + t];
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const int index = e ? two.z : two.x, doc = 8 * j + 2 * t + e < keys ? (e ? two.w : two.y) : hidden_doc;
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                if (!visible(q[i].index, q[i].doc, index, doc)) s[4 * j + 2 * i + e] = minus_infinity<float>;
+        }
+    }
+}
+
+// s becomes exp((s - m) / sqrt(D)), where m follows the largest score only when that leaves it behind by a factor of
+// 2^8: P, l and O may all be that much larger until then, and most steps need not rescale O. True if some row does,
+// by alpha.
+template <int D, int N>
+__device__ __forceinline__ bool softmax_step(float (&s)[N], float (&m)[2], float (&l)[2], float (&alpha)[2]) {
+    const float scale = 1.44269504088896341f / sqrtf(float(D));
+    float offset[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float top[4] = {s[2 * i], s[2 * i + 1], s[2 * i + 4], s[2 * i + 5]};
+#pragma unroll
+        for (int j = 8; j < N; j += 8) {
+            top[0] = fmaxf(top[0], s[j + 2 * i]), top[1] = fmaxf(top[1], s[j + 2 * i + 1]);
+            top[2] = fmaxf(top[2], s[j + 2 * i + 4]), top[3] = fmaxf(top[3], s[j + 2 * i + 5]);
+        }
+        const float row_top = quad_max(fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3])));
+        const float now = (row_top - m[i]) * scale > 8 ? row_top : m[i];
+        offset[i] = now == minus_infinity<float> ? 0 : now * scale;
+        alpha[i] = now == m[i] ? 1 : ptx::exp2(m[i] * scale - offset[i]);
+        m[i] = now, l[i] *= alpha[i];
+    }
+    float sum[2][2] = {};
+#pragma unroll
+    for (int j = 0; j < N; j += 4)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                float& x = s[j + 2 * i + e];
+                x = ptx::exp2(x * scale - offset[i]);
+                sum[i][e] += x;
+            }
+    l[0] += sum[0][0] + sum[0][1], l[1] += sum[1][0] + sum[1][1];
+    return __any_sync(~0u, alpha[0] != 1 || alpha[1] != 1);
+}
+
+template <int N> __device__ __forceinline__ void round_scores(uint32_t (&p)[N / 2], const float (&s)[N]) {
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) p[i] = ptx::pair(s[2 * i], s[2 * i + 1]);
+}
+template <int N> __device__ __forceinline__ void rescale(float (&o)[N], const float (&alpha)[2]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) o[i] *= alpha[i / 2 % 2];
+}
+
+// A warp's 16 rows of x (16, D), rounded, in the rows of a tile of `rows` that starts at `to`.
+template <int D>
+__device__ __forceinline__ void store_rows(uint32_t to, int rows, int first_row, const float (&x)[D / 2], int lane) {
+    const int row = first_row + lane % 16;
+#pragma unroll
+    for (int j = 0; j < D / 8; j += 2) {
+        const int chunk = j % 8 + lane / 16;
+        ptx::store_matrices(to + j / 8 * rows * 128 + row * 128 + ((chunk ^ row % 8) << 4),
+                            ptx::pair(x[4 * j], x[4 * j + 1]), ptx::pair(x[4 * j + 2], x[4 * j + 3]),
+                            ptx::pair(x[4 * j + 4], x[4 * j + 5]), ptx::pair(x[4 * j + 6], x[4 * j + 7]));
+    }
+}
+
+// Divides by l and writes the output or the state, and LSE. A warp whose 16 rows are all the tile's own goes through
+// shared memory, where Q stood, and the copy engine; one at the end of a short tile writes row by row.
+template <int D> __device__ __forceinline__ void
+forward_finish(const AttentionForward<bf16>& a, const ForwardMaps& maps, ForwardShared<D>& s, int slot, const Place& at,
+               const float (&m)[2], float (&l)[2], float (&o)[D / 2]) {
+    const ForwardTile tile = s.tile[slot];
+    const int row = rows_of_group * at.group + 16 * at.warp, first = tile.begin + row;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int token = first + 8 * i + at.g;
+        l[i] = quad_sum(l[i]);
+        const float inverse = l[i] > 0 ? 1 / l[i] : 0;
+#pragma unroll
+        for (int j = 0; j < D / 8; j++) o[4 * j + 2 * i] *= inverse, o[4 * j + 2 * i + 1] *= inverse;
+        if (at.t == 0 && token < tile.end)
+            a.lse[size_t(tile.head) * a.T + token] = m[i] * (1 / sqrtf(float(D))) + logf(l[i]);
+    }
+    if (a.last && first + 16 <= tile.end) {
+        store_rows<D>(ptx::address(s.q[slot]), forward_queries, row, o, at.lane);
+        ptx::fence_async();
+        __syncwarp();
+        if (at.lane == 0) {
+            for (int half = 0; half < D / 64; half++)
+                ptx::tensor_store(&maps.out, 0, first, half, tile.head,
+                                  s.q[slot] + (half * forward_queries + row) * columns_of_half);
+            ptx::bulk_commit();
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int token = first + 8 * i + at.g;
+        const size_t to = (size_t(token) * a.H + tile.head) * D + 2 * at.t;
+        if (token >= tile.end) continue;
+#pragma unroll
+        for (int j = 0; j < D / 8; j++) {
+            const float x = o[4 * j + 2 * i], y = o[4 * j + 2 * i + 1];
+            if (a.last) *(uint32_t*)(a.out + to + 8 * j) = ptx::pair(x, y);
+            else *(float2*)(a.state + to + 8 * j) = {x, y};
+        }
+    }
+}
+
+// A warpgroup's place in the rings, and what it carries from step to step.
+template <int D> struct ForwardGroup {
+    ForwardShared<D>& s;
+    const Place at;
+    Ring<2> q, k, v;
+    uint64_t queries; // its rows of Q
+    float o[D / 2], scores[forward_keys / 2], m[2], l[2], alpha[2];
+    bool risen, last; // the step's m rose, by alpha; the step was the tile's last
+
+    __device__ __forceinline__ ForwardGroup(ForwardShared<D>& s, int group) : s(s), at(group) {}
+
+    __device__ __forceinline__ void issue_scores() {
+        issue_rows<D, forward_keys, forward_queries, forward_keys>(scores, queries,
+                                                                   ptx::matrix(ptx::address(s.k[k.slot])));
+        ptx::product_commit();
+    }
+    __device__ __forceinline__ void issue_output(uint32_t (&p)[forward_keys / 4]) {
+        ptx::settle(o), ptx::settle(p);
+        issue_columns<D, forward_keys>(o, p, ptx::matrix(ptx::address(s.v[v.slot]), forward_keys * 128));
+        ptx::product_commit();
+    }
+    // The scores have come: to p, without any wait between.
+    __device__ __forceinline__ void soften(uint32_t (&p)[forward_keys / 4]) {
+        const ForwardStep step = s.step[k.slot];
+        ptx::settle(scores);
+        if (step.masked)
+            forward_mask(scores, s.q_label[q.slot] + rows_of_group * at.group + 16 * at.warp + at.g, s.k_label[k.slot],
+                         step.keys, at.t);
+        if (at.lane == 0) ptx::barrier_arrive(&s.k_empty[k.slot]);
+        k.next();
+        last = step.last;
+        risen = softmax_step<D>(scores, m, l, alpha);
+        round_scores(p, scores);
+    }
+    // The output has come.
+    __device__ __forceinline__ void finish_output() {
+        ptx::product_wait<0>();
+        ptx::settle(o);
+        if (at.lane == 0) ptx::barrier_arrive(&s.v_empty[v.slot]);
+        v.next();
+    }
+    // Scores, then p_now; meanwhile the output of the step before, by p_before.
+    __device__ __forceinline__ void step(uint32_t (&p_before)[forward_keys / 4], uint32_t (&p_now)[forward_keys / 4]) {
+        const int my_turn = 1 + at.group, other_turn = 2 - at.group;
+        ptx::barrier_wait(&s.k_full[k.slot], k.phase);
+        ptx::named_sync(my_turn, 256);
+        ptx::settle(o), ptx::settle(p_before);
+        ptx::product_fence();
+        issue_scores();
+        issue_output(p_before);
+        ptx::named_arrive(other_turn, 256);
+        ptx::product_wait<1>();
+        soften(p_now);
+        ptx::barrier_wait(&s.v_full[v.slot ^ 1], v.slot ? v.phase ^ 1 : v.phase);
+        finish_output();
+        if (risen) rescale(o, alpha);
+    }
+};
+
+// A warpgroup of queries.
+template <int D> __device__ __forceinline__ void
+forward_compute(const AttentionForward<bf16>& a, const ForwardMaps& maps, ForwardShared<D>& s, int group) {
+    ForwardGroup<D> w(s, group);
+    bool storing = false; // Q of the tile before still has its output, which may be on its way out
+    if (group == 0) ptx::named_arrive(1, 256);
+    for (;; w.q.next()) {
+        ptx::barrier_wait(&s.q_full[w.q.slot], w.q.phase);
+        if (w.at.lane == 0 && storing) {
+            ptx::bulk_wait_read<0>();
+            ptx::barrier_arrive(&s.q_empty[w.q.slot ^ 1]);
+        }
+        if (s.tile[w.q.slot].head < 0) return;
+        storing = true;
+
+        w.queries = ptx::matrix(ptx::address(s.q[w.q.slot]) + group * rows_of_group * 128);
+        forward_start(a, s, w.q.slot, w.at, w.queries, w.m, w.l, w.o);
+
+        if (s.tile[w.q.slot].any) {
+            uint32_t p[forward_keys / 4], p_odd[forward_keys / 4];
+            ptx::barrier_wait(&s.k_full[w.k.slot], w.k.phase);
+            ptx::product_fence();
+            w.issue_scores();
+            ptx::product_wait<0>();
+            w.soften(p);
+            ptx::barrier_wait(&s.v_full[w.v.slot], w.v.phase);
+            if (w.risen) rescale(w.o, w.alpha);
+            bool odd = false;
+            while (!w.last) {
+                w.step(p, p_odd);
+                odd = w.last;
+                if (!odd) w.step(p_odd, p);
+            }
+#pragma unroll
+            for (int i = 0; i < forward_keys / 4; i++) p[i] = odd ? p_odd[i] : p[i];
+            ptx::settle(w.o), ptx::settle(p);
+            ptx::product_fence();
+            w.issue_output(p);
+            w.finish_output();
+        }
+        forward_finish(a, maps, s, w.q.slot, w.at, w.m, w.l, w.o);
+    }
+}
+
+// Block: 128 queries of one head at a time; warpgroups and shared memory as above, 203 KiB of it. Bound by the tensor
+// cores (4 D FLOP a pair of query and key), with the exponentials, half as long, under them.
+template <int D> __global__ void __launch_bounds__(block_threads, 1)
+    attention_hopper_forward_kernel(const __grid_constant__ AttentionForward<bf16> a,
+                                    const __grid_constant__ ForwardMaps maps, const __grid_constant__ Schedule schedule) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    extern __shared__ __align__(1024) uint8_t memory[];
+    ForwardShared<D>& s = *(ForwardShared<D>*)memory;
+    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 2; i++) {
+            ptx::barrier_init(&s.q_full[i], filling), ptx::barrier_init(&s.q_empty[i], 8);
+            ptx::barrier_init(&s.k_full[i], filling), ptx::barrier_init(&s.k_empty[i], 8);
+            ptx::barrier_init(&s.v_full[i], 1), ptx::barrier_init(&s.v_empty[i], 8);
+        }
+        ptx::barrier_init_fence();
+    }
+    __syncthreads();
+    if (group == 0) {
+        ptx::registers_give<40>();
+        if (threadIdx.x < 32) forward_load<D>(a, maps, s, schedule, threadIdx.x);
+    } else {
+        ptx::registers_take<232>();
+        forward_compute<D>(a, maps, s, group - 1);
+    }
+#endif
+}
+
+constexpr int backward_queries = 64, backward_keys = 128; // of a tile
+
+struct BackwardItem {
+    int32_t row, begin, end, head; // a tile of keys, a KV head; head < 0: there are no more
+    bool any;                      // it has steps
+};
+struct BackwardStep {
+    int32_t begin, head, queries; // first query, query head; as many of the tile's queries count (more: all)
+    bool masked, last;
+};
+
+template <int D> struct alignas(1024) BackwardShared {
+    static constexpr int q_slots = 3;
+    bf16 k[backward_keys * D];
+    bf16 v[backward_keys * D];
+    bf16 q[q_slots][backward_queries * D];
+    bf16 dout[2][backward_queries * D];
+    bf16 ds[2][backward_queries * backward_keys]; // (queries, keys): the halves are the two warpgroups' keys
+    float out[8][16 * 64];                             // a warp's part of dQ, later of dK and dV, on its way out
+    TokenLabel q_label[q_slots][backward_queries], k_label[backward_keys];
+    float lse[q_slots][backward_queries], delta[2][backward_queries];
+    BackwardItem item;
+    BackwardStep step[q_slots];
+    int2 ds_place[8][2]; // first query and head of the dS that a warp has written and not yet used for dQ; head < 0: none
+    ptx::Barrier kv_full, kv_empty, q_full[q_slots], q_empty[q_slots], dout_full[2], dout_empty[2];
+    ptx::Barrier posted[q_slots], ds_full[2];
+};
+
+struct BackwardMaps {
+    CUtensorMap q, k, v, dout, dq, dkv, dkv_out;
+};
+
+// The first loading warp: the item's keys and values, then queries and dO of all its steps, head by head of the group.
+template <int D> __device__ __forceinline__ void backward_load(const AttentionBackward<bf16>& a,
+                                                               const BackwardMaps& maps, BackwardShared<D>& s,
+                                                               const Schedule& schedule, int lane) {
+    Ring<BackwardShared<D>::q_slots> q;
+    Ring<2> dout;
+    uint32_t phase = 0;
+    for (int item = blockIdx.x;; item = schedule.next(lane)) {
+        ptx::barrier_wait(&s.kv_empty, phase ^ 1);
+        phase ^= 1;
+        if (item >= schedule.items) break;
+        const QueryTile tile = a.map.tiles[schedule.tile(item)];
+        const int kv_head = schedule.head(item), heads_end = (kv_head + 1) * schedule.group;
+        copy_row<backward_keys>(s.k_label, a.k_label, tile.begin, a.Tk, lane);
+        ptx::barrier_arrive_copies(&s.kv_full);
+        if (lane != 0) continue;
+        s.item = {tile.row, tile.begin, tile.end, kv_head, tile.first_range < tile.last_range};
+        ptx::barrier_arrive_expect(&s.kv_full, 2 * sizeof s.k);
+        load_tile(s.k, maps.k, tile.begin, kv_head, &s.kv_full);
+        load_tile(s.v, maps.v, tile.begin, kv_head, &s.kv_full);
+        for (int head = heads_end - schedule.group; head < heads_end; head++)
+            for (int r = tile.first_range; r < tile.last_range; r++) {
+                const KeyRange range = a.map.ranges[r];
+                const bool all_masked = range.masked || s.item.end - s.item.begin < backward_keys;
+                const bool last_range = r + 1 == tile.last_range && head + 1 == heads_end;
+                for (int begin = range.begin; begin < range.end; begin += backward_queries) {
+                    const int next = begin + backward_queries;
+                    ptx::barrier_wait(&s.q_empty[q.slot], q.phase ^ 1);
+                    s.step[q.slot] = {begin, head, range.end - begin, all_masked || next > range.end,
+                                      last_range && next >= range.end};
+                    ptx::barrier_arrive(&s.posted[q.slot]);
+                    ptx::barrier_arrive_expect(&s.q_full[q.slot], sizeof s.q[0]);
+                    load_tile(s.q[q.slot], maps.q, begin, head, &s.q_full[q.slot]);
+                    q.next();
+                    ptx::barrier_wait(&s.dout_empty[dout.slot], dout.phase ^ 1);
+                    ptx::barrier_arrive_expect(&s.dout_full[dout.slot], sizeof s.dout[0]);
+                    load_tile(s.dout[dout.slot], maps.dout, begin, head, &s.dout_full[dout.slot]);
+                    dout.next();
+                }
+            }
+    }
+    if (lane == 0) s.item.head = -1;
+    ptx::barrier_arrive_copies(&s.kv_full);
+    if (lane != 0) return;
+    ptx::barrier_arrive(&s.kv_full);
+    s.step[q.slot].head = -1;
+    ptx::barrier_arrive(&s.posted[q.slot]);
+}
+
+// The second loading warp: LSE, delta and labels of the steps that the first one posts.
+template <int D> __device__ __forceinline__ void backward_load_rows(const AttentionBackward<bf16>& a,
+                                                                    BackwardShared<D>& s, int lane) {
+    Ring<BackwardShared<D>::q_slots> q;
+    Ring<2> dout;
+    for (;; q.next(), dout.next()) {
+        ptx::barrier_wait(&s.posted[q.slot], q.phase);
+        const BackwardStep step = s.step[q.slot];
+        if (step.head < 0) return;
+        copy_row<backward_queries>(s.lse[q.slot], a.lse + size_t(step.head) * a.T, step.begin, a.T, lane);
+        if (step.masked) copy_row<backward_queries>(s.q_label[q.slot], a.q_label, step.begin, a.T, lane);
+        ptx::barrier_arrive_copies(&s.q_full[q.slot]);
+        ptx::barrier_wait(&s.dout_empty[dout.slot], dout.phase ^ 1);
+        copy_row<backward_queries>(s.delta[dout.slot], a.delta + size_t(step.head) * a.T, step.begin, a.T, lane);
+        ptx::barrier_arrive_copies(&s.dout_full[dout.slot]);
+    }
+}
+
+// s^T (keys, queries) becomes P^T = exp(S / sqrt(D) - LSE).
+template <int D>
+__device__ __forceinline__ void probabilities(float (&s)[backward_queries / 2], const float* lse, int t) {
+    const float log2e = 1.44269504088896341f, scale = log2e / sqrtf(float(D));
+#pragma unroll
+    for (int j = 0; j < backward_queries / 8; j++) {
+        const float2 two = ((const float2*)lse)[4 * j + t];
+        const float offset[2] = {-log2e * two.x, -log2e * two.y};
+#pragma unroll
+        for (int i = 0; i < 4; i++) s[4 * j + i] = ptx::exp2(s[4 * j + i] * scale + offset[i % 2]);
+    }
+}
+
+// P^T = 0 where the query does not see the key, for keys from number `keys` on, and from column `queries` on. What
+// stood there may be infinite: queries that see nothing have LSE = -inf.
+__device__ __forceinline__ void backward_mask(float (&p)[backward_queries / 2], const TokenLabel* q_label, int queries,
+                                              const TokenLabel* k_label, int first_key, int keys, int t) {
+    TokenLabel k[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        k[i] = k_label[first_key + 8 * i];
+        if (first_key + 8 * i >= keys) k[i].doc = hidden_doc;
+    }
+#pragma unroll
+    for (int j = 0; j < backward_queries / 8; j++) {
+        const int4 two = ((const int4*)q_label)[4 * j + t];
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const int index = 8 * j + 2 * t + e < queries ? (e ? two.z : two.x) : -1, doc = e ? two.w : two.y;
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                if (!visible(index, doc, k[i].index, k[i].doc)) p[4 * j + 2 * i + e] = 0;
+        }
+    }
+}
+
+// dp^T becomes dS^T = P^T (dP^T - delta) / sqrt(D): with the scale in it, dQ and dK need none.
+template <int D> __device__ __forceinline__ void score_gradients(float (&dp)[backward_queries / 2],
+                                                                 const float (&p)[backward_queries / 2],
+                                                                 const float* delta, int t) {
+    const float scale = 1 / sqrtf(float(D));
+#pragma unroll
+    for (int j = 0; j < backward_queries / 8; j++) {
+        const float2 two = ((const float2*)delta)[4 * j + t];
+        const float offset[2] = {-scale * two.x, -scale * two.y};
+#pragma unroll
+        for (int i = 0; i < 4; i++) dp[4 * j + i] = p[4 * j + i] * (dp[4 * j + i] * scale + offset[i % 2]);
+    }
+}
+
+// A warpgroup's place in the rings, and what it carries from step to step.
+template <int D> struct BackwardGroup {
+    static constexpr int dq_columns = D / 2; // of dQ, which the two warpgroups share out by columns
+    const AttentionBackward<bf16>& a;
+    const BackwardMaps& maps;
+    BackwardShared<D>& s;
+    const Place at;
+    Ring<BackwardShared<D>::q_slots> q;
+    uint32_t number = 0; // of the step, over all items
+    float dk[D / 2], dv[D / 2];
+    uint32_t rounded[backward_queries / 4]; // P, then dS
+
+    __device__ __forceinline__ BackwardGroup(const AttentionBackward<bf16>& a, const BackwardMaps& maps,
+                                             BackwardShared<D>& s, int group)
+        : a(a), maps(maps), s(s), at(group) {}
+
+    // Rings of two slots, by the number of the step.
+    static __device__ __forceinline__ int slot(uint32_t number) { return number & 1; }
+    static __device__ __forceinline__ uint32_t phase(uint32_t number) { return number >> 1 & 1; }
+    // The named barrier at which a warpgroup waits to overwrite a buffer of dS: the other one is done with it.
+    static __device__ __forceinline__ int ds_free(int slot, int group) { return 1 + 2 * slot + group; }
+
+    // A warp's 16 rows of C columns, from fragments, are added to memory by the copy engine; token, part and head as in
+    // head_map. Rows g and g + 1 would write to the same banks, so that odd rows write their columns in another order.
+    template <int C>
+    __device__ __forceinline__ void add_rows(const float (&x)[C / 2], const CUtensorMap& map, int token, int part,
+                                             int head) {
+        float* out = s.out[4 * at.group + at.warp];
+        const bool odd = at.g & 1;
+        const uint32_t even_to = ptx::address(out) + at.g * 128 + ((at.t / 2 ^ at.g) << 4) + at.t % 2 * 8;
+        const uint32_t to = even_to ^ (odd ? 64 : 0);
+        if (at.lane == 0) ptx::bulk_wait_read<0>();
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < C / 8; j++) // blocks j and j + 2 of every four
+            if (j % 4 < 2)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const uint32_t rows = j / 4 * 2048 + i * 1024, block = j % 2 * 32;
+                    const float *low = x + 4 * j + 2 * i, *high = low + 8;
+                    ptx::store_pair((to ^ block) + rows, odd ? high[0] : low[0], odd ? high[1] : low[1]);
+                    ptx::store_pair((to ^ block ^ 64) + rows, odd ? low[0] : high[0], odd ? low[1] : high[1]);
+                }
+        ptx::fence_async();
+        __syncwarp();
+        if (at.lane == 0) {
+            ptx::tensor_add(&map, 0, token, part, head, out);
+            ptx::bulk_commit();
+        }
+    }
+
+    __device__ __forceinline__ void issue_scores(float (&p)[backward_queries / 2]) {
+        const uint64_t keys = ptx::matrix(ptx::address(s.k) + at.group * rows_of_group * 128);
+        issue_rows<D, backward_queries, backward_keys, backward_queries>(p, keys, ptx::matrix(ptx::address(s.q[q.slot])));
+        ptx::product_commit();
+    }
+    __device__ __forceinline__ void issue_dp(float (&dp)[backward_queries / 2]) {
+        const uint64_t values = ptx::matrix(ptx::address(s.v) + at.group * rows_of_group * 128);
+        issue_rows<D, backward_queries, backward_keys, backward_queries>(
+            dp, values, ptx::matrix(ptx::address(s.dout[slot(number)])));
+        ptx::product_commit();
+    }
+    __device__ __forceinline__ void issue_dv() {
+        issue_columns<D, backward_queries>(
+            dv, rounded, ptx::matrix(ptx::address(s.dout[slot(number)]), backward_queries * 128));
+        ptx::product_commit();
+    }
+    __device__ __forceinline__ void issue_dk(int q_slot) {
+        issue_columns<D, backward_queries>(dk, rounded,
+                                           ptx::matrix(ptx::address(s.q[q_slot]), backward_queries * 128));
+        ptx::product_commit();
+    }
+    // dQ of a step, once both warpgroups have written its dS. An item's first step has none before it and makes the product
+    // of anything: products under a condition would be made one by one.
+    __device__ __forceinline__ void issue_dq(float (&dq)[dq_columns / 2], uint32_t number) {
+        ptx::barrier_wait(&s.ds_full[slot(number)], phase(number));
+        ptx::product_fence();
+        const uint64_t x = ptx::matrix(ptx::address(s.ds[slot(number)]));
+        const int half = at.group * dq_columns / 64, rest = at.group * dq_columns % 64;
+        const uint64_t y = ptx::matrix(ptx::address(s.k) + half * backward_keys * 128 + rest * 2);
+#pragma unroll
+        for (int i = 0; i < backward_keys / 16; i++)
+            ptx::product<dq_columns, true>(dq, x + i / 4 * backward_queries * 8 + i % 4 * 2, y + i * 128, i > 0);
+        ptx::product_commit();
+    }
+    __device__ __forceinline__ void add_dq(float (&dq)[dq_columns / 2], uint32_t number) {
+        ptx::settle(dq);
+        int2& place = s.ds_place[4 * at.group + at.warp][slot(number)];
+        const int token = place.x, head = place.y;
+        if (head < 0) return;
+        __syncwarp();
+        if (at.lane == 0) place.y = -1;
+        ptx::named_arrive(ds_free(slot(number), at.group ^ 1), 256);
+        add_rows<dq_columns>(dq, maps.dq, token + 16 * at.warp, at.group * (D / 64), head);
+    }
+
+    // P of the item's first step.
+    __device__ __forceinline__ void start_steps(float (&p)[backward_queries / 2]) {
+        ptx::barrier_wait(&s.q_full[q.slot], q.phase);
+        ptx::product_fence();
+        issue_scores(p);
+        ptx::product_wait<0>();
+        soften(p);
+    }
+    // dV and dS, from P.
+    __device__ __forceinline__ void step_values(float (&x)[backward_queries / 2],
+                                                const float (&p)[backward_queries / 2]) {
+        ptx::barrier_wait(&s.dout_full[slot(number)], phase(number));
+        round_scores(rounded, p);
+        ptx::settle(dv), ptx::settle(rounded);
+        ptx::product_fence();
+        issue_dp(x);
+        issue_dv();
+        ptx::product_wait<1>(); // dP
+        ptx::settle(x);
+        ptx::named_sync(ds_free(slot(number), at.group), 256);
+        score_gradients<D>(x, p, s.delta[slot(number)], at.t);
+        store_ds(x);
+        ptx::product_wait<0>(); // dV
+        ptx::settle(dv), ptx::settle(rounded);
+        if (at.lane == 0) ptx::barrier_arrive(&s.dout_empty[slot(number)]);
+    }
+    // dK, from dS, and dQ of the step before; meanwhile P of the next step.
+    __device__ __forceinline__ void step_keys(float (&p)[backward_queries / 2],
+                                              const float (&x)[backward_queries / 2]) {
+        float dq[dq_columns / 2];
+        const int q_slot = q.slot;
+        q.next();
+        ptx::barrier_wait(&s.q_full[q.slot], q.phase);
+        round_scores(rounded, x);
+        ptx::settle(dk), ptx::settle(rounded);
+        ptx::product_fence();
+        issue_scores(p);
+        issue_dq(dq, number - 1);
+        issue_dk(q_slot);
+        ptx::product_wait<2>(); // S
+        soften(p);
+        ptx::product_wait<1>(); // dQ
+        add_dq(dq, number - 1);
+        ptx::product_wait<0>(); // dK
+        ptx::settle(dk), ptx::settle(rounded);
+        if (at.lane == 0) ptx::barrier_arrive(&s.q_empty[q_slot]);
+        number++;
+    }
+    // What the item's last step left to do.
+    __device__ __forceinline__ void finish_steps(const float (&x)[backward_queries / 2]) {
+        float dq[dq_columns / 2];
+        round_scores(rounded, x);
+        ptx::settle(dk), ptx::settle(rounded);
+        ptx::product_fence();
+        issue_dk(q.slot);
+        issue_dq(dq, number - 1);
+        ptx::product_wait<0>();
+        ptx::settle(dk), ptx::settle(rounded);
+        add_dq(dq, number - 1);
+        issue_dq(dq, number);
+        ptx::product_wait<0>();
+        if (at.lane == 0) ptx::barrier_arrive(&s.q_empty[q.slot]);
+        add_dq(dq, number);
+        q.next();
+        number++;
+    }
+    __device__ __forceinline__ void soften(float (&p)[backward_queries / 2]) {
+        ptx::settle(p);
+        const BackwardStep step = s.step[q.slot];
+        probabilities<D>(p, s.lse[q.slot], at.t);
+        if (step.masked)
+            backward_mask(p, s.q_label[q.slot], step.queries, s.k_label, rows_of_group * at.group + 16 * at.warp + at.g,
+                          s.item.end - s.item.begin, at.t);
+    }
+    // dS^T of this step, rounded, to shared memory as (queries, keys).
+    __device__ __forceinline__ void store_ds(const float (&x)[backward_queries / 2]) {
+        const int key_block = at.lane / 8 % 2, query_block = at.lane / 16, query = at.lane % 8;
+        const uint32_t to = ptx::address(s.ds[slot(number)]) + at.group * backward_queries * 128 + query_block * 1024 +
+                            query * 128 + (((2 * at.warp + key_block) ^ query) << 4);
+#pragma unroll
+        for (int j = 0; j < backward_queries / 8; j += 2)
+            ptx::store_matrices_transposed(to + j * 1024, ptx::pair(x[4 * j], x[4 * j + 1]),
+                                           ptx::pair(x[4 * j + 2], x[4 * j + 3]), ptx::pair(x[4 * j + 4], x[4 * j + 5]),
+                                           ptx::pair(x[4 * j + 6], x[4 * j + 7]));
+        ptx::fence_async();
+        __syncwarp();
+        if (at.lane == 0) {
+            s.ds_place[4 * at.group + at.warp][slot(number)] = {s.step[q.slot].begin, s.step[q.slot].head};
+            ptx::barrier_arrive(&s.ds_full[slot(number)]);
+        }
+    }
+
+    // A warp's 16 rows of dK or dV, rounded, to dkv_out; rows from `rows` on are not the tile's.
+    __device__ __forceinline__ void store_gradient(const float (&x)[D / 2], int token, int rows, int head) {
+        float* out = s.out[4 * at.group + at.warp];
+        if (rows >= 16) {
+            if (at.lane == 0) ptx::bulk_wait_read<0>();
+            __syncwarp();
+            store_rows<D>(ptx::address(out), 16, 0, x, at.lane);
+            ptx::fence_async();
+            __syncwarp();
+            if (at.lane == 0) {
+                for (int half = 0; half < D / 64; half++)
+                    ptx::tensor_store(&maps.dkv_out, 0, token, half, head, (bf16*)out + half * 16 * columns_of_half);
+                ptx::bulk_commit();
+            }
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            bf16* to = a.dkv_out + size_t(token + 8 * i + at.g) * a.dkv_out_stride + head * D + 2 * at.t;
+            if (8 * i + at.g < rows)
+#pragma unroll
+                for (int j = 0; j < D / 8; j++)
+                    *(uint32_t*)(to + 8 * j) = ptx::pair(x[4 * j + 2 * i], x[4 * j + 2 * i + 1]);
+        }
+    }
+    __device__ __forceinline__ void add_anchor(float (&x)[D / 2], const bool (&own)[2], const float* danchor) {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            if (own[i])
+#pragma unroll
+                for (int j = 0; j < D / 8; j++)
+#pragma unroll
+                    for (int e = 0; e < 2; e++) x[4 * j + 2 * i + e] += danchor[8 * j + 2 * at.t + e];
+    }
+    // K and V are free for the next item before dK and dV are on their way.
+    __device__ __forceinline__ void finish_item() {
+        const BackwardItem item = s.item;
+        const int row = rows_of_group * at.group + 16 * at.warp, token = item.begin + row;
+        bool own[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            own[i] = s.k_label[row + 8 * i + at.g].doc == hidden_doc && token + 8 * i + at.g < item.end;
+        __syncwarp();
+        if (at.lane == 0) ptx::barrier_arrive(&s.kv_empty);
+        if (!a.dkv_out) {
+#pragma unroll
+            for (int part = 0; part < D / 64; part++) {
+                add_rows<64>(*(float(*)[32]) & dk[32 * part], maps.dkv, token, 2 * part, item.head);
+                add_rows<64>(*(float(*)[32]) & dv[32 * part], maps.dkv, token, 2 * part, a.K + item.head);
+            }
+            return;
+        }
+        if (a.danchor && __any_sync(~0u, own[0] || own[1])) {
+            const float* danchor = a.danchor + (size_t(item.row) * 2 * a.K + item.head) * D;
+            add_anchor(dk, own, danchor);
+            add_anchor(dv, own, danchor + a.K * D);
+        }
+        store_gradient(dk, token, item.end - token, item.head);
+        store_gradient(dv, token, item.end - token, a.K + item.head);
+    }
+};
+
+// A warpgroup of keys.
+template <int D> __device__ __forceinline__ void backward_compute(const AttentionBackward<bf16>& a,
+                                                                  const BackwardMaps& maps, BackwardShared<D>& s,
+                                                                  int group) {
+    BackwardGroup<D> w(a, maps, s, group);
+    for (int slot = 0; slot < 2; slot++) ptx::named_arrive(w.ds_free(slot, group ^ 1), 256);
+    if (w.at.lane < 2) s.ds_place[4 * group + w.at.warp][w.at.lane].y = -1;
+    for (uint32_t phase = 0;; phase ^= 1) {
+        ptx::barrier_wait(&s.kv_full, phase);
+        if (s.item.head < 0) break;
+#pragma unroll
+        for (int i = 0; i < D / 2; i++) w.dk[i] = w.dv[i] = 0;
+        if (s.item.any) {
+            float p[backward_queries / 2], x[backward_queries / 2];
+            w.start_steps(p);
+            for (;;) {
+                w.step_values(x, p);
+                if (s.step[w.q.slot].last) break;
+                w.step_keys(p, x);
+            }
+            w.finish_steps(x);
+        }
+        w.finish_item();
+    }
+    if (w.at.lane == 0) ptx::bulk_wait_read<0>();
+}
+
+// Block: 128 keys of one KV head at a time, which visit tiles of 64 queries; dK and dV stay in registers, dQ is added
+// in memory, 32 KiB a step. Shared memory: 212 KiB. Bound by the tensor cores (10 D FLOP a pair) and, within a few
+// percent of that, by shared memory.
+template <int D> __global__ void __launch_bounds__(block_threads, 1)
+    attention_hopper_backward_kernel(const __grid_constant__ AttentionBackward<bf16> a,
+                                     const __grid_constant__ BackwardMaps maps,
+                                     const __grid_constant__ Schedule schedule) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    extern __shared__ __align__(1024) uint8_t memory[];
+    BackwardShared<D>& s = *(BackwardShared<D>*)memory;
+    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
+    if (threadIdx.x == 0) {
+        ptx::barrier_init(&s.kv_full, filling), ptx::barrier_init(&s.kv_empty, 8);
+        for (int i = 0; i < s.q_slots; i++)
+            ptx::barrier_init(&s.q_full[i], filling), ptx::barrier_init(&s.q_empty[i], 8), ptx::barrier_init(&s.posted[i], 1);
+        for (int i = 0; i < 2; i++) {
+            ptx::barrier_init(&s.dout_full[i], filling), ptx::barrier_init(&s.dout_empty[i], 8);
+            ptx::barrier_init(&s.ds_full[i], 8);
+        }
+        ptx::barrier_init_fence();
+    }
+    __syncthreads();
+    if (group == 0) {
+        ptx::registers_give<24>();
+        if (threadIdx.x < 32) backward_load<D>(a, maps, s, schedule, threadIdx.x);
+        else if (threadIdx.x < 64) backward_load_rows<D>(a, s, threadIdx.x - 32);
+    } else {
+        ptx::registers_take<240>();
+        backward_compute<D>(a, maps, s, group - 1);
+    }
+#endif
+}
+
+// (T, heads, D) of bf16 or fp32, tokens `stride` elements apart, in boxes of `rows` tokens and `halves` times 128 bytes
+// of one head. Coordinates: column of the 128 bytes, token, 128-byte part, head.
+inline CUtensorMap head_map(const void* base, bool fp32, size_t stride, size_t T, size_t heads, size_t D, uint32_t rows,
+                            uint32_t parts) {
+    const size_t bytes = fp32 ? 4 : 2, width = 128 / bytes;
+    return ptx::tensor_map(fp32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base,
+                           {{width, T, D / width, heads},
+                            {stride * bytes, 128, D * bytes},
+                            {uint32_t(width), rows, parts, 1}});
+}
+// As many heads together as have their rows, of `bytes` a head, in half of the L2 cache.
+inline Schedule schedule_of(Gpu gpu, int tiles, int heads, int group, size_t bytes) {
+    int together = int(std::min<size_t>(heads, gpu.context->l2_bytes / 2 / std::max<size_t>(bytes, 1)));
+    while (together > 1 && heads % together != 0) together--;
+    together = std::max(together, 1);
+    CUDA_CHECK(cudaMemsetAsync(gpu.context->scratch, 0, sizeof(int), gpu.stream));
+    return {tiles * heads, tiles * together, together, group, (int*)gpu.context->scratch};
+}
+
+template <int D> void forward_launch(Gpu gpu, const AttentionForward<bf16>& a) {
+    const auto* keys = a.Tk > 0 ? a.kv : a.q; // a map of no keys is never used, but must be one
+    const size_t Tk = std::max(a.Tk, 1), kv_stride = a.Tk > 0 ? a.kv_stride : a.q_stride;
+    ForwardMaps maps;
+    maps.q = head_map(a.q, false, a.q_stride, a.T, a.H, D, forward_queries, D / 64);
+    maps.k = head_map(keys, false, kv_stride, Tk, a.K, D, forward_keys, D / 64);
+    maps.v = head_map(a.Tk > 0 ? a.kv + size_t(a.K) * D : a.q, false, kv_stride, Tk, a.K, D, forward_keys, D / 64);
+    maps.out = head_map(a.last ? a.out : a.q, false, a.last ? size_t(a.H) * D : a.q_stride, a.T, a.H, D, 16, 1);
+    const auto kernel = attention_hopper_forward_kernel<D>;
+    const int shared = sizeof(ForwardShared<D>), group = a.H / a.K;
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    const Schedule schedule = schedule_of(gpu, a.map.count, a.H, group, Tk * 2 * D * sizeof(bf16) / group);
+    const int blocks = std::min(gpu.context->sms, schedule.items);
+    kernel<<<blocks, block_threads, shared, gpu.stream>>>(a, maps, schedule);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+template <int D> void backward_launch(Gpu gpu, const AttentionBackward<bf16>& a) {
+    const bool queries = a.T > 0; // maps of no queries are never used, but must be some
+    const size_t T = queries ? a.T : a.Tk, H = queries ? a.H : a.K, q_stride = queries ? a.q_stride : a.kv_stride;
+    const bf16* q = queries ? a.q : a.kv;
+    BackwardMaps maps;
+    maps.q = head_map(q, false, q_stride, T, H, D, backward_queries, D / 64);
+    maps.dout = queries ? head_map(a.dout, false, H * D, T, H, D, backward_queries, D / 64) : maps.q;
+    maps.k = head_map(a.kv, false, a.kv_stride, a.Tk, a.K, D, backward_keys, D / 64);
+    maps.v = head_map(a.kv + size_t(a.K) * D, false, a.kv_stride, a.Tk, a.K, D, backward_keys, D / 64);
+    maps.dq = queries ? head_map(a.dq, true, H * D, T, H, D, 16, D / 64) : maps.q;
+    if (a.dkv_out) maps.dkv_out = head_map(a.dkv_out, false, a.dkv_out_stride, a.Tk, 2 * a.K, D, 16, 1);
+    else maps.dkv = head_map(a.dkv, true, size_t(2) * a.K * D, a.Tk, 2 * a.K, D, 16, 2);
+    const auto kernel = attention_hopper_backward_kernel<D>;
+    const int shared = sizeof(BackwardShared<D>), group = a.H / a.K;
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    const size_t bytes = size_t(a.T) * group * D * (2 * sizeof(bf16) + sizeof(float));
+    const Schedule schedule = schedule_of(gpu, a.map.count, a.K, group, bytes);
+    const int blocks = std::min(gpu.context->sms, schedule.items);
+    kernel<<<blocks, block_threads, shared, gpu.stream>>>(a, maps, schedule);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+} // namespace hopper
+
+inline bool attention_hopper_fits(size_t D) { return D == 64 || D == 128; }
+inline AttentionTiles attention_hopper_tiles(size_t D) {
+    REQUIRE(attention_hopper_fits(D), "the Hopper attention has kernels for head sizes 64 and 128");
+    return {hopper::forward_queries, hopper::forward_keys, hopper::backward_queries, hopper::backward_keys};
+}
+
+// See AttentionForward in attention_anchor.cuh; the map is built with attention_hopper_tiles.
+inline void attention_hopper_forward(Gpu gpu, const AttentionForward<bf16>& a) {
+    REQUIRE(gpu.context->compute == 90, "use the portable kernel on a GPU that is not Hopper");
+    REQUIRE(a.D == 64 || a.D == 128, "use the portable kernel for head sizes other than 64 and 128");
+    REQUIRE(a.K > 0 && a.H % a.K == 0, "the heads must be a multiple of the KV heads");
+    REQUIRE(a.q_stride % 8 == 0 && a.kv_stride % 8 == 0, "tokens must be a multiple of 16 bytes apart");
+    if (a.map.count == 0) return;
+    if (a.D == 64) hopper::forward_launch<64>(gpu, a);
+    else hopper::forward_launch<128>(gpu, a);
+}
+
+// See AttentionBackward; dq, delta and danchor come from attention_backward_begin. The order of the additions to dq is
+// not fixed.
+inline void attention_hopper_backward(Gpu gpu, const AttentionBackward<bf16>& a) {
+    REQUIRE(gpu.context->compute == 90, "use the portable kernel on a GPU that is not Hopper");
+    REQUIRE(a.D == 64 || a.D == 128, "use the portable kernel for head sizes other than 64 and 128");
+    REQUIRE(a.K > 0 && a.H % a.K == 0, "the heads must be a multiple of the KV heads");
+    REQUIRE(a.q_stride % 8 == 0 && a.kv_stride % 8 == 0 && (!a.dkv_out || a.dkv_out_stride % 8 == 0),
+            "tokens must be a multiple of 16 bytes apart");
+    if (a.map.count == 0) return;
+    if (a.D == 64) hopper::backward_launch<64>(gpu, a);
+    else hopper::backward_launch<128>(gpu, a);
+}
+#endif

@@ -1,0 +1,429 @@
+// The Hopper kernels of attention against the CPU reference: all modes, sizes, heads, portions, layouts, long rows.
+#include "../layers/attention_hopper.cuh"
+#include "../layers/attention_mma.cuh" // begin and end of the backward
+#include "attention_rows.h"
+#include "gpu.h"
+
+namespace {
+// Of one problem: the gradients as dQ (T, H, D), dK and dV (T, K, D) each, for each has its own size of error.
+template <class E> struct Result {
+    Buffer<E> out;
+    Buffer<Acc<E>> lse; // (H, T)
+    Buffer<E> dq, dk, dv;
+    Result(size_t T, Sizes z) : out(T * z.H * z.D), lse(z.H * T), dq(out.count), dk(T * z.K * z.D), dv(dk.count) {}
+    // From rows of (2, K, D).
+    template <class X> void set_dkv(const X* dkv, size_t stride, Sizes z) {
+        const size_t width = z.K * z.D;
+        for (size_t i = 0; i < dk.count; i++) {
+            const X* row = dkv + i / width * stride + i % width;
+            dk[i] = E(row[0]), dv[i] = E(row[width]);
+        }
+    }
+};
+
+template <class E> Buffer<E> anchors(const Tokens& t, const Buffer<E>& qkv, Sizes z) {
+    Buffer<E> anchor(t.rows() * z.kv());
+    for (size_t i = 0; i < anchor.count; i++)
+        anchor[i] = qkv[t.row_begin[i / z.kv()] * z.qkv() + z.H * z.D + i % z.kv()];
+    return anchor;
+}
+bool anchored(const Tokens& t) { return is_anchor(t.index[0], t.doc[0]); }
+
+template <class E> Result<E> attend_cpu(const Tokens& t, const Buffer<E>& qkv, const Buffer<E>& dout, Sizes z) {
+    using A = Acc<E>;
+    const auto [H, K, D] = z;
+    const size_t T = t.size(), W = z.qkv();
+    const Cpu cpu;
+    Result<E> r(T, z);
+    Buffer<A> state(T * H * D), dq(T * H * D), dkv(T * z.kv()), danchor(t.rows() * z.kv()), delta(H * T);
+    const Buffer<E> anchor = anchors(t, qkv, z);
+    const E *k0 = anchored(t) ? anchor.data() : nullptr, *kv = qkv.data() + H * D;
+    AttentionMap map;
+    attention_map_build(map, t, t, attention_tiles_cpu);
+    dkv.fill(0), danchor.fill(0);
+    attention_forward(cpu, r.out.data(), r.lse.data(), state.data(), qkv.data(), W, kv, W, k0, map, Portion(), t, t, H,
+                      K, D);
+    attention_backward_begin(cpu, delta.data(), dq.data(), k0 ? danchor.data() : nullptr, dout.data(), r.out.data(),
+                             r.lse.data(), qkv.data(), W, k0, t, H, K, D);
+    attention_backward<E>(cpu, dq.data(), dkv.data(), nullptr, 0, nullptr, dout.data(), qkv.data(), W, kv, W,
+                          r.lse.data(), delta.data(), map, t, t, H, K, D);
+    if (k0) attention_add_anchor(cpu, dkv.data(), danchor.data(), t, z.kv());
+    for (size_t i = 0; i < dq.count; i++) r.dq[i] = E(dq[i]);
+    r.set_dkv(dkv.data(), z.kv(), z);
+    return r;
+}
+
+// A vector in the GPU's memory.
+template <class X> struct Uploaded {
+    X* data = nullptr;
+    explicit Uploaded(const std::vector<X>& from) {
+        CUDA_CHECK(cudaMalloc((void**)&data, std::max<size_t>(from.size(), 1) * sizeof(X)));
+        CUDA_CHECK(cudaMemcpy(data, from.data(), from.size() * sizeof(X), cudaMemcpyHostToDevice));
+    }
+    Uploaded(const Uploaded&) = delete;
+    ~Uploaded() { CUDA_CHECK(cudaFree(data)); }
+};
+struct MapOnGpu {
+    AttentionMap map;
+    Uploaded<TokenLabel> q, k;
+    Uploaded<QueryTile> forward_tiles, backward_tiles;
+    Uploaded<KeyRange> forward_ranges, backward_ranges;
+    static AttentionMap built(const Tokens& q, const Tokens& k, size_t D) {
+        AttentionMap map;
+        attention_map_build(map, q, k, attention_hopper_tiles(D));
+        return map;
+    }
+    MapOnGpu(const Tokens& qt, const Tokens& kt, size_t D)
+        : map(built(qt, kt, D)), q(token_labels(qt, false)), k(token_labels(kt, true)),
+          forward_tiles(map.forward.tiles), backward_tiles(map.backward.tiles), forward_ranges(map.forward.ranges),
+          backward_ranges(map.backward.ranges) {}
+    DeviceMap forward() const { return {forward_tiles.data, forward_ranges.data, int(map.forward.tiles.size())}; }
+    DeviceMap backward() const { return {backward_tiles.data, backward_ranges.data, int(map.backward.tiles.size())}; }
+};
+
+// The problem's buffers on the GPU, its keys in portions: portion[i] is the call in which token i is a key. In one
+// portion keys and values stand inside qkv and their gradients inside dqkv; in several they are packed, and summed.
+struct OnGpu {
+    const Gpu gpu = the_gpu();
+    const Tokens& t;
+    const Sizes z;
+    const size_t T, W, portions;
+    DeviceBuffer<bf16> qkv, dout, anchor, out, dqkv;
+    DeviceBuffer<float> lse, delta, state, dq, danchor;
+    const bf16* k0;
+    std::vector<std::vector<size_t>> from;
+    std::vector<std::unique_ptr<MapOnGpu>> map;
+    std::vector<std::unique_ptr<DeviceBuffer<bf16>>> packed;
+
+    OnGpu(const Tokens& t, const Buffer<bf16>& qkv, const Buffer<bf16>& dout, Sizes z,
+          const std::vector<size_t>& portion, size_t portions)
+        : t(t), z(z), T(t.size()), W(z.qkv()), portions(portions), qkv(qkv), dout(dout), anchor(anchors(t, qkv, z)),
+          out(dout.count), dqkv(qkv.count), lse(z.H * T), delta(z.H * T), state(dout.count), dq(dout.count),
+          danchor(t.rows() * z.kv()), k0(anchored(t) ? anchor.data() : nullptr), from(portions) {
+        for (size_t p = 0; p < portions; p++) {
+            const Tokens keys = subset(
+                t, [&](size_t i) { return portion[i] == p; }, &from[p]);
+            map.push_back(std::make_unique<MapOnGpu>(t, keys, z.D));
+            Buffer<bf16> kv(from[p].size() * z.kv());
+            for (size_t i = 0; i < kv.count; i++) kv[i] = qkv[from[p][i / z.kv()] * W + z.H * z.D + i % z.kv()];
+            packed.push_back(std::make_unique<DeviceBuffer<bf16>>(kv));
+        }
+    }
+    const bf16* kv(size_t p) { return portions == 1 ? qkv.data() + z.H * z.D : packed[p]->data(); }
+    size_t kv_stride() const { return portions == 1 ? W : z.kv(); }
+
+    void forward() {
+        for (size_t p = 0; p < portions; p++)
+            attention_hopper_forward(gpu, {qkv.data(), kv(p), k0, W, kv_stride(), map[p]->q.data, map[p]->k.data,
+                                           map[p]->forward(), p == 0, p + 1 == portions, out.data(), lse.data(),
+                                           state.data(), int(T), int(from[p].size()), int(z.H), int(z.K), int(z.D)});
+    }
+    void backward(Result<bf16>& r) {
+        fill_zero(gpu, danchor.data(), danchor.count * sizeof(float));
+        float* dk0 = k0 ? danchor.data() : nullptr;
+        attention_backward_begin<bf16>(gpu, delta, dq, dk0, dout, out, lse, qkv, W, k0, t.row_begin.data(), t.rows(), T,
+                                       z.H, z.K, z.D);
+        Buffer<float> sum(T * z.kv());
+        for (size_t p = 0; p < portions; p++) {
+            const size_t Tk = from[p].size();
+            DeviceBuffer<float> dkv(Tk * z.kv());
+            fill_zero(gpu, dkv.data(), dkv.count * sizeof(float));
+            bf16* dkv_out = portions == 1 ? dqkv.data() + z.H * z.D : nullptr;
+            attention_hopper_backward(gpu, {qkv.data(),
+                                            kv(p),
+                                            W,
+                                            kv_stride(),
+                                            dout.data(),
+                                            lse.data(),
+                                            delta.data(),
+                                            map[p]->q.data,
+                                            map[p]->k.data,
+                                            map[p]->backward(),
+                                            dq.data(),
+                                            dkv.data(),
+                                            dkv_out,
+                                            W,
+                                            dk0,
+                                            int(T),
+                                            int(Tk),
+                                            int(z.H),
+                                            int(z.K),
+                                            int(z.D)});
+            const Buffer<float> part = dkv.host();
+            for (size_t i = 0; i < part.count; i++) sum[from[p][i / z.kv()] * z.kv() + i % z.kv()] = part[i];
+        }
+        const Buffer<float> dq_host = dq.host(), danchor_host = danchor.host();
+        const Buffer<bf16> dqkv_host = dqkv.host();
+        for (size_t i = 0; i < dq_host.count; i++) r.dq[i] = bf16(dq_host[i]);
+        if (portions == 1) return r.set_dkv(dqkv_host.data() + z.H * z.D, W, z);
+        if (k0) attention_add_anchor(Cpu(), sum.data(), danchor_host.data(), t, z.kv());
+        r.set_dkv(sum.data(), z.kv(), z);
+    }
+    Result<bf16> run() {
+        Result<bf16> r(T, z);
+        forward();
+        Buffer<bf16> out_host = out.host();
+        Buffer<float> lse_host = lse.host();
+        std::copy_n(out_host.data(), out_host.count, r.out.data());
+        std::copy_n(lse_host.data(), lse_host.count, r.lse.data());
+        backward(r);
+        return r;
+    }
+};
+
+// Inputs of storage bf16 that all see alike.
+struct Problem {
+    Tokens t;
+    Sizes z;
+    Buffer<bf16> qkv, dout;
+    Problem(const Tokens& t, Sizes z, uint64_t seed)
+        : t(t), z(z), qkv(t.size() * z.qkv(), seed + 1), dout(t.size() * z.H * z.D, seed + 2) {}
+    Result<double> truth() const { return attend_cpu(t, converted<double>(qkv), converted<double>(dout), z); }
+    Result<bf16> yardstick() const { return attend_cpu(t, qkv, dout, z); }
+    Result<bf16> result(size_t portions = 1, uint64_t seed = 0) const {
+        std::vector<size_t> portion(t.size());
+        for (size_t i = 0; i < portion.size(); i++) portion[i] = hash64(seed, i / 20) % portions;
+        return OnGpu(t, qkv, dout, z, portion, portions).run();
+    }
+};
+
+// Where a query sees one key alone, dS = P (dP - delta) is 0 but for the roundings of two sums of D products, which are
+// allowed on top for dQ and dK: an ulp of fp32 for each product.
+void check_result(const Result<bf16>& r, const Result<bf16>& yardstick, const Result<double>& truth, size_t D) {
+    check_2x(r.out, yardstick.out, truth.out);
+    check_2x(r.lse, yardstick.lse, truth.lse);
+    check_2x(r.dv, yardstick.dv, truth.dv);
+    const double largest = std::max({largest_value(truth.dq), largest_value(truth.dk), largest_value(truth.dv)});
+    const double cancelled = double(D) * ulp<float>(largest);
+    auto close = [&](const Buffer<bf16>& x, const Buffer<bf16>& y, const Buffer<double>& exact) {
+        return largest_error(x, exact) <= 2 * largest_error(y, exact) + 2 * ulp<bf16>(largest_value(exact)) + cancelled;
+    };
+    CHECK(close(r.dq, yardstick.dq, truth.dq));
+    CHECK(close(r.dk, yardstick.dk, truth.dk));
+}
+
+void check(Mode mode, size_t B, size_t S, Sizes z, uint64_t seed, size_t portions = 1) {
+    INFO("mode " << int(mode) << ", B " << B << ", S " << S << ", H " << z.H << ", K " << z.K << ", D " << z.D << ", "
+                 << portions << " portions");
+    const Problem p(make_tokens(mode, B, S, seed), z, seed);
+    check_result(p.result(portions, seed + 3), p.yardstick(), p.truth(), z.D);
+}
+
+template <class E> bool same_bits(const Buffer<E>& a, const Buffer<E>& b) {
+    return memcmp(a.data(), b.data(), a.count * sizeof(E)) == 0;
+}
+
+constexpr Sizes heads[] = {{1, 1, 0}, {2, 2, 0}, {4, 2, 0}, {6, 2, 0}};
+bool here() { return the_gpu().context->compute == 90; }
+} // namespace
+
+TEST_CASE("Hopper attention agrees with the reference at all sizes, masks, heads") {
+    if (!here()) return;
+    size_t number = 0;
+    for (size_t D : {128, 64})
+        for (size_t S : {1, 17, 63, 64, 65, 127, 129, 200, 300, 513, 1000})
+            for (Mode mode : modes) {
+                const Sizes h = heads[number % 4];
+                check(mode, 1 + number / 4 % 2, S, {h.H, h.K, D}, 100 + number);
+                number++;
+            }
+}
+
+TEST_CASE("Hopper attention: keys in portions") {
+    if (!here()) return;
+    size_t number = 0;
+    for (size_t D : {128, 64})
+        for (size_t S : {1, 65, 200, 300, 700})
+            for (Mode mode : modes) {
+                const Sizes h = heads[(number + 2) % 4];
+                check(mode, 1 + number / 2 % 2, S, {h.H, h.K, D}, 500 + number, 2 + number % 2);
+                number++;
+            }
+}
+
+TEST_CASE("Hopper attention: queries that see nothing give zeros, not NaN") {
+    if (!here()) return;
+    const Gpu gpu = the_gpu();
+    for (size_t D : {128, 64}) {
+        const int T = 300;
+        Tokens q{{}, {}, {0, T}}, k = q;
+        for (int i = 0; i < T; i++) q.index.push_back(i + 5), q.doc.push_back(1 + i / 3 % 2);
+        for (int i = 0; i < T; i++) k.index.push_back(i), k.doc.push_back(1 + 2 * (i % 2)); // none of document 2
+        const MapOnGpu map(q, k, D);
+        DeviceBuffer<bf16> x(Buffer<bf16>(T * 2 * D, 1)), kv(Buffer<bf16>(T * 2 * D, 2));
+        DeviceBuffer<bf16> dout(Buffer<bf16>(T * 2 * D, 3)), out(T * 2 * D), dkv(T * 2 * D);
+        DeviceBuffer<float> lse(2 * T), delta(2 * T), dq(T * 2 * D);
+        attention_hopper_forward(gpu, {x.data(), kv.data(), nullptr, 2 * D, 2 * D, map.q.data, map.k.data,
+                                       map.forward(), true, true, out.data(), lse.data(), nullptr, T, T, 2, 1, int(D)});
+        attention_backward_begin<bf16>(gpu, delta, dq, nullptr, dout.data(), out.data(), lse, x.data(), 2 * D, nullptr,
+                                       q.row_begin.data(), 1, T, 2, 1, D);
+        attention_hopper_backward(gpu, {x.data(),
+                                        kv.data(),
+                                        2 * D,
+                                        2 * D,
+                                        dout.data(),
+                                        lse.data(),
+                                        delta.data(),
+                                        map.q.data,
+                                        map.k.data,
+                                        map.backward(),
+                                        dq.data(),
+                                        nullptr,
+                                        dkv.data(),
+                                        2 * D,
+                                        nullptr,
+                                        T,
+                                        T,
+                                        2,
+                                        1,
+                                        int(D)});
+        const Buffer<bf16> out_host = out.host(), dkv_host = dkv.host();
+        const Buffer<float> lse_host = lse.host(), dq_host = dq.host();
+        bool right = true;
+        for (size_t i = 0; i < out_host.count; i++) {
+            const size_t token = i / D / 2;
+            const bool blind = q.doc[token] == 2;
+            right &= std::isinf(lse_host[i / D % 2 * T + token]) == blind;
+            right &= (out_host[i] == 0) == blind && std::isfinite(out_host[i]);
+            right &= (dq_host[i] == 0) == blind && std::isfinite(dq_host[i]);
+        }
+        for (int i = 0; i < T; i++) right &= (dkv_host[i * 2 * D] != 0) == (k.doc[i] == 1); // 3 is seen by nobody
+        CHECK(right);
+    }
+}
+
+TEST_CASE("Hopper attention: large scores neither overflow nor lose the softmax") {
+    if (!here()) return;
+    const Sizes z{1, 1, 64}; // scores to +-1e4, whose exponentials have no float; the maximum moves far and often
+    for (Mode mode : {Mode::full, Mode::anchor}) {
+        Problem p(make_tokens(mode, 1, 300, 41), z, 41);
+        for (size_t i = 0; i < p.t.size(); i++)
+            for (size_t d = 0; d < 2 * z.D; d++)
+                p.qkv[i * z.qkv() + d] = 32 * std::round(float(p.qkv[i * z.qkv() + d]));
+        const Result<bf16> r = p.result();
+        const Result<double> truth = p.truth();
+        // Scores are integers times 1/8, exact to a half ulp of 2^15: 2^-10; O is off by that share of V, and stored in
+        // bf16. A tie between keys is exact.
+        CHECK(largest_error(r.out, truth.out) <= largest_value(truth.out) * 0x1p-9 + 2 * ulp<bf16>(4));
+        CHECK(std::isfinite(largest_value(r.dq)));
+        CHECK(std::isfinite(largest_value(r.dk)));
+    }
+}
+
+TEST_CASE("Hopper attention: the same bits in every run, but for dQ") {
+    if (!here()) return;
+    const Problem p(make_tokens(Mode::anchor, 1, 3000, 61), {4, 2, 128}, 61);
+    const Result<bf16> a = p.result(), b = p.result();
+    CHECK(same_bits(a.out, b.out));
+    CHECK(same_bits(a.lse, b.lse));
+    CHECK(same_bits(a.dk, b.dk));
+    CHECK(same_bits(a.dv, b.dv));
+}
+
+namespace {
+// One query, or one key, of a long row, by the definition; `rounded` with P and dS rounded to bf16 before their
+// products.
+struct Sample {
+    const Problem& p;
+    const Result<bf16>& r; // LSE and O of the other queries, which are samples themselves
+    template <class X> static std::vector<double> row(const X* from, size_t D) { return {from, from + D}; }
+    const bf16* q(size_t i, size_t h) const { return p.qkv.data() + i * p.z.qkv() + h * p.z.D; }
+    const bf16* k(size_t i) const { return q(i, p.z.H); }
+    const bf16* v(size_t i) const { return q(i, p.z.H + p.z.K); }
+    bool sees(size_t i, size_t j) const { return visible(p.t.index[i], p.t.doc[i], p.t.index[j], p.t.doc[j]); }
+    double dot(const bf16* a, const bf16* b) const {
+        double sum = 0;
+        for (size_t d = 0; d < p.z.D; d++) sum += double(a[d]) * double(b[d]);
+        return sum;
+    }
+    static double round_to(bool rounded, double x) { return rounded ? double(bf16(float(x))) : x; }
+
+    // lse, then O (D), then dQ (D) of query i and head 0.
+    std::vector<double> query(size_t i, bool rounded) const {
+        const size_t D = p.z.D, S = p.t.size();
+        const double scale = 1 / std::sqrt(double(D));
+        const bf16* dout = p.dout.data() + i * p.z.H * D;
+        std::vector<double> s(S), to(1 + 2 * D);
+        double top = -1e300, sum = 0, delta = 0;
+        for (size_t j = 0; j < S; j++)
+            if (sees(i, j)) top = std::max(top, s[j] = scale * dot(q(i, 0), k(j)));
+        for (size_t j = 0; j < S; j++)
+            if (sees(i, j)) {
+                const double e = std::exp(s[j] - top), weight = round_to(rounded, e);
+                sum += e;
+                for (size_t d = 0; d < D; d++) to[1 + d] += weight * double(v(j)[d]);
+            }
+        to[0] = top + std::log(sum);
+        for (size_t d = 0; d < D; d++) to[1 + d] = round_to(rounded, to[1 + d] / sum), delta += to[1 + d] * dout[d];
+        for (size_t j = 0; j < S; j++)
+            if (sees(i, j)) {
+                const double ds = round_to(rounded, std::exp(s[j] - to[0]) * (dot(dout, v(j)) - delta));
+                for (size_t d = 0; d < D; d++) to[1 + D + d] += scale * ds * double(k(j)[d]);
+            }
+        for (size_t d = 0; d < D; d++) to[1 + D + d] = round_to(rounded, to[1 + D + d]);
+        return to;
+    }
+    // dK (D), then dV (D) of key j, which is not the anchor, with one query head.
+    std::vector<double> key(size_t j, bool rounded) const {
+        const size_t D = p.z.D, S = p.t.size();
+        const double scale = 1 / std::sqrt(double(D));
+        std::vector<double> to(2 * D);
+        for (size_t i = 0; i < S; i++)
+            if (sees(i, j)) {
+                const bf16* dout = p.dout.data() + i * D;
+                const double weight = std::exp(scale * dot(q(i, 0), k(j)) - r.lse[i]);
+                const double ds = round_to(rounded, weight * (dot(dout, v(j)) - dot(dout, r.out.data() + i * D)));
+                for (size_t d = 0; d < D; d++) {
+                    to[d] += scale * ds * double(q(i, 0)[d]);
+                    to[D + d] += round_to(rounded, weight) * double(dout[d]);
+                }
+            }
+        for (double& x : to) x = round_to(rounded, x);
+        return to;
+    }
+};
+} // namespace
+
+// Long sums: tiles, ranges and the online softmax go through hundreds of steps. Sampled queries and keys by the 2x
+// rule.
+TEST_CASE("Hopper attention over 65536 tokens (large)") {
+    if (!here()) return;
+    const size_t S = 65536, D = 128, samples = 48;
+    for (bool documents : {false, true}) {
+        Tokens t{{}, {}, {0, int32_t(S)}};
+        for (size_t i = 0, doc = 0; i < S; i++) { // the anchor, a short, a long document, one that comes back
+            if (documents && (i == 1 || i == 3000 || i == 40000 || i == 60001)) doc = i == 60001 ? 1 : doc + 1;
+            t.index.push_back(int32_t(i)), t.doc.push_back(int32_t(doc));
+        }
+        const Problem p(t, {1, 1, D}, 81);
+        const Result<bf16> r = p.result();
+        const Sample sample{p, r};
+        Buffer<float> lse(samples), lse_rounded(samples);
+        Buffer<double> lse_exact(samples);
+        Buffer<bf16> result[4] = {Buffer<bf16>(samples * D), Buffer<bf16>(samples * D), Buffer<bf16>(samples * D),
+                                  Buffer<bf16>(samples * D)};
+        std::vector<std::vector<double>> exact(2 * samples), rounded(2 * samples);
+        auto place = [&](size_t n) { return n < 4 ? 1 + n * (S - 2) / 3 : 1 + size_t(hash64(82, n) % (S - 1)); };
+#pragma omp parallel for schedule(dynamic, 1)
+        for (size_t n = 0; n < samples; n++) {
+            exact[n] = sample.query(place(n), false), rounded[n] = sample.query(place(n), true);
+            exact[samples + n] = sample.key(place(n), false), rounded[samples + n] = sample.key(place(n), true);
+        }
+        const Buffer<bf16>* whole[] = {&r.out, &r.dq, &r.dk, &r.dv};
+        for (size_t n = 0; n < samples; n++) {
+            lse[n] = r.lse[place(n)], lse_exact[n] = exact[n][0], lse_rounded[n] = float(rounded[n][0]);
+            for (int x = 0; x < 4; x++)
+                for (size_t d = 0; d < D; d++) result[x][n * D + d] = (*whole[x])[place(n) * D + d];
+        }
+        check_2x(lse, lse_rounded, lse_exact);
+        for (int x = 0; x < 4; x++) {
+            Buffer<double> truth(samples * D), yardstick(samples * D);
+            for (size_t i = 0; i < truth.count; i++) {
+                const size_t n = (x < 2 ? 0 : samples) + i / D, at = (x < 2 ? 1 : 0) + (x % 2) * D + i % D;
+                truth[i] = exact[n][at], yardstick[i] = rounded[n][at];
+            }
+            INFO("tensor " << x << ", documents " << documents);
+            check_2x(result[x], yardstick, truth);
+        }
+    }
+}
