@@ -1,16 +1,15 @@
 // The Hopper kernels of attention against the CPU reference: all modes, sizes, heads, portions, layouts, long rows.
 #include "../layers/attention_hopper.cuh"
 #include "../layers/attention_mma.cuh" // begin and end of the backward
-#include "attention_rows.h"
-#include "gpu.h"
+#include "gpu_attention.h"
 
 namespace {
 // Of one problem: the gradients as dQ (T, H, D), dK and dV (T, K, D) each, for each has its own size of error.
-template <class E> struct Result {
+template <class E> struct Parts {
     Buffer<E> out;
     Buffer<Acc<E>> lse; // (H, T)
     Buffer<E> dq, dk, dv;
-    Result(size_t T, Sizes z) : out(T * z.H * z.D), lse(z.H * T), dq(out.count), dk(T * z.K * z.D), dv(dk.count) {}
+    Parts(size_t T, Sizes z) : out(T * z.H * z.D), lse(z.H * T), dq(out.count), dk(T * z.K * z.D), dv(dk.count) {}
     // From rows of (2, K, D).
     template <class X> void set_dkv(const X* dkv, size_t stride, Sizes z) {
         const size_t width = z.K * z.D;
@@ -19,66 +18,12 @@ template <class E> struct Result {
             dk[i] = E(row[0]), dv[i] = E(row[width]);
         }
     }
-};
-
-template <class E> Buffer<E> anchors(const Tokens& t, const Buffer<E>& qkv, Sizes z) {
-    Buffer<E> anchor(t.rows() * z.kv());
-    for (size_t i = 0; i < anchor.count; i++)
-        anchor[i] = qkv[t.row_begin[i / z.kv()] * z.qkv() + z.H * z.D + i % z.kv()];
-    return anchor;
-}
-bool anchored(const Tokens& t) { return is_anchor(t.index[0], t.doc[0]); }
-
-template <class E> Result<E> attend_cpu(const Tokens& t, const Buffer<E>& qkv, const Buffer<E>& dout, Sizes z) {
-    using A = Acc<E>;
-    const auto [H, K, D] = z;
-    const size_t T = t.size(), W = z.qkv();
-    const Cpu cpu;
-    Result<E> r(T, z);
-    Buffer<A> state(T * H * D), dq(T * H * D), dkv(T * z.kv()), danchor(t.rows() * z.kv()), delta(H * T);
-    const Buffer<E> anchor = anchors(t, qkv, z);
-    const E *k0 = anchored(t) ? anchor.data() : nullptr, *kv = qkv.data() + H * D;
-    AttentionMap map;
-    attention_map_build(map, t, t, attention_tiles_cpu);
-    dkv.fill(0), danchor.fill(0);
-    attention_forward(cpu, r.out.data(), r.lse.data(), state.data(), qkv.data(), W, kv, W, k0, map, Portion(), t, t, H,
-                      K, D);
-    attention_backward_begin(cpu, delta.data(), dq.data(), k0 ? danchor.data() : nullptr, dout.data(), r.out.data(),
-                             r.lse.data(), qkv.data(), W, k0, t, H, K, D);
-    attention_backward<E>(cpu, dq.data(), dkv.data(), nullptr, 0, nullptr, dout.data(), qkv.data(), W, kv, W,
-                          r.lse.data(), delta.data(), map, t, t, H, K, D);
-    if (k0) attention_add_anchor(cpu, dkv.data(), danchor.data(), t, z.kv());
-    for (size_t i = 0; i < dq.count; i++) r.dq[i] = E(dq[i]);
-    r.set_dkv(dkv.data(), z.kv(), z);
-    return r;
-}
-
-// A vector in the GPU's memory.
-template <class X> struct Uploaded {
-    X* data = nullptr;
-    explicit Uploaded(const std::vector<X>& from) {
-        CUDA_CHECK(cudaMalloc((void**)&data, std::max<size_t>(from.size(), 1) * sizeof(X)));
-        CUDA_CHECK(cudaMemcpy(data, from.data(), from.size() * sizeof(X), cudaMemcpyHostToDevice));
+    Parts(const Result<E>& r, size_t T, Sizes z) : Parts(T, z) {
+        std::copy_n(r.out.data(), out.count, out.data());
+        std::copy_n(r.lse.data(), lse.count, lse.data());
+        for (size_t i = 0, width = z.H * z.D; i < dq.count; i++) dq[i] = r.dqkv[i / width * z.qkv() + i % width];
+        set_dkv(r.dqkv.data() + z.H * z.D, z.qkv(), z);
     }
-    Uploaded(const Uploaded&) = delete;
-    ~Uploaded() { CUDA_CHECK(cudaFree(data)); }
-};
-struct MapOnGpu {
-    AttentionMap map;
-    Uploaded<TokenLabel> q, k;
-    Uploaded<QueryTile> forward_tiles, backward_tiles;
-    Uploaded<KeyRange> forward_ranges, backward_ranges;
-    static AttentionMap built(const Tokens& q, const Tokens& k, size_t D) {
-        AttentionMap map;
-        attention_map_build(map, q, k, attention_hopper_tiles(D));
-        return map;
-    }
-    MapOnGpu(const Tokens& qt, const Tokens& kt, size_t D)
-        : map(built(qt, kt, D)), q(token_labels(qt, false)), k(token_labels(kt, true)),
-          forward_tiles(map.forward.tiles), backward_tiles(map.backward.tiles), forward_ranges(map.forward.ranges),
-          backward_ranges(map.backward.ranges) {}
-    DeviceMap forward() const { return {forward_tiles.data, forward_ranges.data, int(map.forward.tiles.size())}; }
-    DeviceMap backward() const { return {backward_tiles.data, backward_ranges.data, int(map.backward.tiles.size())}; }
 };
 
 // The problem's buffers on the GPU, its keys in portions: portion[i] is the call in which token i is a key. In one
@@ -103,7 +48,7 @@ struct OnGpu {
         for (size_t p = 0; p < portions; p++) {
             const Tokens keys = subset(
                 t, [&](size_t i) { return portion[i] == p; }, &from[p]);
-            map.push_back(std::make_unique<MapOnGpu>(t, keys, z.D));
+            map.push_back(std::make_unique<MapOnGpu>(t, keys, attention_hopper_tiles(z.D)));
             Buffer<bf16> kv(from[p].size() * z.kv());
             for (size_t i = 0; i < kv.count; i++) kv[i] = qkv[from[p][i / z.kv()] * W + z.H * z.D + i % z.kv()];
             packed.push_back(std::make_unique<DeviceBuffer<bf16>>(kv));
@@ -118,7 +63,7 @@ struct OnGpu {
                                            map[p]->forward(), p == 0, p + 1 == portions, out.data(), lse.data(),
                                            state.data(), int(T), int(from[p].size()), int(z.H), int(z.K), int(z.D)});
     }
-    void backward(Result<bf16>& r) {
+    void backward(Parts<bf16>& r) {
         fill_zero(gpu, danchor.data(), danchor.count * sizeof(float));
         float* dk0 = k0 ? danchor.data() : nullptr;
         attention_backward_begin<bf16>(gpu, delta, dq, dk0, dout, out, lse, qkv, W, k0, t.row_begin.data(), t.rows(), T,
@@ -159,8 +104,8 @@ struct OnGpu {
         if (k0) attention_add_anchor(Cpu(), sum.data(), danchor_host.data(), t, z.kv());
         r.set_dkv(sum.data(), z.kv(), z);
     }
-    Result<bf16> run() {
-        Result<bf16> r(T, z);
+    Parts<bf16> run() {
+        Parts<bf16> r(T, z);
         forward();
         Buffer<bf16> out_host = out.host();
         Buffer<float> lse_host = lse.host();
@@ -178,9 +123,11 @@ struct Problem {
     Buffer<bf16> qkv, dout;
     Problem(const Tokens& t, Sizes z, uint64_t seed)
         : t(t), z(z), qkv(t.size() * z.qkv(), seed + 1), dout(t.size() * z.H * z.D, seed + 2) {}
-    Result<double> truth() const { return attend_cpu(t, converted<double>(qkv), converted<double>(dout), z); }
-    Result<bf16> yardstick() const { return attend_cpu(t, qkv, dout, z); }
-    Result<bf16> result(size_t portions = 1, uint64_t seed = 0) const {
+    Parts<double> truth() const {
+        return {attend_cpu(t, converted<double>(qkv), converted<double>(dout), z), t.size(), z};
+    }
+    Parts<bf16> yardstick() const { return {attend_cpu(t, qkv, dout, z), t.size(), z}; }
+    Parts<bf16> result(size_t portions = 1, uint64_t seed = 0) const {
         std::vector<size_t> portion(t.size());
         for (size_t i = 0; i < portion.size(); i++) portion[i] = hash64(seed, i / 20) % portions;
         return OnGpu(t, qkv, dout, z, portion, portions).run();
@@ -189,7 +136,7 @@ struct Problem {
 
 // Where a query sees one key alone, dS = P (dP - delta) is 0 but for the roundings of two sums of D products, which are
 // allowed on top for dQ and dK: an ulp of fp32 for each product.
-void check_result(const Result<bf16>& r, const Result<bf16>& yardstick, const Result<double>& truth, size_t D) {
+void check_result(const Parts<bf16>& r, const Parts<bf16>& yardstick, const Parts<double>& truth, size_t D) {
     check_2x(r.out, yardstick.out, truth.out);
     check_2x(r.lse, yardstick.lse, truth.lse);
     check_2x(r.dv, yardstick.dv, truth.dv);
@@ -249,7 +196,7 @@ TEST_CASE("Hopper attention: queries that see nothing give zeros, not NaN") {
         Tokens q{{}, {}, {0, T}}, k = q;
         for (int i = 0; i < T; i++) q.index.push_back(i + 5), q.doc.push_back(1 + i / 3 % 2);
         for (int i = 0; i < T; i++) k.index.push_back(i), k.doc.push_back(1 + 2 * (i % 2)); // none of document 2
-        const MapOnGpu map(q, k, D);
+        const MapOnGpu map(q, k, attention_hopper_tiles(D));
         DeviceBuffer<bf16> x(Buffer<bf16>(T * 2 * D, 1)), kv(Buffer<bf16>(T * 2 * D, 2));
         DeviceBuffer<bf16> dout(Buffer<bf16>(T * 2 * D, 3)), out(T * 2 * D), dkv(T * 2 * D);
         DeviceBuffer<float> lse(2 * T), delta(2 * T), dq(T * 2 * D);
@@ -300,8 +247,8 @@ TEST_CASE("Hopper attention: large scores neither overflow nor lose the softmax"
         for (size_t i = 0; i < p.t.size(); i++)
             for (size_t d = 0; d < 2 * z.D; d++)
                 p.qkv[i * z.qkv() + d] = 32 * std::round(float(p.qkv[i * z.qkv() + d]));
-        const Result<bf16> r = p.result();
-        const Result<double> truth = p.truth();
+        const Parts<bf16> r = p.result();
+        const Parts<double> truth = p.truth();
         // Scores are integers times 1/8, exact to a half ulp of 2^15: 2^-10; O is off by that share of V, and stored in
         // bf16. A tie between keys is exact.
         CHECK(largest_error(r.out, truth.out) <= largest_value(truth.out) * 0x1p-9 + 2 * ulp<bf16>(4));
@@ -313,7 +260,7 @@ TEST_CASE("Hopper attention: large scores neither overflow nor lose the softmax"
 TEST_CASE("Hopper attention: the same bits in every run, but for dQ") {
     if (!here()) return;
     const Problem p(make_tokens(Mode::anchor, 1, 3000, 61), {4, 2, 128}, 61);
-    const Result<bf16> a = p.result(), b = p.result();
+    const Parts<bf16> a = p.result(), b = p.result();
     CHECK(same_bits(a.out, b.out));
     CHECK(same_bits(a.lse, b.lse));
     CHECK(same_bits(a.dk, b.dk));
@@ -325,7 +272,7 @@ namespace {
 // products.
 struct Sample {
     const Problem& p;
-    const Result<bf16>& r; // LSE and O of the other queries, which are samples themselves
+    const Parts<bf16>& r; // LSE and O of the other queries, which are samples themselves
     template <class X> static std::vector<double> row(const X* from, size_t D) { return {from, from + D}; }
     const bf16* q(size_t i, size_t h) const { return p.qkv.data() + i * p.z.qkv() + h * p.z.D; }
     const bf16* k(size_t i) const { return q(i, p.z.H); }
@@ -396,7 +343,7 @@ TEST_CASE("Hopper attention over 65536 tokens (large)") {
             t.index.push_back(int32_t(i)), t.doc.push_back(int32_t(doc));
         }
         const Problem p(t, {1, 1, D}, 81);
-        const Result<bf16> r = p.result();
+        const Parts<bf16> r = p.result();
         const Sample sample{p, r};
         Buffer<float> lse(samples), lse_rounded(samples);
         Buffer<double> lse_exact(samples);
