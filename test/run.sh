@@ -5,23 +5,8 @@ cd "$(dirname "$0")/.."
 log=build/test.log
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 # MPI keeps memory to the end
 export OMP_WAIT_POLICY=passive # the ranks and threads of a test share few cores
-passed=0 failed=0 skipped=""
-
-count() { # $1 title, $2 exit status; adds the numbers that doctest or pytest printed into the log
-    local p f
-    if grep -q '^\[doctest\] test cases' $log; then
-        p=$(sed -n 's/.*test cases: *[0-9]* *| *\([0-9]*\) passed.*/\1/p' $log | tail -1)
-        f=$(sed -n 's/.*| *\([0-9]*\) failed.*/\1/p' <(grep 'test cases' $log) | tail -1)
-    else
-        p=$(grep -oE '[0-9]+ passed' $log | tail -1 | cut -d' ' -f1)
-        f=$(grep -oE '[0-9]+ (failed|error)' $log | tail -1 | cut -d' ' -f1)
-    fi
-    p=${p:-0} f=${f:-0}
-    if [ "$2" != 0 ] && [ "$f" = 0 ]; then f=1; fi
-    printf '%-44s %4d passed, %d failed\n' "$1" "$p" "$f"
-    [ "$f" = 0 ] || cat $log
-    passed=$((passed + p)) failed=$((failed + f))
-}
+skipped=""
+. test/count.sh
 
 ranks=""
 for binary in "$@"; do
