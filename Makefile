@@ -99,7 +99,7 @@ test-gpu: deps
 test-gpu-run: $(PROGRAM) $(BUILD)/test_gpu
 	@TRAIN_LLAMA=$(abspath $(PROGRAM)) PYTHON=$(PYTHON) test/run_gpu.sh $(BUILD)/test_gpu
 BENCHES := $(patsubst dev/%.cu,$(BUILD)/%,$(wildcard dev/bench_*.cu))
-$(BENCHES): $(BUILD)/%: dev/%.cu dev/bench.h $(HEADERS) $(BUILD)/comm_serial.o | $(BUILD)
+$(BENCHES): $(BUILD)/%: dev/%.cu $(wildcard dev/*.h) $(HEADERS) $(BUILD)/comm_serial.o | $(BUILD)
 	nvcc $(NVCCFLAGS) -O3 $< $(BUILD)/comm_serial.o -o $@ $(CUDA_LIBS)
 ifeq ($(CUDA),1)
 bench: $(PROGRAM) $(BENCHES)

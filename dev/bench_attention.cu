@@ -3,61 +3,23 @@
 //     build/bench_attention            all cases
 //     build/bench_attention 64K        the cases whose name holds this
 #include "../layers/attention_mma.cuh"
-#include "bench.h"
+#include "bench_attention.h"
 
 namespace {
-struct Case {
-    const char* name;
-    size_t T, mean, H, K, D; // mean length of the documents, exponentially spread; 0: one document
-    uint64_t seed = 1;       // of their lengths: as many documents and visible pairs as the peers are timed with
-};
-constexpr Case cases[] = {
-    {"4K causal", 4096, 0, 32, 32, 128},
-    {"8K causal", 8192, 0, 32, 32, 128},
-    {"16K causal", 16384, 0, 32, 32, 128},
-    {"32K causal", 32768, 0, 32, 32, 128},
-    {"64K causal", 65536, 0, 32, 32, 128},
-    {"64K anchor, mean 4096", 65536, 4096, 32, 32, 128, 27175},
-    {"64K anchor, mean 16384", 65536, 16384, 32, 32, 128, 194401},
-    {"16K anchor, mean 2048", 16384, 2048, 32, 32, 128, 80941},
-    {"16K causal, D 64", 16384, 0, 32, 32, 64},
-    {"16K causal, 8 KV heads", 16384, 0, 32, 8, 128},
-};
-
-// One row: the anchor and documents, or one causal document of which token 0 is the anchor.
-Tokens make_row(size_t T, size_t mean, uint64_t seed) {
-    Tokens t{{}, {}, {0, int32_t(T)}};
-    size_t end = 1;
-    for (size_t i = 0, doc = 0; i < T; i++) {
-        while (mean > 0 && i == end) end += 16 + size_t(-double(mean) * std::log(1 - hash_uniform(seed, ++doc)));
-        t.index.push_back(int32_t(i)), t.doc.push_back(int32_t(doc));
-    }
-    return t;
-}
-
-template <class X> const X* upload(Gpu gpu, const std::vector<X>& from) {
-    X* to = (X*)device_allocate(gpu, from.size() * sizeof(X));
-    copy_to_device(gpu, to, from.data(), from.size() * sizeof(X));
-    return to;
-}
-DeviceMap upload(Gpu gpu, const TileMap& map) {
-    return {upload(gpu, map.tiles), upload(gpu, map.ranges), int32_t(map.tiles.size())};
-}
-
-void run(Gpu gpu, const Case& c) {
+void run(Gpu gpu, const AttentionCase& c) {
     const auto [name, T, mean, H, K, D, seed] = c;
     const Tokens t = make_row(T, mean, seed);
     AttentionMap map;
     attention_map_build(map, t, t, attention_tiles<bf16>(gpu, D));
-    const TokenLabel *q_label = upload(gpu, token_labels(t, false)), *k_label = upload(gpu, token_labels(t, true));
-    const DeviceMap by_queries = upload(gpu, map.forward), by_keys = upload(gpu, map.backward);
+    Arrays m{gpu, {}};
+    const TokenLabel *q_label = m.upload(token_labels(t, false)), *k_label = m.upload(token_labels(t, true));
+    const DeviceMap by_queries = m.upload(map.forward), by_keys = m.upload(map.backward);
     const size_t W = (H + 2 * K) * D;
-    bf16 *qkv = bench_normal<bf16>(gpu, T * W, 1), *dout = bench_normal<bf16>(gpu, T * H * D, 2);
-    bf16 *out = bench_normal<bf16>(gpu, T * H * D, 3), *dqkv = bench_normal<bf16>(gpu, T * W, 4);
-    bf16* anchor = bench_normal<bf16>(gpu, 2 * K * D, 5);
+    bf16 *qkv = m.normal<bf16>(T * W), *dout = m.normal<bf16>(T * H * D), *out = m.normal<bf16>(T * H * D);
+    bf16 *dqkv = m.normal<bf16>(T * W), *anchor = m.normal<bf16>(2 * K * D);
+    float *lse = m.normal<float>(H * T), *delta = m.normal<float>(H * T), *dq = m.normal<float>(T * H * D);
+    float* danchor = m.normal<float>(2 * K * D);
     copy_on_device(gpu, anchor, qkv + H * D, 2 * K * D * sizeof(bf16));
-    float *lse = bench_normal<float>(gpu, H * T, 6), *delta = bench_normal<float>(gpu, H * T, 7);
-    float *dq = bench_normal<float>(gpu, T * H * D, 8), *danchor = bench_normal<float>(gpu, 2 * K * D, 9);
     const AttentionForward<bf16> forward{qkv,     qkv + H * D, anchor, W,      W,      q_label,
                                          k_label, by_queries,  true,   true,   out,    lse,
                                          nullptr, int(T),      int(T), int(H), int(K), int(D)};
@@ -85,22 +47,6 @@ void run(Gpu gpu, const Case& c) {
            main_ms, begin_ms, 100 * 10 * elements / copy / begin_ms * 1e3, end_ms,
            100 * 6 * elements / copy / end_ms * 1e3);
     fflush(stdout);
-    const void* all[] = {qkv,
-                         dout,
-                         out,
-                         dqkv,
-                         anchor,
-                         lse,
-                         delta,
-                         dq,
-                         danchor,
-                         q_label,
-                         k_label,
-                         by_queries.tiles,
-                         by_queries.ranges,
-                         by_keys.tiles,
-                         by_keys.ranges};
-    for (const void* x : all) CUDA_CHECK(cudaFree((void*)x));
 }
 } // namespace
 
@@ -108,6 +54,6 @@ int main(int argc, char** argv) {
     const Gpu gpu = gpu_open(0);
     printf("%s\n| case | forward | backward | of it: ms (share of copy bandwidth) |\n|---|---|---|---|\n",
            gpu.context->name);
-    for (const Case& c : cases)
+    for (const AttentionCase& c : attention_cases)
         if (argc < 2 || strstr(c.name, argv[1])) run(gpu, c);
 }
