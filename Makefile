@@ -33,9 +33,10 @@ HOST_FLAGS := -march=$(ARCH) -fopenmp -fno-math-errno
 CXXFLAGS   := -std=c++20 $(HOST_FLAGS) -Wall -Wextra -Wno-restrict -I. $(if $(SAN),-g -fsanitize=address$(comma)undefined -fno-omit-frame-pointer)
 COMPILE    := $(CXX) $(CXXFLAGS) -x c++
 ifeq ($(CUDA),1)
-# wgmma and setmaxnreg want the 90a, by -gencode: -arch=sm_90a would also run a pass for plain sm_90.
-GPU_HERE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u | sed 's/^90$$/90a/')
+# wgmma and setmaxnreg want 90a instead of 90, by -gencode: -arch=sm_90a would also run a pass for plain sm_90.
+GPU_HERE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u)
 GPU_ARCH ?= $(or $(GPU_HERE),80 90a)
+override GPU_ARCH := $(patsubst 90,90a,$(GPU_ARCH))
 GENCODE  := $(foreach a,$(GPU_ARCH),-gencode=arch=compute_$(a)$(comma)code=sm_$(a))
 NVCCFLAGS := -std=c++20 $(GENCODE) -t 0 -lineinfo -I. $(foreach f,$(HOST_FLAGS),-Xcompiler=$(f))
 COMPILE  := nvcc $(NVCCFLAGS) -x cu

@@ -722,7 +722,32 @@ template <class E> struct AttentionBackward {
     int T, Tk, H, K, D;
 };
 
+#include "layers/attention_hopper.cuh"
 #include "layers/attention_mma.cuh"
+
+// Which kernels a type and a head size get on this GPU. Maps must be built for these tiles, which are the same for a
+// backward with a fixed order of additions as for one without.
+inline bool attention_is_hopper(Gpu gpu, size_t D) {
+    return gpu.context->compute == 90 && !gpu.context->portable_attention && attention_hopper_takes(D);
+}
+template <class E> AttentionTiles attention_tiles(Gpu gpu, size_t D) {
+    if (!std::is_same_v<E, bf16> || !attention_mma_takes(D)) return attention_simt_tiles();
+    return attention_is_hopper(gpu, D) ? attention_hopper_tiles(D) : attention_mma_tiles(D);
+}
+template <class E> void attention_forward_launch(Gpu gpu, const AttentionForward<E>& a) {
+    if constexpr (std::is_same_v<E, bf16>) {
+        if (attention_is_hopper(gpu, a.D)) return attention_hopper_forward(gpu, a);
+        if (attention_mma_takes(a.D)) return attention_mma_forward(gpu, a);
+    }
+    attention_simt_forward(gpu, a);
+}
+template <class E> void attention_backward_launch(Gpu gpu, const AttentionBackward<E>& a) {
+    if constexpr (std::is_same_v<E, bf16>) {
+        if (attention_is_hopper(gpu, a.D) && !gpu.context->deterministic) return attention_hopper_backward(gpu, a);
+        if (attention_mma_takes(a.D)) return attention_mma_backward(gpu, a);
+    }
+    attention_simt_backward(gpu, a);
+}
 
 template <class E> void attention_forward(Gpu gpu, E* out, float* lse, float* state, const E* q, size_t q_stride,
                                           const E* kv, size_t kv_stride, const E* anchor, const AttentionMap& map,

@@ -1423,7 +1423,7 @@ void set_threads(const Comm& world) {
 double memory_gib(Gpu) { return gpu_memory_used() / (1 << 30); }
 
 int run_gpu(Setup& setup) {
-    Gpu gpu = gpu_open(comm_host(setup.world).rank, setup.o.deterministic);
+    Gpu gpu = gpu_open(comm_host(setup.world).rank, setup.o.deterministic, setup.o.portable_attention);
     if (setup.dtype == Type::f32) return run<Gpu, float, float>(gpu, setup);
     if (setup.grad_dtype == Type::f32) return run<Gpu, bf16, float>(gpu, setup);
     return run<Gpu, bf16, bf16>(gpu, setup);

@@ -71,6 +71,7 @@ struct GpuContext {
     size_t l2_bytes = 0;
     char name[256] = "";
     bool deterministic = false;
+    bool portable_attention = false; // mma.sync also where a kernel is written for the GPU
     // For what a launcher needs during its own kernels alone (cuBLASLt's workspace, partial sums). All work is on one
     // stream, so each launcher may use all of it.
     uint8_t* scratch = nullptr;
@@ -174,7 +175,7 @@ inline double gpu_memory_used() {
 }
 
 // Opens a GPU of this host.
-inline Gpu gpu_open(int device, bool deterministic = false) {
+inline Gpu gpu_open(int device, bool deterministic = false, bool portable_attention = false) {
     const std::string fault = gpu_fault(device);
     if (!fault.empty()) fail("%s; --device cpu runs without a GPU", fault.c_str());
     CUDA_CHECK(cudaSetDevice(device));
@@ -185,6 +186,7 @@ inline Gpu gpu_open(int device, bool deterministic = false) {
     GpuContext& c = *gpu.context;
     c.device = device, c.sms = properties.multiProcessorCount, c.compute = properties.major * 10 + properties.minor;
     c.l2_bytes = size_t(properties.l2CacheSize), c.deterministic = deterministic;
+    c.portable_attention = portable_attention;
     snprintf(c.name, sizeof c.name, "%s", properties.name);
     CUDA_CHECK(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
     CUDA_CHECK(cudaMallocHost((void**)&c.staging.memory, Staging::slots * Staging::slot_bytes));

@@ -100,6 +100,8 @@ using Flag = bool;
            "recomputed, to save memory; 0: all")                                                                       \
     OPTION(Flag, deterministic, 0, false, "", "same bits on every run with the same ranks and threads (the CPU "       \
            "always does)")                                                                                             \
+    OPTION(Flag, portable_attention, 0, false, "", "on a Hopper GPU: attention by the kernels for any GPU from sm_80 " \
+           "on, to compare")                                                                                           \
     OPTION(Int, timeout, 0, 300, "1..1000000", "seconds that a rank waits for another before all are ended")           \
     SECTION("Questions")                                                                                               \
     OPTION(Flag, plan, 0, false, "", "print the memory a run needs, and exit; needs no GPU")                           \

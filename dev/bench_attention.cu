@@ -1,16 +1,19 @@
 // Speed of attention on this GPU, in TFLOP/s of visible pairs (4 D H a pair forward, 10 D H backward).
 //
-//     build/bench_attention            all cases
-//     build/bench_attention 64K        the cases whose name holds this
-#include "../layers/attention_mma.cuh"
+//     build/bench_attention               all cases, by the kernels that the trainer takes
+//     build/bench_attention 64K           the cases whose name holds this
+//     build/bench_attention 64K portable  by mma.sync, as on a GPU for which no kernel is written
+//     build/bench_attention "" fixed      the backward in a fixed order, as with --deterministic
+//     build/bench_attention 4K plain      by the kernels for any type and head size
+#include "../attention_anchor.cuh"
 #include "bench_attention.h"
 
 namespace {
-void run(Gpu gpu, const AttentionCase& c) {
+void run(Gpu gpu, const AttentionCase& c, bool plain) {
     const auto [name, T, mean, H, K, D, seed] = c;
     const Tokens t = make_row(T, mean, seed);
     AttentionMap map;
-    attention_map_build(map, t, t, attention_tiles<bf16>(gpu, D));
+    attention_map_build(map, t, t, plain ? attention_simt_tiles() : attention_tiles<bf16>(gpu, D));
     Arrays m{gpu, {}};
     const TokenLabel *q_label = m.upload(token_labels(t, false)), *k_label = m.upload(token_labels(t, true));
     const DeviceMap by_queries = m.upload(map.forward), by_keys = m.upload(map.backward);
@@ -31,14 +34,16 @@ void run(Gpu gpu, const AttentionCase& c) {
                                        T, H, K, D);
     };
     auto end = [&] { attention_backward_end<bf16>(gpu, dqkv, W, dq, T, H, D); };
+    auto run_forward = [&] { plain ? attention_simt_forward(gpu, forward) : attention_forward_launch(gpu, forward); };
+    auto run_backward = [&] {
+        plain ? attention_simt_backward(gpu, backward) : attention_backward_launch(gpu, backward);
+    };
     const int rounds = T > 32768 ? 5 : 11;
-    const double forward_ms = bench_ms(
-        gpu, [&] { attention_forward_launch(gpu, forward); }, rounds);
+    const double forward_ms = bench_ms(gpu, run_forward, rounds);
     const double begin_ms = bench_ms(gpu, begin, rounds), end_ms = bench_ms(gpu, end, rounds);
-    const double main_ms = bench_ms(
-        gpu, [&] { attention_backward_launch(gpu, backward); }, rounds);
+    const double main_ms = bench_ms(gpu, run_backward, rounds);
     const double backward_ms = bench_ms(
-        gpu, [&] { begin(), attention_backward_launch(gpu, backward), end(); }, rounds);
+        gpu, [&] { begin(), run_backward(), end(); }, rounds);
     const double pair_flops = double(visible_pairs(t.doc.data(), T)) * double(D * H);
     const double elements = double(T * H * D), copy = 4.28e12; // bytes a second, what a plain copy reaches on an H200
     printf("| %-22s | %8.3f ms %4.0f TF/s | %8.3f ms %4.0f TF/s | main %8.3f, begin %6.3f (%3.0f%%), end %6.3f "
@@ -51,9 +56,10 @@ void run(Gpu gpu, const AttentionCase& c) {
 } // namespace
 
 int main(int argc, char** argv) {
-    const Gpu gpu = gpu_open(0);
-    printf("%s\n| case | forward | backward | of it: ms (share of copy bandwidth) |\n|---|---|---|---|\n",
-           gpu.context->name);
+    const char *only = argc > 1 ? argv[1] : "", *kernels = argc > 2 ? argv[2] : "";
+    const Gpu gpu = gpu_open(0, !strcmp(kernels, "fixed"), !strcmp(kernels, "portable"));
+    printf("%s %s\n| case | forward | backward | of it: ms (share of copy bandwidth) |\n|---|---|---|---|\n",
+           gpu.context->name, kernels);
     for (const AttentionCase& c : attention_cases)
-        if (argc < 2 || strstr(c.name, argv[1])) run(gpu, c);
+        if (strstr(c.name, only)) run(gpu, c, !strcmp(kernels, "plain"));
 }

@@ -501,6 +501,8 @@ template <int D> __global__ void __launch_bounds__(block_threads, 1)
         ptx::registers_take<232>();
         forward_compute<D>(a, maps, s, group - 1);
     }
+#else
+    __trap(); // built for another GPU than this one's sm_90a
 #endif
 }
 
@@ -986,6 +988,8 @@ template <int D> __global__ void __launch_bounds__(block_threads, 1)
         ptx::registers_take<240>();
         backward_compute<D>(a, maps, s, group - 1);
     }
+#else
+    __trap();
 #endif
 }
 
@@ -1048,9 +1052,9 @@ template <int D> void backward_launch(Gpu gpu, const AttentionBackward<bf16>& a)
 
 } // namespace hopper
 
-inline bool attention_hopper_fits(size_t D) { return D == 64 || D == 128; }
+constexpr bool attention_hopper_takes(size_t D) { return D == 64 || D == 128; }
 inline AttentionTiles attention_hopper_tiles(size_t D) {
-    REQUIRE(attention_hopper_fits(D), "the Hopper attention has kernels for head sizes 64 and 128");
+    REQUIRE(attention_hopper_takes(D), "the Hopper attention has kernels for head sizes 64 and 128");
     return {hopper::forward_queries, hopper::forward_keys, hopper::backward_queries, hopper::backward_keys};
 }
 

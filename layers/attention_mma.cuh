@@ -331,7 +331,10 @@ template <int D, int KEYS, int WARPS> __global__ void __launch_bounds__(32 * WAR
         for (; begin < whole; begin += KEYS) visit(std::false_type(), begin, range.end, next(begin));
         for (; begin < range.end; begin += KEYS) visit(std::true_type(), begin, range.end, next(begin));
     }
-    copies_wait<0>(); // a tile without keys has not waited for its queries
+    if (tile.first_range == tile.last_range) { // nobody has waited for the queries, whose place the output takes
+        copies_wait<0>();
+        __syncthreads();
+    }
 
 #pragma unroll
     for (int m = 0; m < 2; m++)
@@ -833,21 +836,5 @@ inline void attention_mma_backward(Gpu gpu, const AttentionBackward<bf16>& a) {
     else if (a.D == 64) attention_mma_backward_heads<64>(gpu, a);
     else if (a.D == 32) attention_mma_backward_heads<32>(gpu, a);
     else REQUIRE(false, "take attention_simt for such a head size");
-}
-
-// The choice for a type and a head size: maps must be built for these tiles.
-template <class E> AttentionTiles attention_tiles(Gpu, size_t D) {
-    const bool tensor_cores = std::is_same_v<E, bf16> && attention_mma_takes(D);
-    return tensor_cores ? attention_mma_tiles(D) : attention_simt_tiles();
-}
-template <class E> void attention_forward_launch(Gpu gpu, const AttentionForward<E>& a) {
-    if constexpr (std::is_same_v<E, bf16>)
-        if (attention_mma_takes(a.D)) return attention_mma_forward(gpu, a);
-    attention_simt_forward(gpu, a);
-}
-template <class E> void attention_backward_launch(Gpu gpu, const AttentionBackward<E>& a) {
-    if constexpr (std::is_same_v<E, bf16>)
-        if (attention_mma_takes(a.D)) return attention_mma_backward(gpu, a);
-    attention_simt_backward(gpu, a);
 }
 #endif

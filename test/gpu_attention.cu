@@ -1,10 +1,15 @@
-// Attention on the GPU: both sets of kernels against the CPU reference, in all modes, portions and layouts.
-#include "../layers/attention_mma.cuh"
+// Attention on any GPU: the kernels by mma.sync and the plain ones against the CPU reference, in all modes, portions and
+// layouts.
+#include "../attention_anchor.cuh"
 #include "gpu_attention.h"
 
 namespace {
-// Which kernels: the trainer's choice, or the plain ones.
-enum class Kernels { chosen, simt };
+// Which kernels: what the trainer takes on a GPU for which none is written, or the plain ones.
+enum class Kernels { portable, simt };
+struct Portable {
+    Portable() { the_gpu().context->portable_attention = true; }
+    ~Portable() { the_gpu().context->portable_attention = false; }
+};
 
 // The keys of a problem in portions: portion[i] is the call in which token i is a key.
 struct Split {
@@ -36,7 +41,8 @@ template <class E> void backward(Kernels kernels, Gpu gpu, const AttentionBackwa
 // One portion: keys and values inside qkv, and gradients stored at once. Several: keys packed, gradients summed in fp32
 // (each twice, which must give exactly the double).
 template <class E> Result<E> attend_gpu(const Tokens& t, const Buffer<E>& qkv, const Buffer<E>& dout, Sizes z,
-                                        Kernels kernels = Kernels::chosen, const Split& split = {}) {
+                                        Kernels kernels = Kernels::portable, const Split& split = {}) {
+    const Portable scope;
     const Gpu gpu = the_gpu();
     const auto [H, K, D] = z;
     const size_t T = t.size(), W = z.qkv(), B = t.rows();
@@ -159,8 +165,8 @@ void check_result(const Problem<E>& p, const Result<E>& r, const Result<E>& yard
     }
 }
 
-template <class E> void check(Mode mode, size_t B, size_t S, Sizes z, uint64_t seed, Kernels kernels = Kernels::chosen,
-                              size_t portions = 1) {
+template <class E> void check(Mode mode, size_t B, size_t S, Sizes z, uint64_t seed,
+                              Kernels kernels = Kernels::portable, size_t portions = 1) {
     INFO("mode " << int(mode) << ", B " << B << ", S " << S << ", H " << z.H << ", K " << z.K << ", D " << z.D << ", "
                  << portions << " portions");
     const Problem<E> p(mode, B, S, z, seed);
@@ -199,7 +205,8 @@ TEST_CASE("attention: tensor cores, keys in portions") {
         for (size_t S : {1, 65, 200, 300})
             for (Mode mode : modes) {
                 const Sizes h = heads[(number + 2) % 4];
-                check<bf16>(mode, 1 + number / 2 % 2, S, {h.H, h.K, D}, 500 + number, Kernels::chosen, 2 + number % 2);
+                check<bf16>(mode, 1 + number / 2 % 2, S, {h.H, h.K, D}, 500 + number, Kernels::portable,
+                            2 + number % 2);
                 number++;
             }
 }
@@ -212,7 +219,7 @@ TEST_CASE("attention: tensor cores, dQ in a fixed order") {
             for (Mode mode : modes) {
                 const Sizes h = heads[(number + 1) % 4];
                 const size_t portions = S == 129 ? 2 : 1;
-                check<bf16>(mode, 1 + number / 3 % 2, S, {h.H, h.K, D}, 800 + number, Kernels::chosen, portions);
+                check<bf16>(mode, 1 + number / 3 % 2, S, {h.H, h.K, D}, 800 + number, Kernels::portable, portions);
                 number++;
             }
 }
@@ -231,9 +238,9 @@ TEST_CASE_TEMPLATE("attention: plain kernels agree with the reference", E, float
 // Every kernel with every branch it has, at sizes that a sanitizer can follow.
 TEST_CASE("attention: masked and whole tiles, portions, a fixed order (small)") {
     for (size_t D : {32, 64, 128}) {
-        check<bf16>(Mode::anchor, 2, 140, {2, 1, D}, 3000 + D, Kernels::chosen, 2);
+        check<bf16>(Mode::anchor, 2, 140, {2, 1, D}, 3000 + D, Kernels::portable, 2);
         const Deterministic scope;
-        check<bf16>(Mode::interleaved, 1, 260, {2, 1, D}, 3001 + D, Kernels::chosen, 1);
+        check<bf16>(Mode::interleaved, 1, 260, {2, 1, D}, 3001 + D, Kernels::portable, 1);
     }
     check<float>(Mode::random, 1, 70, {2, 1, 34}, 3002, Kernels::simt, 2);
     check<bf16>(Mode::anchor, 2, 70, {2, 1, 40}, 3003, Kernels::simt, 1);
@@ -242,6 +249,7 @@ TEST_CASE("attention: masked and whole tiles, portions, a fixed order (small)") 
 TEST_CASE("attention: queries that see nothing give zeros, not NaN (small)") {
     for (size_t D : {32, 64, 128, 40})
         for (bool deterministic : {false, true}) {
+            const Portable scope;
             const Gpu gpu = the_gpu();
             gpu.context->deterministic = deterministic;
             const int T = 180;
@@ -360,6 +368,7 @@ template <class E> __global__ void fill_kernel(E* x, size_t count, uint64_t seed
 
 // Offsets beyond 2^31 elements, in q, dO, O and dQ: the last document of the last row, which is a problem of its own.
 TEST_CASE("attention: more than 2^31 elements (large)") {
+    const Portable scope;
     const Gpu gpu = the_gpu();
     const Sizes z{264, 4, 128};
     const auto [H, K, D] = z;

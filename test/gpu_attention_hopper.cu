@@ -1,7 +1,7 @@
 // The Hopper kernels of attention against the CPU reference: all modes, sizes, heads, portions, layouts, long rows.
-#include "../layers/attention_hopper.cuh"
-#include "../layers/attention_mma.cuh" // begin and end of the backward
+#include "../attention_anchor.cuh"
 #include "gpu_attention.h"
+#include "large.h"
 
 namespace {
 // Of one problem: the gradients as dQ (T, H, D), dK and dV (T, K, D) each, for each has its own size of error.
@@ -156,10 +156,6 @@ void check(Mode mode, size_t B, size_t S, Sizes z, uint64_t seed, size_t portion
     check_result(p.result(portions, seed + 3), p.yardstick(), p.truth(), z.D);
 }
 
-template <class E> bool same_bits(const Buffer<E>& a, const Buffer<E>& b) {
-    return memcmp(a.data(), b.data(), a.count * sizeof(E)) == 0;
-}
-
 constexpr Sizes heads[] = {{1, 1, 0}, {2, 2, 0}, {4, 2, 0}, {6, 2, 0}};
 bool here() { return the_gpu().context->compute == 90; }
 } // namespace
@@ -188,7 +184,32 @@ TEST_CASE("Hopper attention: keys in portions") {
             }
 }
 
-TEST_CASE("Hopper attention: queries that see nothing give zeros, not NaN") {
+// Every branch of the kernels, at sizes that a sanitizer can follow.
+TEST_CASE("Hopper attention: masked and whole tiles, portions, several rows (small)") {
+    if (!here()) return;
+    for (size_t D : {64, 128}) {
+        check(Mode::anchor, 2, 140, {2, 1, D}, 700 + D);
+        check(Mode::interleaved, 1, 400, {2, 1, D}, 701 + D, 2);
+        check(Mode::full, 1, 300, {1, 1, D}, 702 + D);
+    }
+}
+
+TEST_CASE("Hopper attention is what the trainer takes, unless told otherwise") {
+    if (!here()) return;
+    const Gpu gpu = the_gpu();
+    const AttentionTiles hopper = attention_hopper_tiles(128), portable = attention_mma_tiles(128);
+    CHECK(hopper.forward_k != portable.forward_k);
+    CHECK(attention_tiles<bf16>(gpu, 128).forward_k == hopper.forward_k);
+    CHECK(attention_tiles<bf16>(gpu, 32).forward_k == portable.forward_k);
+    gpu.context->portable_attention = true;
+    CHECK(attention_tiles<bf16>(gpu, 128).forward_k == portable.forward_k);
+    gpu.context->portable_attention = false;
+    // The backward in a fixed order is the portable one, over the same map.
+    CHECK(hopper.backward_q == portable.backward_q);
+    CHECK(hopper.backward_k == portable.backward_k);
+}
+
+TEST_CASE("Hopper attention: queries that see nothing give zeros, not NaN (small)") {
     if (!here()) return;
     const Gpu gpu = the_gpu();
     for (size_t D : {128, 64}) {
@@ -239,7 +260,7 @@ TEST_CASE("Hopper attention: queries that see nothing give zeros, not NaN") {
     }
 }
 
-TEST_CASE("Hopper attention: large scores neither overflow nor lose the softmax") {
+TEST_CASE("Hopper attention: large scores neither overflow nor lose the softmax (small)") {
     if (!here()) return;
     const Sizes z{1, 1, 64}; // scores to +-1e4, whose exponentials have no float; the maximum moves far and often
     for (Mode mode : {Mode::full, Mode::anchor}) {
@@ -373,4 +394,64 @@ TEST_CASE("Hopper attention over 65536 tokens (large)") {
             check_2x(result[x], yardstick, truth);
         }
     }
+}
+
+namespace {
+__global__ void difference_kernel(double* sums, const bf16* a, const bf16* b, size_t count) {
+    double difference = 0, size = 0;
+    const size_t first = blockIdx.x * count;
+    for (size_t i = threadIdx.x; i < count; i += blockDim.x) {
+        const double x = float(a[first + i]), y = float(b[first + i]);
+        difference += (x - y) * (x - y), size += y * y;
+    }
+    atomicAdd(sums + 2 * blockIdx.x, difference), atomicAdd(sums + 2 * blockIdx.x + 1, size);
+}
+// The largest relative difference of a block of `tokens`, by the root of the sum of squares.
+double largest_difference(const bf16* a, const bf16* b, size_t T, size_t width, size_t tokens) {
+    const size_t blocks = T / tokens;
+    DeviceBuffer<double> sums(2 * blocks);
+    fill_zero(the_gpu(), sums.data(), 2 * blocks * sizeof(double));
+    device_wait(the_gpu());
+    difference_kernel<<<unsigned(blocks), 256>>>(sums.data(), a, b, tokens * width);
+    const Buffer<double> host = sums.host();
+    double largest = 0;
+    for (size_t i = 0; i < blocks; i++) {
+        const double relative = std::sqrt(host[2 * i] / host[2 * i + 1]);
+        largest = relative < largest ? largest : relative; // NaN stays
+    }
+    return largest;
+}
+} // namespace
+
+// Offsets beyond 2^31 elements in every array, against the portable kernels. Each rounds P, dS and its result to bf16,
+// by 2^-9 at most: six roundings lie between them.
+TEST_CASE("Hopper attention over 262144 tokens (large)") {
+    if (!here()) return;
+    const Gpu gpu = the_gpu();
+    const size_t T = 262144, H = 68, K = 34, D = 128, W = (H + 2 * K) * D, block = 1024;
+    CHECK(T * H * D > size_t(1) << 31);
+    Tokens t{{}, {}, {0, int32_t(T)}};
+    for (size_t i = 0; i < T; i++) t.index.push_back(int32_t(i)), t.doc.push_back(i == 0 ? 0 : int32_t(1 + i / 9999));
+    LargeBuffer<bf16> qkv(T * W, 1, 2), dout(T * H * D, 2), anchor(2 * K * D);
+    copy_on_device(gpu, anchor, qkv + H * D, 2 * K * D * sizeof(bf16));
+    LargeBuffer<bf16> out(T * H * D), dqkv(T * W), out_portable(T * H * D), dqkv_portable(T * W);
+    for (bool portable : {false, true}) {
+        gpu.context->portable_attention = portable;
+        const MapOnGpu map(t, t, attention_tiles<bf16>(gpu, D));
+        LargeBuffer<float> lse(H * T), delta(H * T), dq(T * H * D), danchor(2 * K * D);
+        fill_zero(gpu, danchor, 2 * K * D * sizeof(float));
+        bf16 *o = portable ? out_portable : out, *dx = portable ? dqkv_portable : dqkv;
+        attention_forward_launch<bf16>(gpu, {qkv, qkv + H * D, anchor, W, W, map.q.data, map.k.data, map.forward(),
+                                             true, true, o, lse, nullptr, int(T), int(T), int(H), int(K), int(D)});
+        attention_backward_begin<bf16>(gpu, delta, dq, danchor, dout, o, lse, qkv, W, anchor, t.row_begin.data(), 1, T,
+                                       H, K, D);
+        attention_backward_launch<bf16>(
+            gpu, {qkv, qkv + H * D, W,          W, dout,    lse,    delta,  map.q.data, map.k.data, map.backward(),
+                  dq,  nullptr,     dx + H * D, W, danchor, int(T), int(T), int(H),     int(K),     int(D)});
+        attention_backward_end<bf16>(gpu, dx, W, dq, T, H, D);
+        device_wait(gpu);
+    }
+    gpu.context->portable_attention = false;
+    CHECK(largest_difference(out, out_portable, T, H * D, block) < 6 * 0x1p-9);
+    CHECK(largest_difference(dqkv, dqkv_portable, T, W, block) < 6 * 0x1p-9);
 }
