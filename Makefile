@@ -94,11 +94,16 @@ $(BUILD)/gpu_%.o: test/gpu_%.cu train_llama.cu $(HEADERS) $(wildcard test/*.h) |
 	nvcc $(NVCCFLAGS) -O2 -c $< -o $@
 $(BUILD)/test_gpu: $(GPU_TESTS) $(BUILD)/test_main.o $(BUILD)/comm_serial.o
 	nvcc -Xcompiler=-fopenmp $^ -o $@ $(CUDA_LIBS)
+# For racecheck, which does not follow barriers at which one side only arrives.
+$(BUILD)/race_attention.o: test/gpu_attention.cu $(HEADERS) $(wildcard test/*.h) | $(BUILD)
+	nvcc $(NVCCFLAGS) -O2 -DRACECHECK -c $< -o $@
+$(BUILD)/test_race: $(BUILD)/race_attention.o $(BUILD)/test_main.o $(BUILD)/comm_serial.o
+	nvcc -Xcompiler=-fopenmp $^ -o $@ $(CUDA_LIBS)
 test-gpu: deps
 	@$(MAKE) --no-print-directory test-gpu-run
 .PHONY: test-gpu-run
-test-gpu-run: $(PROGRAM) $(BUILD)/test_gpu
-	@TRAIN_LLAMA=$(abspath $(PROGRAM)) PYTHON=$(PYTHON) test/run_gpu.sh $(BUILD)/test_gpu
+test-gpu-run: $(PROGRAM) $(BUILD)/test_gpu $(BUILD)/test_race
+	@TRAIN_LLAMA=$(abspath $(PROGRAM)) PYTHON=$(PYTHON) test/run_gpu.sh $(BUILD)/test_gpu $(BUILD)/test_race
 BENCHES := $(patsubst dev/%.cu,$(BUILD)/%,$(wildcard dev/bench_*.cu))
 $(BENCHES): $(BUILD)/%: dev/%.cu $(wildcard dev/*.h) $(HEADERS) $(BUILD)/comm_serial.o | $(BUILD)
 	nvcc $(NVCCFLAGS) -O3 $< $(BUILD)/comm_serial.o -o $@ $(CUDA_LIBS)

@@ -396,9 +396,14 @@ __device__ inline void add_to_sixteen(float* to, int lane, bool valid, float x, 
 #endif
 }
 
-// Barriers of a block beside __syncthreads, by number: one side only tells, the other one waits for it.
+// Barriers of a block beside __syncthreads, by number: one side only tells, the other one waits for it. The tool
+// racecheck does not follow a side that only tells: with -DRACECHECK that one waits too.
 template <int NUMBER, int THREADS> __device__ void barrier_tell() {
+#ifdef RACECHECK
+    asm volatile("bar.sync %0, %1;" ::"n"(NUMBER), "n"(THREADS) : "memory");
+#else
     asm volatile("bar.arrive %0, %1;" ::"n"(NUMBER), "n"(THREADS) : "memory");
+#endif
 }
 template <int NUMBER, int THREADS> __device__ void barrier_wait() {
     asm volatile("bar.sync %0, %1;" ::"n"(NUMBER), "n"(THREADS) : "memory");
