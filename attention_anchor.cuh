@@ -72,6 +72,7 @@ struct TileMap {
     std::vector<QueryTile> tiles; // most work first
     std::vector<KeyRange> ranges;
     int64_t pairs = 0; // visible pairs, the anchor's column excluded
+    int32_t tile = 0;  // tokens of a tile, but for a row's last one
 };
 
 // A tile's documents, each with its smallest and largest index, decide exactly whether it sees another tile.
@@ -164,7 +165,7 @@ inline void tile_map_build(TileMap& map, const Tokens& q, const Tokens& k, int t
                            TileMapOptions options = {}) {
     REQUIRE(tile_q > 0 && tile_k > 0 && q.rows() == k.rows(), "pass the same rows of queries and keys");
     REQUIRE(tokens_in_order(q) && tokens_in_order(k), "order each row's tokens by index, documents from 0");
-    map.tiles.clear(), map.ranges.clear(), map.pairs = 0;
+    map.tiles.clear(), map.ranges.clear(), map.pairs = 0, map.tile = options.by_keys ? tile_k : tile_q;
     std::vector<int64_t> work;
     for (size_t row = 0; row < q.rows(); row++) {
         map.pairs += pairs_between(q, k, row);
@@ -196,9 +197,12 @@ inline void tile_map_build(TileMap& map, const Tokens& q, const Tokens& k, int t
     map.tiles = std::move(tiles);
 }
 
-// Tile sizes that a device's kernels want; 0: there is no map by keys.
+// Tile sizes that a device's kernels want; backward_k = 0: there is no map by keys. Where a tile visits pairs_from
+// tokens or more in the mean, tiles of queries and, in the map by keys, of keys are twice as long, for a pair of blocks
+// that shares what it visits; 0: never.
 struct AttentionTiles {
     int forward_q, forward_k, backward_q, backward_k;
+    int pairs_from = 0;
 };
 
 // The queries and keys of one portion, as a device wants them. A map is built on the host; a GPU gets a copy of it.
@@ -210,6 +214,7 @@ struct DeviceMap {
     const QueryTile* tiles = nullptr;
     const KeyRange* ranges = nullptr;
     int32_t count = 0; // of tiles
+    int32_t tile = 0;  // as in TileMap
 };
 struct AttentionMap {
     TileMap forward, backward;           // tiles of queries, tiles of keys
@@ -228,8 +233,15 @@ inline std::vector<TokenLabel> token_labels(const Tokens& t, bool keys) {
 
 inline void attention_map_build(AttentionMap& map, const Tokens& q, const Tokens& k, const AttentionTiles& tiles) {
     const bool gpu = tiles.backward_k > 0; // its kernels also write the tiles that meet nobody
-    tile_map_build(map.forward, q, k, tiles.forward_q, tiles.forward_k, {false, gpu});
-    if (gpu) tile_map_build(map.backward, q, k, tiles.backward_q, tiles.backward_k, {true, true});
+    auto build = [&](TileMap& to, int tile_q, int tile_k, bool by_keys) {
+        tile_map_build(to, q, k, tile_q, tile_k, {by_keys, gpu});
+        int64_t visits = 0;
+        for (const KeyRange& r : to.ranges) visits += r.end - r.begin;
+        if (tiles.pairs_from == 0 || visits < tiles.pairs_from * int64_t(to.tiles.size())) return;
+        tile_map_build(to, q, k, by_keys ? tile_q : 2 * tile_q, by_keys ? 2 * tile_k : tile_k, {by_keys, gpu});
+    };
+    build(map.forward, tiles.forward_q, tiles.forward_k, false);
+    if (gpu) build(map.backward, tiles.backward_q, tiles.backward_k, true);
 }
 
 // Which portion of the keys a call brings: the first starts from the anchor (or from nothing), the last one leaves the
@@ -725,14 +737,17 @@ template <class E> struct AttentionBackward {
 #include "layers/attention_hopper.cuh"
 #include "layers/attention_mma.cuh"
 
-// Which kernels a type and a head size get on this GPU. Maps must be built for these tiles, which are the same for a
-// backward with a fixed order of additions as for one without.
+// Which kernels a type and a head size get on this GPU; maps must be built for these tiles. A backward with a fixed order
+// of additions is the portable one.
 inline bool attention_is_hopper(Gpu gpu, size_t D) {
     return gpu.context->compute == 90 && !gpu.context->portable_attention && attention_hopper_takes(D);
 }
 template <class E> AttentionTiles attention_tiles(Gpu gpu, size_t D) {
     if (!std::is_same_v<E, bf16> || !attention_mma_takes(D)) return attention_simt_tiles();
-    return attention_is_hopper(gpu, D) ? attention_hopper_tiles(D) : attention_mma_tiles(D);
+    if (!attention_is_hopper(gpu, D)) return attention_mma_tiles(D);
+    AttentionTiles tiles = attention_hopper_tiles(D);
+    if (gpu.context->deterministic) tiles.pairs_from = 0; // the portable kernels know no pairs
+    return tiles;
 }
 template <class E> void attention_forward_launch(Gpu gpu, const AttentionForward<E>& a) {
     if constexpr (std::is_same_v<E, bf16>) {

@@ -56,6 +56,32 @@ __device__ __forceinline__ void barrier_wait(Barrier* bar, uint32_t parity) {
     while (!barrier_try_wait(bar, parity)) {}
 }
 
+// Blocks of a cluster: this block's number in it; a barrier of all their threads; the same variable of another block's
+// shared memory, which has it at the same place; a store and an arrival there.
+__device__ __forceinline__ uint32_t cluster_rank() {
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+__device__ __forceinline__ uint32_t address_in(const void* shared, uint32_t rank) {
+    uint32_t there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(shared)), "r"(rank));
+    return there;
+}
+__device__ __forceinline__ void barrier_arrive_in(Barrier* bar, uint32_t rank) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(bar, rank)) : "memory");
+}
+// Stores four bytes, which the barrier there awaits.
+__device__ __forceinline__ void store_in(int* shared, uint32_t rank, int x, Barrier* bar) {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(address_in(shared, rank)),
+        "r"(x), "r"(address_in(bar, rank))
+        : "memory");
+}
+
 // A hardware barrier by number (0 is __syncthreads): `threads` arrivals end it; sync waits for them, arrive does not.
 __device__ __forceinline__ void named_sync(int number, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
@@ -100,6 +126,14 @@ __device__ __forceinline__ void tensor_load(void* to, const CUtensorMap* map, in
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
                  "[%1, {%2, %3, %4, %5}], [%6];" ::"r"(address(to)),
                  "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(address(bar))
+                 : "memory");
+}
+// To the same place in both blocks of a pair, where it completes the same barrier.
+__device__ __forceinline__ void tensor_load_both(void* to, const CUtensorMap* map, int x, int y, int z, int w,
+                                                 Barrier* bar) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+                 "[%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(address(to)),
+                 "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(address(bar)), "h"(uint16_t(3))
                  : "memory");
 }
 __device__ __forceinline__ void tensor_store(const CUtensorMap* map, int x, int y, int z, int w, const void* from) {
@@ -168,7 +202,9 @@ template <class R, int N> __device__ __forceinline__ void settle(R (&x)[N]) {
 // The descriptor of an operand that starts here: 1024 bytes from 8 rows to the next 8, 128-byte swizzle. half_bytes,
 // from one half of 64 columns to the next, counts by columns alone. What starts some bytes further: + bytes / 16.
 __device__ __forceinline__ uint64_t matrix(uint32_t start, uint32_t half_bytes = 16) {
-    start = __shfl_sync(~0u, start, 0); // the same in all lanes: descriptors live in the warp's uniform registers
+    // The same in all lanes, for descriptors live in the warp's uniform registers; without the bits that name the block
+    // in a cluster.
+    start = __shfl_sync(~0u, start, 0) & 0x3ffff;
     return uint64_t(start >> 4) | uint64_t(half_bytes >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 

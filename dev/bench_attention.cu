@@ -4,16 +4,21 @@
 //     build/bench_attention 64K           the cases whose name holds this
 //     build/bench_attention 64K portable  by mma.sync, as on a GPU for which no kernel is written
 //     build/bench_attention "" fixed      the backward in a fixed order, as with --deterministic
+//     build/bench_attention 64K alone     Hopper's, each block with a tile of its own; pairs: always in pairs
 //     build/bench_attention 4K plain      by the kernels for any type and head size
 #include "../attention_anchor.cuh"
 #include "bench_attention.h"
 
 namespace {
-void run(Gpu gpu, const AttentionCase& c, bool plain) {
+void run(Gpu gpu, const AttentionCase& c, const char* kernels) {
     const auto [name, T, mean, H, K, D, seed] = c;
     const Tokens t = make_row(T, mean, seed);
     AttentionMap map;
-    attention_map_build(map, t, t, plain ? attention_simt_tiles() : attention_tiles<bf16>(gpu, D));
+    const bool plain = !strcmp(kernels, "plain");
+    AttentionTiles tiles = plain ? attention_simt_tiles() : attention_tiles<bf16>(gpu, D);
+    if (!strcmp(kernels, "alone")) tiles.pairs_from = 0;
+    if (!strcmp(kernels, "pairs")) tiles.pairs_from = 1;
+    attention_map_build(map, t, t, tiles);
     Arrays m{gpu, {}};
     const TokenLabel *q_label = m.upload(token_labels(t, false)), *k_label = m.upload(token_labels(t, true));
     const DeviceMap by_queries = m.upload(map.forward), by_keys = m.upload(map.backward);
@@ -61,5 +66,5 @@ int main(int argc, char** argv) {
     printf("%s %s\n| case | forward | backward | of it: ms (share of copy bandwidth) |\n|---|---|---|---|\n",
            gpu.context->name, kernels);
     for (const AttentionCase& c : attention_cases)
-        if (strstr(c.name, only)) run(gpu, c, !strcmp(kernels, "plain"));
+        if (strstr(c.name, only)) run(gpu, c, kernels);
 }

@@ -40,6 +40,7 @@ constexpr int forward_queries = 128, forward_keys = 128; // of a tile
 constexpr int block_threads = 384;
 constexpr uint32_t filling = 33; // arrivals that fill a slot: a warp's small copies, and what the copy engine brings
 constexpr int rows_of_group = 64, columns_of_half = 64;
+constexpr int pairs_from = 4096; // keys, or queries, that a tile visits in the mean, from which blocks work in pairs
 constexpr float log2e = 1.44269504088896341f;
 
 // A place in a ring of buffers; `phase` is the parity of the barrier's phase that fills it.
@@ -54,6 +55,15 @@ template <int SLOTS> struct Ring {
 // The same for two slots that take the steps, by their numbers, in turn.
 __device__ __forceinline__ int slot_of(uint32_t number) { return number & 1; }
 __device__ __forceinline__ uint32_t phase_of(uint32_t number) { return number >> 1 & 1; }
+
+// How the second block of a pair learns the items.
+struct ItemSlots {
+    int item[2];
+    ptx::Barrier full[2], empty[2];
+    __device__ __forceinline__ void init() {
+        for (int i = 0; i < 2; i++) ptx::barrier_init(&full[i], 1), ptx::barrier_init(&empty[i], 1);
+    }
+};
 
 // What the loading warp tells the others of a tile, and of one of its steps.
 struct ForwardTile {
@@ -75,6 +85,7 @@ template <int D> struct alignas(1024) ForwardShared {
     TokenLabel q_label[slots][forward_queries], k_label[slots][forward_keys];
     ForwardTile tile[slots];
     ForwardStep step[slots];
+    ItemSlots items;
     ptx::Barrier q_full[slots], q_empty[slots], k_full[slots], k_empty[slots], v_full[slots], v_empty[slots];
 };
 
@@ -82,23 +93,61 @@ struct ForwardMaps {
     CUtensorMap q, k, v, out;
 };
 
-// The order of work: all tiles of `together` heads, then those of the next heads. A block begins with the item of its
-// own number and then takes what the counter, which starts at 0, gives it.
+// The order of work: all tiles of `together` heads, then those of the next heads. A block, or a pair of blocks, begins
+// with the item of its own number and then takes what the counter, which starts at 0, gives it.
 struct Schedule {
     int items, block_items, together; // tiles x heads, tiles x together, heads
     int group;                        // query heads of a KV head
+    int workers;                      // blocks, or pairs
     int* counter;
 
     __device__ __forceinline__ int tile(int item) const { return item % block_items / together; }
     __device__ __forceinline__ int head(int item) const { return item / block_items * together + item % together; }
     __device__ __forceinline__ int next(int lane) const { // for a whole warp
-        return gridDim.x + __shfl_sync(~0u, lane == 0 ? atomicAdd(counter, 1) : 0, 0);
+        return workers + __shfl_sync(~0u, lane == 0 ? atomicAdd(counter, 1) : 0, 0);
     }
 };
 
-// Coordinates of a (rows, D) tile of one head for the maps made by head_map.
-__device__ __forceinline__ void load_tile(void* to, const CUtensorMap& map, int token, int head, ptx::Barrier* bar) {
-    ptx::tensor_load(to, &map, 0, token, 0, head, bar);
+// A block alone, or one of two neighbours whose tiles follow each other and visit the same tiles: each then loads 64 of
+// their 128 columns, for both, which halves what the L2 cache must bring. So a slot is empty when both blocks have
+// released it, and the first block tells the second one the items.
+template <bool PAIR> struct Worker {
+    const uint32_t rank = PAIR ? ptx::cluster_rank() : 0; // in the pair
+    __device__ __forceinline__ int number() const { return PAIR ? blockIdx.x / 2 : blockIdx.x; }
+    static constexpr uint32_t releases = PAIR ? 16 : 8; // that empty a slot: of every computing warp
+    // By a whole warp.
+    __device__ __forceinline__ void release(ptx::Barrier* empty, int lane) const {
+        if constexpr (PAIR) {
+            if (lane < 2) ptx::barrier_arrive_in(empty, lane);
+        } else if (lane == 0) ptx::barrier_arrive(empty);
+    }
+    // A tile that the pair shares, `rows` of 128 columns (or what D is, for a block alone). Its map is made by head_map
+    // with 1 part for a pair.
+    __device__ __forceinline__ void load(bf16* to, const CUtensorMap& map, int rows, int token, int head,
+                                         ptx::Barrier* full) const {
+        if constexpr (PAIR) ptx::tensor_load_both(to + rank * rows * 64, &map, 0, token, rank, head, full);
+        else ptx::tensor_load(to, &map, 0, token, 0, head, full);
+    }
+};
+
+// By the loading warp: the item after number `number` of this worker.
+template <bool PAIR> __device__ __forceinline__ int next_item(const Worker<PAIR>& worker, const Schedule& schedule,
+                                                              ItemSlots& slots, uint32_t number, int lane) {
+    if constexpr (!PAIR) return schedule.next(lane);
+    int item, &place = slots.item[slot_of(number)];
+    ptx::Barrier &full = slots.full[slot_of(number)], &empty = slots.empty[slot_of(number)];
+    if (worker.rank == 0) {
+        item = schedule.next(lane);
+        ptx::barrier_wait(&empty, phase_of(number) ^ 1);
+        if (lane == 0) ptx::store_in(&place, 1, item, &full);
+    } else {
+        if (lane == 0) ptx::barrier_arrive_expect(&full, sizeof item);
+        ptx::barrier_wait(&full, phase_of(number));
+        item = place;
+        __syncwarp();
+        if (lane == 0) ptx::barrier_arrive_in(&empty, 0);
+    }
+    return item;
 }
 
 // `count` neighbouring values into shared memory by a warp, zeros from the array's `end` on.
@@ -109,22 +158,25 @@ __device__ __forceinline__ void copy_row(X* to, const X* from, int first, int en
 }
 
 // The loading warp; its lane 0 commands the copy engine. Keys run one step ahead of values, as the products want them.
-template <int D> __device__ __forceinline__ void forward_load(const AttentionForward<bf16>& a, const ForwardMaps& maps,
-                                                              ForwardShared<D>& s, const Schedule& schedule, int lane) {
+template <int D, bool PAIR> __device__ __forceinline__ void forward_load(const AttentionForward<bf16>& a,
+                                                                         const ForwardMaps& maps, ForwardShared<D>& s,
+                                                                         const Schedule& schedule, int lane) {
+    const Worker<PAIR> worker;
     Ring<2> q, k, v;
     auto load_values = [&](int token, int head) {
         ptx::barrier_wait(&s.v_empty[v.slot], v.phase ^ 1);
         if (lane == 0) {
             ptx::barrier_arrive_expect(&s.v_full[v.slot], sizeof s.v[0]);
-            load_tile(s.v[v.slot], maps.v, token, head, &s.v_full[v.slot]);
+            worker.load(s.v[v.slot], maps.v, forward_keys, token, head, &s.v_full[v.slot]);
         }
         v.next();
     };
-    int item = blockIdx.x;
-    while (item < schedule.items) {
-        const QueryTile tile = a.map.tiles[schedule.tile(item)];
+    int item = worker.number();
+    for (uint32_t number = 0; item < schedule.items; number++) {
+        QueryTile tile = a.map.tiles[schedule.tile(item)];
+        tile.begin += worker.rank * forward_queries;
         const int head = schedule.head(item), kv_head = head / schedule.group;
-        item = schedule.next(lane);
+        item = next_item(worker, schedule, s.items, number, lane);
         ptx::Barrier* full = &s.q_full[q.slot];
         ptx::barrier_wait(&s.q_empty[q.slot], q.phase ^ 1);
         copy_row<forward_queries>(s.q_label[q.slot], a.q_label, tile.begin, a.T, lane);
@@ -133,7 +185,7 @@ template <int D> __device__ __forceinline__ void forward_load(const AttentionFor
             s.tile[q.slot] = {tile.row, tile.begin, tile.end, head, tile.first_range < tile.last_range};
             const bool anchor = a.first && a.anchor;
             ptx::barrier_arrive_expect(full, sizeof s.q[0] + (anchor ? 2 * D * sizeof(bf16) : 0));
-            load_tile(s.q[q.slot], maps.q, tile.begin, head, full);
+            ptx::tensor_load(s.q[q.slot], &maps.q, 0, tile.begin, 0, head, full);
             if (anchor) {
                 const bf16* k0 = a.anchor + (size_t(tile.row) * 2 * a.K + kv_head) * D;
                 for (int half = 0; half < D / 64; half++)
@@ -156,7 +208,7 @@ template <int D> __device__ __forceinline__ void forward_load(const AttentionFor
                     s.step[k.slot] = {range.end - begin, masked,
                                       r + 1 == tile.last_range && begin + forward_keys >= range.end};
                     ptx::barrier_arrive_expect(full, sizeof s.k[0]);
-                    load_tile(s.k[k.slot], maps.k, begin, kv_head, full);
+                    worker.load(s.k[k.slot], maps.k, forward_keys, begin, kv_head, full);
                 }
                 k.next();
                 if (before >= 0) load_values(before, kv_head);
@@ -169,6 +221,11 @@ template <int D> __device__ __forceinline__ void forward_load(const AttentionFor
     if (lane == 0) s.tile[q.slot].head = -1;
     ptx::barrier_arrive_copies(&s.q_full[q.slot]);
     if (lane == 0) ptx::barrier_arrive(&s.q_full[q.slot]);
+}
+
+template <bool PAIR> __device__ __forceinline__ void block_sync() {
+    if constexpr (PAIR) ptx::cluster_sync();
+    else __syncthreads();
 }
 
 // Where a thread stands: the rows g and g + 8 of its warp's 16, the columns 2 t and 2 t + 1 of every 8.
@@ -374,8 +431,9 @@ template <int D> __device__ __forceinline__ void forward_finish(const AttentionF
 }
 
 // A warpgroup's place in the rings, and what it carries from step to step.
-template <int D> struct ForwardGroup {
+template <int D, bool PAIR> struct ForwardGroup {
     ForwardShared<D>& s;
+    const Worker<PAIR> worker;
     const Place at;
     Ring<2> q, k, v;
     uint64_t queries; // its rows of Q
@@ -403,7 +461,7 @@ template <int D> struct ForwardGroup {
             forward_mask(scores, q_label, s.k_label[k.slot], step.keys, at.t);
             __syncwarp();
         }
-        if (at.lane == 0) ptx::barrier_arrive(&s.k_empty[k.slot]);
+        worker.release(&s.k_empty[k.slot], at.lane);
         k.next();
         last = step.last;
         risen = softmax_step<D>(scores, m, l, alpha);
@@ -413,7 +471,7 @@ template <int D> struct ForwardGroup {
     __device__ __forceinline__ void finish_output() {
         ptx::product_wait<0>();
         ptx::settle(o);
-        if (at.lane == 0) ptx::barrier_arrive(&s.v_empty[v.slot]);
+        worker.release(&s.v_empty[v.slot], at.lane);
         v.next();
     }
     // Scores, then p_now; meanwhile the output of the step before, by p_before.
@@ -432,9 +490,9 @@ template <int D> struct ForwardGroup {
 };
 
 // A warpgroup of queries.
-template <int D> __device__ __forceinline__ void
+template <int D, bool PAIR> __device__ __forceinline__ void
 forward_compute(const AttentionForward<bf16>& a, const ForwardMaps& maps, ForwardShared<D>& s, int group) {
-    ForwardGroup<D> w(s, group);
+    ForwardGroup<D, PAIR> w(s, group);
     bool storing = false; // Q of the tile before still has its output, which may be on its way out
     for (;; w.q.next()) {
         ptx::barrier_wait(&s.q_full[w.q.slot], w.q.phase);
@@ -477,7 +535,7 @@ forward_compute(const AttentionForward<bf16>& a, const ForwardMaps& maps, Forwar
 // Block: 128 queries of one head at a time; warpgroups as above; shared memory: two slots each of Q (and O on its way
 // out), K and V, the anchor's key and value, labels, 203 KiB. Bound by the tensor cores (4 D FLOP a pair of query and
 // key), with the exponentials, half as long, under them. On an H200: 718 TFLOP/s at 16384 causal tokens, D = 128.
-template <int D> __global__ void __launch_bounds__(block_threads, 1)
+template <int D, bool PAIR> __global__ void __launch_bounds__(block_threads, 1)
     attention_hopper_forward_kernel(const __grid_constant__ AttentionForward<bf16> a,
                                     const __grid_constant__ ForwardMaps maps,
                                     const __grid_constant__ Schedule schedule) {
@@ -488,19 +546,22 @@ template <int D> __global__ void __launch_bounds__(block_threads, 1)
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++) {
             ptx::barrier_init(&s.q_full[i], filling), ptx::barrier_init(&s.q_empty[i], 8);
-            ptx::barrier_init(&s.k_full[i], filling), ptx::barrier_init(&s.k_empty[i], 8);
-            ptx::barrier_init(&s.v_full[i], 1), ptx::barrier_init(&s.v_empty[i], 8);
+            ptx::barrier_init(&s.k_full[i], filling);
+            ptx::barrier_init(&s.v_full[i], 1);
+            for (ptx::Barrier* empty : {&s.k_empty[i], &s.v_empty[i]}) ptx::barrier_init(empty, Worker<PAIR>::releases);
         }
+        s.items.init();
         ptx::barrier_init_fence();
     }
-    __syncthreads();
+    block_sync<PAIR>();
     if (group == 0) {
         ptx::registers_give<40>();
-        if (threadIdx.x < 32) forward_load<D>(a, maps, s, schedule, threadIdx.x);
+        if (threadIdx.x < 32) forward_load<D, PAIR>(a, maps, s, schedule, threadIdx.x);
     } else {
         ptx::registers_take<232>();
-        forward_compute<D>(a, maps, s, group - 1);
+        forward_compute<D, PAIR>(a, maps, s, group - 1);
     }
+    if (PAIR) ptx::cluster_sync(); // nobody leaves while the other block may still reach into its memory
 #else
     __trap(); // built for another GPU than this one's sm_90a
 #endif
@@ -532,6 +593,7 @@ template <int D> struct alignas(1024) BackwardShared {
     int2 ds_place[8][2]; // first query and head of a warp's dS until its dQ has been sent; head < 0: none
     ptx::Barrier kv_full, kv_empty, q_full[q_slots], q_empty[q_slots], dout_full[2], dout_empty[2];
     ptx::Barrier posted[q_slots], ds_full[2];
+    ItemSlots items;
 };
 
 struct BackwardMaps {
@@ -539,24 +601,25 @@ struct BackwardMaps {
 };
 
 // The first loading warp: the item's keys and values, then queries and dO of all its steps, head by head of the group.
-template <int D> __device__ __forceinline__ void backward_load(const AttentionBackward<bf16>& a,
-                                                               const BackwardMaps& maps, BackwardShared<D>& s,
-                                                               const Schedule& schedule, int lane) {
+template <int D, bool PAIR>
+__device__ __forceinline__ void backward_load(const AttentionBackward<bf16>& a, const BackwardMaps& maps,
+                                              BackwardShared<D>& s, const Schedule& schedule, int lane) {
+    const Worker<PAIR> worker;
     Ring<BackwardShared<D>::q_slots> q;
-    uint32_t number = 0, phase = 0; // of the step; of the item
-    for (int item = blockIdx.x;; item = schedule.next(lane)) {
-        ptx::barrier_wait(&s.kv_empty, phase ^ 1);
-        phase ^= 1;
+    uint32_t number = 0, items = 0; // of the step; of the item
+    for (int item = worker.number();; item = next_item(worker, schedule, s.items, items++, lane)) {
+        ptx::barrier_wait(&s.kv_empty, (items & 1) ^ 1);
         if (item >= schedule.items) break;
-        const QueryTile tile = a.map.tiles[schedule.tile(item)];
+        QueryTile tile = a.map.tiles[schedule.tile(item)];
+        tile.begin += worker.rank * backward_keys;
         const int kv_head = schedule.head(item), heads_end = (kv_head + 1) * schedule.group;
         copy_row<backward_keys>(s.k_label, a.k_label, tile.begin, a.Tk, lane);
         ptx::barrier_arrive_copies(&s.kv_full);
         if (lane != 0) continue;
         s.item = {tile.row, tile.begin, tile.end, kv_head, tile.first_range < tile.last_range};
         ptx::barrier_arrive_expect(&s.kv_full, 2 * sizeof s.k);
-        load_tile(s.k, maps.k, tile.begin, kv_head, &s.kv_full);
-        load_tile(s.v, maps.v, tile.begin, kv_head, &s.kv_full);
+        ptx::tensor_load(s.k, &maps.k, 0, tile.begin, 0, kv_head, &s.kv_full);
+        ptx::tensor_load(s.v, &maps.v, 0, tile.begin, 0, kv_head, &s.kv_full);
         for (int head = heads_end - schedule.group; head < heads_end; head++)
             for (int r = tile.first_range; r < tile.last_range; r++) {
                 const KeyRange range = a.map.ranges[r];
@@ -569,11 +632,12 @@ template <int D> __device__ __forceinline__ void backward_load(const AttentionBa
                                       last_range && next >= range.end};
                     ptx::barrier_arrive(&s.posted[q.slot]);
                     ptx::barrier_arrive_expect(&s.q_full[q.slot], sizeof s.q[0]);
-                    load_tile(s.q[q.slot], maps.q, begin, head, &s.q_full[q.slot]);
+                    worker.load(s.q[q.slot], maps.q, backward_queries, begin, head, &s.q_full[q.slot]);
                     q.next();
                     ptx::barrier_wait(&s.dout_empty[slot_of(number)], phase_of(number) ^ 1);
                     ptx::barrier_arrive_expect(&s.dout_full[slot_of(number)], sizeof s.dout[0]);
-                    load_tile(s.dout[slot_of(number)], maps.dout, begin, head, &s.dout_full[slot_of(number)]);
+                    worker.load(s.dout[slot_of(number)], maps.dout, backward_queries, begin, head,
+                                &s.dout_full[slot_of(number)]);
                     number++;
                 }
             }
@@ -666,11 +730,12 @@ score_gradients(float (&dp)[backward_queries / 2], const float (&p)[backward_que
 }
 
 // A warpgroup's place in the rings, and what it carries from step to step.
-template <int D> struct BackwardGroup {
+template <int D, bool PAIR> struct BackwardGroup {
     static constexpr int dq_columns = D / 2; // of dQ, which the two warpgroups share out by columns
     const AttentionBackward<bf16>& a;
     const BackwardMaps& maps;
     BackwardShared<D>& s;
+    const Worker<PAIR> worker;
     const Place at;
     Ring<BackwardShared<D>::q_slots> q;
     uint32_t number = 0; // of the step, over all items
@@ -789,7 +854,7 @@ template <int D> struct BackwardGroup {
         store_ds(x);
         ptx::product_wait<0>(); // dV
         ptx::settle(dv), ptx::settle(rounded);
-        if (at.lane == 0) ptx::barrier_arrive(&s.dout_empty[slot_of(number)]);
+        worker.release(&s.dout_empty[slot_of(number)], at.lane);
     }
     // dK, from dS, and dQ of the step before; meanwhile P of the next step.
     __device__ __forceinline__ void step_keys(float (&p)[backward_queries / 2],
@@ -810,7 +875,7 @@ template <int D> struct BackwardGroup {
         write_dq(dq, number - 1); // and sent with the next fence, in store_ds
         ptx::product_wait<0>();   // dK
         ptx::settle(dk), ptx::settle(rounded);
-        if (at.lane == 0) ptx::barrier_arrive(&s.q_empty[q_slot]);
+        worker.release(&s.q_empty[q_slot], at.lane);
         number++;
     }
     // What the item's last step left to do.
@@ -827,7 +892,7 @@ template <int D> struct BackwardGroup {
         send_dq_now(number - 1);
         issue_dq(dq, number);
         ptx::product_wait<0>();
-        if (at.lane == 0) ptx::barrier_arrive(&s.q_empty[q.slot]);
+        worker.release(&s.q_empty[q.slot], at.lane);
         write_dq(dq, number);
         send_dq_now(number);
         q.next();
@@ -931,9 +996,9 @@ template <int D> struct BackwardGroup {
 };
 
 // A warpgroup of keys.
-template <int D> __device__ __forceinline__ void
+template <int D, bool PAIR> __device__ __forceinline__ void
 backward_compute(const AttentionBackward<bf16>& a, const BackwardMaps& maps, BackwardShared<D>& s, int group) {
-    BackwardGroup<D> w(a, maps, s, group);
+    BackwardGroup<D, PAIR> w(a, maps, s, group);
     for (int slot = 0; slot < 2; slot++) ptx::named_arrive(w.ds_free(slot, group ^ 1), 256);
     if (w.at.lane < 2) s.ds_place[4 * group + w.at.warp][w.at.lane].y = -1;
     for (uint32_t phase = 0;; phase ^= 1) {
@@ -960,7 +1025,7 @@ backward_compute(const AttentionBackward<bf16>& a, const BackwardMaps& maps, Bac
 // in memory, 32 KiB a step. Shared memory: K, V, three slots of Q, two of dO and dS, dQ on its way out, LSE, delta,
 // labels, 212 KiB. Bound by shared memory: a step's products read 256 KiB of it and all else moves 112 KiB, 2900 cycles
 // at 128 bytes a cycle, in which its 10 D FLOP a pair keep the tensor cores busy for 2560.
-template <int D> __global__ void __launch_bounds__(block_threads, 1)
+template <int D, bool PAIR> __global__ void __launch_bounds__(block_threads, 1)
     attention_hopper_backward_kernel(const __grid_constant__ AttentionBackward<bf16> a,
                                      const __grid_constant__ BackwardMaps maps,
                                      const __grid_constant__ Schedule schedule) {
@@ -971,23 +1036,25 @@ template <int D> __global__ void __launch_bounds__(block_threads, 1)
     if (threadIdx.x == 0) {
         ptx::barrier_init(&s.kv_full, filling), ptx::barrier_init(&s.kv_empty, 8);
         for (int i = 0; i < s.q_slots; i++)
-            ptx::barrier_init(&s.q_full[i], filling + 32), ptx::barrier_init(&s.q_empty[i], 8),
-                ptx::barrier_init(&s.posted[i], 1);
+            ptx::barrier_init(&s.q_full[i], filling + 32), ptx::barrier_init(&s.posted[i], 1),
+                ptx::barrier_init(&s.q_empty[i], Worker<PAIR>::releases);
         for (int i = 0; i < 2; i++) {
-            ptx::barrier_init(&s.dout_full[i], filling), ptx::barrier_init(&s.dout_empty[i], 8);
-            ptx::barrier_init(&s.ds_full[i], 8);
+            ptx::barrier_init(&s.dout_full[i], filling), ptx::barrier_init(&s.ds_full[i], 8);
+            ptx::barrier_init(&s.dout_empty[i], Worker<PAIR>::releases);
         }
+        s.items.init();
         ptx::barrier_init_fence();
     }
-    __syncthreads();
+    block_sync<PAIR>();
     if (group == 0) {
         ptx::registers_give<24>();
-        if (threadIdx.x < 32) backward_load<D>(a, maps, s, schedule, threadIdx.x);
+        if (threadIdx.x < 32) backward_load<D, PAIR>(a, maps, s, schedule, threadIdx.x);
         else if (threadIdx.x < 64) backward_load_rows<D>(a, s, threadIdx.x - 32);
     } else {
         ptx::registers_take<240>();
-        backward_compute<D>(a, maps, s, group - 1);
+        backward_compute<D, PAIR>(a, maps, s, group - 1);
     }
+    if (PAIR) ptx::cluster_sync();
 #else
     __trap();
 #endif
@@ -1008,46 +1075,51 @@ inline Schedule schedule_of(Gpu gpu, int tiles, int heads, int group, size_t byt
     while (together > 1 && heads % together != 0) together--;
     together = std::max(together, 1);
     CUDA_CHECK(cudaMemsetAsync(gpu.context->scratch, 0, sizeof(int), gpu.stream));
-    return {tiles * heads, tiles * together, together, group, (int*)gpu.context->scratch};
+    return {tiles * heads, tiles * together, together, group, 0, (int*)gpu.context->scratch};
 }
 
-template <int D> void forward_launch(Gpu gpu, const AttentionForward<bf16>& a) {
+template <bool PAIR, class Kernel, class Arguments, class Maps>
+void launch(Gpu gpu, Kernel kernel, size_t shared, const Arguments& a, const Maps& maps, Schedule schedule) {
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+    schedule.workers = std::min(gpu.context->sms / (PAIR ? 2 : 1), schedule.items);
+    cudaLaunchAttribute cluster;
+    cluster.id = cudaLaunchAttributeClusterDimension, cluster.val.clusterDim = {PAIR ? 2u : 1u, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = schedule.workers * (PAIR ? 2 : 1), config.blockDim = block_threads;
+    config.dynamicSmemBytes = shared, config.stream = gpu.stream, config.attrs = &cluster, config.numAttrs = 1;
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a, maps, schedule));
+}
+
+template <int D, bool PAIR> void forward_launch(Gpu gpu, const AttentionForward<bf16>& a) {
     const auto* keys = a.Tk > 0 ? a.kv : a.q; // a map of no keys is never used, but must be one
     const size_t Tk = std::max(a.Tk, 1), kv_stride = a.Tk > 0 ? a.kv_stride : a.q_stride;
+    constexpr uint32_t parts = PAIR ? 1 : D / 64; // of what a pair shares each block loads one
     ForwardMaps maps;
     maps.q = head_map(a.q, false, a.q_stride, a.T, a.H, D, forward_queries, D / 64);
-    maps.k = head_map(keys, false, kv_stride, Tk, a.K, D, forward_keys, D / 64);
-    maps.v = head_map(a.Tk > 0 ? a.kv + size_t(a.K) * D : a.q, false, kv_stride, Tk, a.K, D, forward_keys, D / 64);
+    maps.k = head_map(keys, false, kv_stride, Tk, a.K, D, forward_keys, parts);
+    maps.v = head_map(a.Tk > 0 ? a.kv + size_t(a.K) * D : a.q, false, kv_stride, Tk, a.K, D, forward_keys, parts);
     maps.out = head_map(a.last ? a.out : a.q, false, a.last ? size_t(a.H) * D : a.q_stride, a.T, a.H, D, 16, 1);
-    const auto kernel = attention_hopper_forward_kernel<D>;
-    const int shared = sizeof(ForwardShared<D>), group = a.H / a.K;
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-    const Schedule schedule = schedule_of(gpu, a.map.count, a.H, group, Tk * 2 * D * sizeof(bf16) / group);
-    const int blocks = std::min(gpu.context->sms, schedule.items);
-    kernel<<<blocks, block_threads, shared, gpu.stream>>>(a, maps, schedule);
-    CUDA_CHECK(cudaGetLastError());
+    const Schedule schedule = schedule_of(gpu, a.map.count, a.H, a.H / a.K, Tk * 2 * D * sizeof(bf16) / (a.H / a.K));
+    launch<PAIR>(gpu, attention_hopper_forward_kernel<D, PAIR>, sizeof(ForwardShared<D>), a, maps, schedule);
 }
 
-template <int D> void backward_launch(Gpu gpu, const AttentionBackward<bf16>& a) {
+template <int D, bool PAIR> void backward_launch(Gpu gpu, const AttentionBackward<bf16>& a) {
     const bool queries = a.T > 0; // maps of no queries are never used, but must be some
     const size_t T = queries ? a.T : a.Tk, H = queries ? a.H : a.K, q_stride = queries ? a.q_stride : a.kv_stride;
     const bf16* q = queries ? a.q : a.kv;
+    constexpr uint32_t parts = PAIR ? 1 : D / 64;
     BackwardMaps maps;
-    maps.q = head_map(q, false, q_stride, T, H, D, backward_queries, D / 64);
-    maps.dout = queries ? head_map(a.dout, false, H * D, T, H, D, backward_queries, D / 64) : maps.q;
+    maps.q = head_map(q, false, q_stride, T, H, D, backward_queries, parts);
+    maps.dout = queries ? head_map(a.dout, false, H * D, T, H, D, backward_queries, parts) : maps.q;
     maps.k = head_map(a.kv, false, a.kv_stride, a.Tk, a.K, D, backward_keys, D / 64);
     maps.v = head_map(a.kv + size_t(a.K) * D, false, a.kv_stride, a.Tk, a.K, D, backward_keys, D / 64);
     maps.dq = queries ? head_map(a.dq, true, H * D, T, H, D, 16, D / 64) : maps.q;
     if (a.dkv_out) maps.dkv_out = head_map(a.dkv_out, false, a.dkv_out_stride, a.Tk, 2 * a.K, D, 16, 1);
     else maps.dkv = head_map(a.dkv, true, size_t(2) * a.K * D, a.Tk, 2 * a.K, D, 16, 2);
-    const auto kernel = attention_hopper_backward_kernel<D>;
-    const int shared = sizeof(BackwardShared<D>), group = a.H / a.K;
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    const int group = a.H / a.K;
     const size_t bytes = size_t(a.T) * group * D * (2 * sizeof(bf16) + sizeof(float));
     const Schedule schedule = schedule_of(gpu, a.map.count, a.K, group, bytes);
-    const int blocks = std::min(gpu.context->sms, schedule.items);
-    kernel<<<blocks, block_threads, shared, gpu.stream>>>(a, maps, schedule);
-    CUDA_CHECK(cudaGetLastError());
+    launch<PAIR>(gpu, attention_hopper_backward_kernel<D, PAIR>, sizeof(BackwardShared<D>), a, maps, schedule);
 }
 
 } // namespace hopper
@@ -1055,7 +1127,8 @@ template <int D> void backward_launch(Gpu gpu, const AttentionBackward<bf16>& a)
 constexpr bool attention_hopper_takes(size_t D) { return D == 64 || D == 128; }
 inline AttentionTiles attention_hopper_tiles(size_t D) {
     REQUIRE(attention_hopper_takes(D), "the Hopper attention has kernels for head sizes 64 and 128");
-    return {hopper::forward_queries, hopper::forward_keys, hopper::backward_queries, hopper::backward_keys};
+    return {hopper::forward_queries, hopper::forward_keys, hopper::backward_queries, hopper::backward_keys,
+            D == 128 ? hopper::pairs_from : 0};
 }
 
 // See AttentionForward in attention_anchor.cuh; the map is built with attention_hopper_tiles.
@@ -1066,8 +1139,11 @@ inline void attention_hopper_forward(Gpu gpu, const AttentionForward<bf16>& a) {
     REQUIRE(a.q_stride % 8 == 0 && a.kv_stride % 8 == 0 && uintptr_t(a.anchor) % 16 == 0,
             "tokens and the anchor must start on 16 bytes");
     if (a.map.count == 0) return;
-    if (a.D == 64) hopper::forward_launch<64>(gpu, a);
-    else hopper::forward_launch<128>(gpu, a);
+    REQUIRE(a.map.tile == hopper::forward_queries || (a.D == 128 && a.map.tile == 2 * hopper::forward_queries),
+            "build the map with attention_hopper_tiles");
+    if (a.D == 64) hopper::forward_launch<64, false>(gpu, a);
+    else if (a.map.tile == hopper::forward_queries) hopper::forward_launch<128, false>(gpu, a);
+    else hopper::forward_launch<128, true>(gpu, a);
 }
 
 // See AttentionBackward; dq, delta and danchor come from attention_backward_begin. The order of the additions to dq is
@@ -1079,7 +1155,10 @@ inline void attention_hopper_backward(Gpu gpu, const AttentionBackward<bf16>& a)
     REQUIRE(a.q_stride % 8 == 0 && a.kv_stride % 8 == 0 && (!a.dkv_out || a.dkv_out_stride % 8 == 0),
             "tokens must be a multiple of 16 bytes apart");
     if (a.map.count == 0) return;
-    if (a.D == 64) hopper::backward_launch<64>(gpu, a);
-    else hopper::backward_launch<128>(gpu, a);
+    REQUIRE(a.map.tile == hopper::backward_keys || (a.D == 128 && a.map.tile == 2 * hopper::backward_keys),
+            "build the map with attention_hopper_tiles");
+    if (a.D == 64) hopper::backward_launch<64, false>(gpu, a);
+    else if (a.map.tile == hopper::backward_keys) hopper::backward_launch<128, false>(gpu, a);
+    else hopper::backward_launch<128, true>(gpu, a);
 }
 #endif

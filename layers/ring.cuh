@@ -387,7 +387,7 @@ struct RingUpload {
         memory += padded, left -= padded;
         return to;
     }
-    DeviceMap put(const TileMap& map) { return {put(map.tiles), put(map.ranges), int32_t(map.tiles.size())}; }
+    DeviceMap put(const TileMap& map) { return {put(map.tiles), put(map.ranges), int32_t(map.tiles.size()), map.tile}; }
 };
 
 // Brings the plan to the GPU: `bytes` of its memory, as ring_plan_bytes says.
