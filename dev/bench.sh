@@ -1,21 +1,24 @@
 #!/bin/bash
 # One table of speeds on this GPU: every kernel, every product, attention, the whole training step of LLaMA-2-7B; with
-# PEERS=1 the PyTorch peers in the same run. `make bench` runs all parts; PART="step" or PART="kernels matmul" some of
-# them, each a few minutes. Peers' scripts: the folder PEER_SCRIPTS (attention_peers.py, peer_titan.py).
+# PEERS=1 the PyTorch peers in the same run, and our speed over theirs. `make bench` runs all parts; PART="kernels matmul",
+# PART=attention or PART=step some of them, and STEPS="4k 32k" some of the steps: 4k, 32k, 64k, 64k-4096, 64k-16384,
+# 64k-14 and 64k-18 (bytes a parameter), 64k-portable. Other options of the trainer for all steps: OPTIONS="...".
+# Peers' scripts: the folder PEER_SCRIPTS (attention_peers.py, peer_titan.py).
 cd "$(dirname "$0")/.."
 build=${BUILD:-build/cuda}
 python=${PYTHON:-python3}
 scripts=${PEER_SCRIPTS:-../shared/peers}
 part=${PART:-kernels matmul attention step}
+steps=${STEPS:-4k 32k 64k 64k-4096 64k-16384}
 echo "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1), commit $(git rev-parse --short HEAD 2> /dev/null || echo unknown)"
 
-# step NAME OPTIONS...: the median of the steps after the third, and what the run took of the GPU's memory.
-step() {
-    name=$1
+# ours NAME OPTIONS...: the median of the steps after the third, and what the run took of the GPU's memory; sets tf.
+ours() {
+    name=$1 tf=
     shift
-    ./train_llama -e llama2-7b --device gpu --grad_dtype bf16 --opt_dtype bf16 --master none --steps 9 "$@" > build/step.log 2>&1 ||
+    ./train_llama -e llama2-7b --device gpu --grad_dtype bf16 --opt_dtype bf16 --master none --steps 8 "$@" $OPTIONS > build/step.log 2>&1 ||
         { echo "| $name | failed: $(tail -1 build/step.log) |"; return; }
-    grep '^step' build/step.log | tail -6 | awk -F'|' -v name="$name" '
+    grep '^step' build/step.log | tail -5 | awk -F'|' -v name="$name" '
         { split($5, ms, " "); split($6, tok, " "); split($7, tf, " "); split($8, gib, " ")
           m[NR] = ms[1]; t[NR] = tok[1]; f[NR] = tf[1]; g = gib[1] }
         END { n = asort_by(m, t, f); i = int((n + 1) / 2)
@@ -28,29 +31,49 @@ step() {
                     x = f[j]; f[j] = f[j - 1]; f[j - 1] = x
                 }
             return NR
-        }'
+        }' | tee build/step.row
+    tf=$(awk -F'|' '{ split($5, x, " "); print x[1] }' build/step.row)
     grep -o 'recompute [^|]*' build/step.log | head -1 | sed 's/^/    /'
+}
+# peer ARGUMENTS...: of peer_titan.py, and the ratio of what `ours` has just measured to it.
+peer() {
+    [ "$PEERS" = 1 ] || return
+    $python "$scripts/peer_titan.py" "$@" 2>&1 | tail -1 | tee build/peer.row
+    awk -v ours="$tf" '{ for (i = 1; i < NF; i++) if ($i == "model") printf "    ratio %.2f\n", ours / $(i + 1) }' build/peer.row
+}
+attention() {
+    $build/bench_attention "" "$1" | tee build/attention.txt
+    [ "$PEERS" = 1 ] || return
+    for args in "" "flex 65536 4096" "flex 65536 16384" "flex 16384 2048"; do
+        $python "$scripts/attention_peers.py" $args 2>&1 | grep -E "causal|flex anchor"
+    done | tee build/attention_peers.txt
+    awk -F'|' 'FNR == NR { gsub(/^ +| +$/, "", $2); split($3, f, " "); split($4, b, " "); name[++n] = $2; fw[$2] = f[3]; bw[$2] = b[3]; next }
+        { split($0, s, "S="); split(s[2], x, " "); k = x[1] / 1024 "K"
+          mean = ""; if (match($0, /mean=[0-9]+/)) mean = substr($0, RSTART + 5, RLENGTH - 5)
+          for (i = 1; i <= n; i++)
+              if (name[i] == k " causal" && mean == "" || mean != "" && name[i] == k " anchor, mean " mean)
+                  printf "| %-22s | %.2f forward, %.2f backward, times %s |\n", name[i], fw[name[i]] / x[5], bw[name[i]] / x[10], substr($0, 1, 13) }
+        ' build/attention.txt build/attention_peers.txt
+}
+step() {
+    case $1 in
+        4k) ours "7B, 4 x 4K, full" -c 4096 -b 4 --attention full; peer 4096 32 sdpa 4 ;;
+        32k) ours "7B, 32K, full" -c 32768 --attention full; peer 32768 32 sdpa 1 ;;
+        64k) ours "7B, 64K, full" -c 65536 --attention full; peer 65536 32 sdpa 1 ;;
+        64k-4096) ours "7B, 64K, anchor, mean 4096" -c 65536 --generator_mean 4096; peer 65536 32 flex:4096 1 ;;
+        64k-16384) ours "7B, 64K, anchor, mean 16384" -c 65536 --generator_mean 16384; peer 65536 32 flex:16384 1 ;;
+        64k-14) ours "7B, 64K, full, 14 bytes a parameter" -c 65536 --attention full --grad_dtype float --master float ;;
+        64k-18) ours "7B, 64K, full, 18 bytes a parameter" -c 65536 --attention full --grad_dtype float --opt_dtype float --master float ;;
+        64k-portable) ours "7B, 64K, full, portable attention" -c 65536 --attention full --portable_attention ;;
+        *) echo "no such step: $1" ;;
+    esac
 }
 
 for p in $part; do
     echo "== $p"
     case $p in
-        kernels | matmul | attention) $build/bench_$p ;;
-        step)
-            step "7B, 4 x 4K, full" -c 4096 -b 4 --attention full
-            step "7B, 32K, full" -c 32768 --attention full
-            step "7B, 64K, full" -c 65536 --attention full
-            step "7B, 64K, anchor, mean 4096" -c 65536 --attention anchor --generator_mean 4096
-            step "7B, 64K, anchor, mean 16384" -c 65536 --attention anchor --generator_mean 16384
-            ;;
+        attention) attention; PEERS=0 attention portable ;;
+        step) for s in $steps; do step $s; done ;;
+        *) $build/bench_$p ;;
     esac
 done
-if [ "$PEERS" = 1 ]; then
-    echo "== peers"
-    for args in "65536 32 flex:4096 1" "4096 32 sdpa 4" "32768 32 sdpa 1" "65536 32 sdpa 1"; do
-        case " ${PEER_STEPS:-4096 32768 65536} " in *" ${args%% *} "*) $python "$scripts/peer_titan.py" $args 2>&1 | tail -1 ;; esac
-    done
-    [ "${PEER_ATTENTION:-1}" = 0 ] || for args in "" "flex 65536 4096" "flex 65536 16384" "flex 16384 2048"; do
-        $python "$scripts/attention_peers.py" $args 2>&1 | grep -v Warning
-    done
-fi

@@ -29,6 +29,10 @@
 //   dQ(n-1) to shared memory
 //
 // dQ is sent, and added in memory, by the copy engine: the order of these additions is not fixed.
+//
+// Where tiles visit much (pairs_from), blocks work in pairs: neighbouring tiles visit the same, and each block loads
+// half the columns of it for both. At full power what the L2 cache must bring is a part of the heat, which sets the
+// clock.
 #pragma once
 #include "../attention_anchor.cuh"
 #include "../core/ptx.h"
