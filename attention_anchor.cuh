@@ -737,8 +737,8 @@ template <class E> struct AttentionBackward {
 #include "layers/attention_hopper.cuh"
 #include "layers/attention_mma.cuh"
 
-// Which kernels a type and a head size get on this GPU; maps must be built for these tiles. A backward with a fixed order
-// of additions is the portable one.
+// Which kernels a type and a head size get on this GPU; maps must be built for these tiles. A backward with a fixed
+// order of additions is the portable one.
 inline bool attention_is_hopper(Gpu gpu, size_t D) {
     return gpu.context->compute == 90 && !gpu.context->portable_attention && attention_hopper_takes(D);
 }

@@ -48,7 +48,9 @@ struct Arrays {
         copy_to_device(gpu, to, from.data(), from.size() * sizeof(X));
         return to;
     }
-    DeviceMap upload(const TileMap& map) { return {upload(map.tiles), upload(map.ranges), int32_t(map.tiles.size()), map.tile}; }
+    DeviceMap upload(const TileMap& map) {
+        return {upload(map.tiles), upload(map.ranges), int32_t(map.tiles.size()), map.tile};
+    }
     ~Arrays() {
         for (void* x : all) CUDA_CHECK(cudaFree(x));
     }

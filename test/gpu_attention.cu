@@ -1,5 +1,5 @@
-// Attention on any GPU: the kernels by mma.sync and the plain ones against the CPU reference, in all modes, portions and
-// layouts.
+// Attention on any GPU: the kernels by mma.sync and the plain ones against the CPU reference, in all modes, portions
+// and layouts.
 #include "../attention_anchor.cuh"
 #include "gpu_attention.h"
 

@@ -66,6 +66,10 @@ struct MapOnGpu {
         : map(built(qt, kt, tiles)), q(token_labels(qt, false)), k(token_labels(kt, true)),
           forward_tiles(map.forward.tiles), backward_tiles(map.backward.tiles), forward_ranges(map.forward.ranges),
           backward_ranges(map.backward.ranges) {}
-    DeviceMap forward() const { return {forward_tiles.data, forward_ranges.data, int(map.forward.tiles.size()), map.forward.tile}; }
-    DeviceMap backward() const { return {backward_tiles.data, backward_ranges.data, int(map.backward.tiles.size()), map.backward.tile}; }
+    DeviceMap forward() const {
+        return {forward_tiles.data, forward_ranges.data, int(map.forward.tiles.size()), map.forward.tile};
+    }
+    DeviceMap backward() const {
+        return {backward_tiles.data, backward_ranges.data, int(map.backward.tiles.size()), map.backward.tile};
+    }
 };
