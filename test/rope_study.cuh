@@ -182,7 +182,7 @@ void study_first(Cpu, A* first, const A* qkv, const Rounding& r, size_t T, size_
 
 #ifdef __CUDACC__
 // A thread an entry, in double; once a run, for all layers.
-inline __global__ void study_table_kernel(float* table, const int32_t* pos, const double* inv_freq,
+static __global__ void study_table_kernel(float* table, const int32_t* pos, const double* inv_freq,
                                           double attention_factor, Type angles, RopePrecision precision, size_t entries,
                                           unsigned pairs) {
     const size_t entry = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -199,7 +199,7 @@ inline void study_table(Gpu gpu, float* table, const int32_t* pos, const double*
 }
 
 // A block a token.
-inline __global__ void study_round_kernel(float* qkv, size_t width, size_t stride) {
+static __global__ void study_round_kernel(float* qkv, size_t width, size_t stride) {
     for (size_t i = threadIdx.x; i < width; i += blockDim.x)
         qkv[blockIdx.x * stride + i] = study_rounded(qkv[blockIdx.x * stride + i]);
 }
@@ -252,7 +252,7 @@ struct StudySizes {
 
 // A block 64 queries of a head (blockIdx.y), the longest rows first. The 16 threads of a row keep a maximum and a sum
 // of their own keys each and merge them at the end. D T^2 FLOPs a head, bound by fp32 arithmetic and its operands.
-inline __global__ void __launch_bounds__(study_threads) study_lse_kernel(float* lse, const float* qkv, StudySizes n) {
+static __global__ void __launch_bounds__(study_threads) study_lse_kernel(float* lse, const float* qkv, StudySizes n) {
     __shared__ StudyOperand q, k;
     const unsigned tx = threadIdx.x % 16, ty = threadIdx.x / 16;
     const unsigned i0 = (gridDim.x - 1 - blockIdx.x) * study_tile;
@@ -302,7 +302,7 @@ inline void study_lse(Gpu gpu, float* lse, const float* qkv, const Rounding& r, 
 
 // A block 64 keys of a head, over all queries behind them: a column is one block's, so nothing is added by atomics and
 // the bits are the same every time. Both runs' tiles are in flight together. 2 D T^2 FLOPs a head and T^2 exponentials.
-inline __global__ void __launch_bounds__(study_threads)
+static __global__ void __launch_bounds__(study_threads)
     study_columns_kernel(float* columns, const float* qkv1, const float* lse1, const float* qkv2, const float* lse2,
                          StudySizes n) {
     __shared__ StudyOperand q1, k1, q2, k2;
@@ -357,7 +357,7 @@ inline void study_columns(Gpu gpu, float* columns, const float* qkv1, const floa
 }
 
 // A warp a query of a head.
-inline __global__ void study_first_kernel(float* first, const float* qkv, StudySizes n) {
+static __global__ void study_first_kernel(float* first, const float* qkv, StudySizes n) {
     const unsigned t = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (t >= n.T) return;
     const float *q = n.query(qkv) + t * n.stride(), *k = n.key(qkv);
