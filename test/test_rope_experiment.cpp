@@ -41,17 +41,17 @@ const Rounding rounded_as(char letter) { return rounding_by_letter(letter)->roun
 } // namespace
 
 TEST_CASE("the layer-local check gives the literature's figures") {
+    const LocalPairs at_zero(20000, 1, false), at_random(20000, 1, true);
     for (const LocalFigure& figure : local_figures) {
         CAPTURE(figure.letter);
-        LocalCheck check;
-        CHECK(std::fabs(local_deviation<float>(check, rounded_as(figure.letter)) / figure.at_zero - 1) < 0.1);
-        check.random_keys = true;
-        CHECK(std::fabs(local_deviation<float>(check, rounded_as(figure.letter)) / figure.at_random - 1) < 0.1);
+        const Rounding r = rounded_as(figure.letter);
+        CHECK(std::fabs(local_deviation<float>(at_zero, r) / figure.at_zero - 1) < 0.1);
+        CHECK(std::fabs(local_deviation<float>(at_random, r) / figure.at_random - 1) < 0.1);
     }
     // In double angles what is left of F is the rounding of cos, sin and the products, 2^-24 each.
-    CHECK(local_deviation<float>(LocalCheck{}, rounded_as('E')) < 1e-6);
+    CHECK(local_deviation<float>(at_zero, rounded_as('E')) < 1e-6);
     // And in double throughout, 2^-53 of angles up to 4111: 4.6e-13 rad.
-    CHECK(local_deviation<double>(LocalCheck{}, rounded_as('E')) < 1e-11);
+    CHECK(local_deviation<double>(at_zero, rounded_as('E')) < 1e-11);
 }
 
 TEST_CASE("the experiment's rotation gives the trainer's bits where both have the variant") {
