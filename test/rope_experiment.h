@@ -81,7 +81,6 @@ struct Deviation {
         for (size_t h = 0; h < heads; h++)
             measure_head(now.data() + (l * heads + h) * measures, columns + h * column_sums * T, T);
         for (size_t h = 0; h < heads && with_keys; h++)
-#pragma omp parallel for schedule(static)
             for (size_t i = 0; i < column_sums * T; i++)
                 key_now[i] += double(columns[h * column_sums * T + i]) / double(T - i % T);
     }

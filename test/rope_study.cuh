@@ -89,7 +89,8 @@ void study_rotate(Dev dev, A* qkv, const A* table, const Rounding& r, size_t T, 
 enum ColumnSum { weight_signed, weight_abs, weight_mass, logit_signed, logit_abs, column_sums };
 constexpr size_t study_rows = 64; // queries at once
 
-// One head's queries and keys, each (T, D), and the products of some queries with the keys before them.
+// One head's queries and keys, each (T, D), and the products of some queries with the keys before them. A thread takes
+// whole heads, so its products run on it alone.
 template <class A> struct StudyHead {
     std::vector<A> q, k, product;
     size_t D;
@@ -109,7 +110,7 @@ template <class A> struct StudyHead {
     const A* logits(size_t rows, size_t last) {
         const A* none = nullptr;
         matmul_forward(Cpu{}, product.data(), q.data() + (last - rows) * D, k.data(), none, none, rows, D, last);
-#pragma omp parallel for schedule(static)
+#pragma GCC ivdep
         for (size_t i = 0; i < rows * last; i++) product[i] = (round ? study_rounded(product[i]) : product[i]) * scale;
         return product.data();
     }
@@ -118,12 +119,12 @@ template <class A> struct StudyHead {
 // lse (H, T): logarithm of the sum of e^logit over the keys that a query sees.
 template <class A>
 void study_lse(Cpu, A* lse, const A* qkv, const Rounding& r, size_t T, size_t H, size_t K, size_t D) {
+#pragma omp parallel for schedule(dynamic)
     for (size_t h = 0; h < H; h++) {
         StudyHead<A> head(qkv, h, r.logits, T, H, K, D);
         for (size_t first = 0; first < T; first += study_rows) {
             const size_t last = std::min(first + study_rows, T);
             const A* logits = head.logits(last - first, last);
-#pragma omp parallel for schedule(static)
             for (size_t i = first; i < last; i++) {
                 const A* row = logits + (i - first) * last;
                 const A most = *std::max_element(row, row + i + 1);
@@ -140,14 +141,14 @@ void study_lse(Cpu, A* lse, const A* qkv, const Rounding& r, size_t T, size_t H,
 template <class A> void study_columns(Cpu, A* columns, const A* qkv1, const A* lse1, const A* qkv2, const A* lse2,
                                       const Rounding& r, size_t T, size_t H, size_t K, size_t D) {
     std::fill_n(columns, H * column_sums * T, A(0));
+#pragma omp parallel for schedule(dynamic)
     for (size_t h = 0; h < H; h++) {
         StudyHead<A> head1(qkv1, h, r.logits, T, H, K, D), head2(qkv2, h, r.logits, T, H, K, D);
         A* sums = columns + h * column_sums * T;
         for (size_t first = 0; first < T; first += study_rows) {
             const size_t last = std::min(first + study_rows, T), keys = 128;
             const A *logits1 = head1.logits(last - first, last), *logits2 = head2.logits(last - first, last);
-#pragma omp parallel for schedule(static)
-            for (size_t begin = 0; begin < last; begin += keys) // a thread owns its columns
+            for (size_t begin = 0; begin < last; begin += keys) // the sums of so many keys stay in cache
                 for (size_t i = std::max(first, begin); i < last; i++) {
                     const A *a1 = logits1 + (i - first) * last, *a2 = logits2 + (i - first) * last;
                     const A l1 = lse1[h * T + i], l2 = lse2[h * T + i];
