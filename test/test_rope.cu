@@ -4,14 +4,15 @@
 // bf16 some do. This program measures by how much (rope_experiment.h has the formulas), and which rounding does it:
 //
 //   local    single pairs of random vectors, no model                                          local.csv
-//   shift    D against the shift, per key, per layer and head, single samples, other sweep     shift, key, layer, head,
-//            (figures 1 left and middle, 7, appendix), for every variant of precision          sample.csv
+//   shift    D against the shift, per key, per layer and head, single samples (figures 1       shift, key, layer, head,
+//            left and middle, 7 left, appendix), for every variant of precision                sample.csv
+//   other    with shift: the sweep over D2 (figure 7 right)                                    shift, layer, sample.csv
 //   length   the first key's logit against the length (figure 1 right)                         length.csv
 //   frozen   queries and keys of an unrounded fp32 run, one place of rounding switched on      shift.csv
 //   base     the same weights at larger RoPE bases                                             shift.csv
 //
-// Cost: a pair of shifts takes 4 D T^2 FLOPs a head beside the forwards (LSE of one run, both runs' products again for
-// the columns): LLaMA-2-7B at 4096 tokens 6.6 to 8.8 TFLOP, a forward 55.
+// Cost beside the forwards: a run's LSE takes D T^2 FLOPs a head, comparing it with a reference 2 D T^2. LLaMA-2-7B at
+// 4096 tokens: 6.6 TFLOP a shift, 11 with the other sweep, and a forward 57.
 #include "rope_experiment.h"
 #include "rope_local.h"
 #include "rope_options.h"
@@ -167,10 +168,13 @@ template <class Dev, class E> void run_network(Dev dev, const Study& s) {
             std::vector<Deviation> pairs = {{other, reference, layers, H, s.T, true}};
             for (int shift : s.shifts)
                 if (shift != reference && shift != other) pairs.push_back({shift, reference, layers, H, s.T, false});
+            std::vector<int> references = {reference};
+            if (s.wants("other")) references.push_back(other);
             for (int shift : s.shifts)
-                if (shift != reference && shift != other) pairs.push_back({other, shift, layers, H, s.T, false});
+                if (s.wants("other") && shift != reference && shift != other)
+                    pairs.push_back({other, shift, layers, H, s.T, false});
             const double start = seconds_now();
-            for (auto& text : s.sequences) measure_shifts(x, text, {reference, other}, v.rounding, pairs);
+            for (auto& text : s.sequences) measure_shifts(x, text, references, v.rounding, pairs);
             for (const Deviation& d : pairs)
                 write_shift(s, "shift", v.name, base, d), write_details(s, v.name, base, d);
             say("shift", v.name, base, pairs[0], seconds_now() - start);
@@ -349,8 +353,8 @@ int main(int argc, char** argv) {
     Study s;
     s.o = options;
     for (const std::string& name : split_list("experiments", options.experiments))
-        if (std::string("|local|shift|length|frozen|base|").find("|" + name + "|") == std::string::npos)
-            fail("option --experiments takes some of local,shift,length,frozen,base, not '%s'", name.c_str());
+        if (std::string("|local|shift|other|length|frozen|base|").find("|" + name + "|") == std::string::npos)
+            fail("option --experiments takes some of local,shift,other,length,frozen,base, not '%s'", name.c_str());
     for (const char* mark : {",", "\"", "'"})
         if (options.label.find(mark) != std::string::npos || options.out.find(mark) != std::string::npos)
             fail("options --label and --out go without commas and quotes");

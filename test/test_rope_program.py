@@ -132,6 +132,7 @@ def test_in_double_nothing_moves(trained, tmp_path):
 def test_single_places_can_be_set_and_layers_chosen(trained, tmp_path):
     run("--model", trained / "weights.bin", "--data", trained / "text.bin", "--out", tmp_path, "--experiments", "shift",
         "--variants", "float:E,bf16:C", "--storage", "bf16", "--table", "float", "--layers", "1", *FEW)
+    assert {x["d2"] for x in read(tmp_path, "shift")} == {"16"}
     assert {x["variant"] for x in read(tmp_path, "shift")} == {f"{n}/table=float/storage=bf16" for n in ("float:E", "bf16:C")}
     assert {x["layer"] for x in read(tmp_path, "layer")} == {"1"}
 
