@@ -222,9 +222,17 @@ TEST_CASE("frozen queries and keys: the first layer moves as in the network, no 
     input.input = Type::bf16;
     std::vector<Deviation> frozen = {s.pair(0, 16, T), s.pair(0, 16, T), s.pair(0, 16, T)},
                            network = {s.pair(0, 16, T)};
+    std::vector<Deviation> again = frozen;
     measure_frozen(s.x, text, {rounded_as('C'), rounded_as('E'), input}, frozen);
     measure_shifts(s.x, text, {16, 0}, rounded_as('C'), network);
     auto layer = [](const Deviation& d, size_t l) { return d.layer[l * measures + sum_abs].mean(); };
+    // What follows is the unrounded run's, whatever was compared last.
+    measure_frozen(s.x, text, {rounded_as('C'), rounded_as('E'), rounded_as('D')}, again);
+    const float* end = s.x.m.x_last;
+    const std::vector<float> left(end, end + T * size_t(s.x.m.config.C));
+    experiment_forward(
+        s.x, experiment_row(text, T, 0), Rounding{}, [](int) {}, [](int) {});
+    CHECK(memcmp(left.data(), end, left.size() * sizeof(float)) == 0);
     CHECK(layer(frozen[0], 0) == layer(network[0], 0));
     CHECK(layer(frozen[0], 1) != layer(network[0], 1));
     CHECK(frozen[1].model[sum_abs].mean() < 1e-3 * frozen[0].model[sum_abs].mean());
