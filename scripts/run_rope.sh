@@ -32,7 +32,7 @@ look() { # $1 weights, $2 folder under rope/, $3 label, then options
         --sequences "$SEQUENCES" --device "$DEVICE" --plot=0 "$@"
 }
 # At several points of training a few shifts are enough.
-FEW="--experiments shift --shifts 0,100,1000 --variants float:F,bf16:F,bf16:C,bf16:A"
+FEW="--experiments shift --shifts 0,100,1000 --variants float:F,bf16:E,bf16:F,bf16:C,bf16:A"
 folders=""
 for start in kaiming normal; do
     look "$LAST" random_$start "random ($start)" --start $start $FEW

@@ -14,8 +14,8 @@
     OPTION(Text, start, "file", "file|normal|kaiming", "weights: the file's, or random in its shape, drawn as the "    \
            "trainer does or as torch's layers do (the paper's control)")                                               \
     OPTION(Text, experiments, "local,shift,other,length,frozen,base", "", "which of them to run")                      \
-    OPTION(Text, variants, "float:E,float:F,bf16:F,bf16:C,bf16:B,bf16:A,bf16:D", "", "network:rounding, the network "  \
-           "being float, bf16 or (on the CPU) double; see below")                                                      \
+    OPTION(Text, variants, "float:E,float:F,bf16:E,bf16:F,bf16:C,bf16:B,bf16:A,bf16:D", "", "network:rounding, the "   \
+           "network being float, bf16 or (on the CPU) double; see below")                                              \
     OPTION(Text, base_variants, "float:F,bf16:C,bf16:A", "", "those that are run at every base")                       \
     OPTION(Text, angles, "variant", "variant|double|float|bf16", "in all variants: pos inv_freq")                      \
     OPTION(Text, input, "variant", "variant|float|bf16", "in all variants: q and k before the rotation")               \

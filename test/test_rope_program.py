@@ -20,7 +20,7 @@ PLOT = str(ROOT / "scripts/plot_rope.py")
 sys.path.insert(0, str(ROOT / "data"))
 from token_file import write_tokens  # noqa: E402
 
-SHIFTS, VARIANTS = [0, 4, 16, 100], ["float:E", "float:F", "bf16:F", "bf16:C", "bf16:B", "bf16:A", "bf16:D"]
+SHIFTS, VARIANTS = [0, 4, 16, 100], ["float:E", "float:F", "bf16:E", "bf16:F", "bf16:C", "bf16:B", "bf16:A", "bf16:D"]
 FEW = ["--length", 96, "--lengths", "32,96,150", "--shifts", "0,4,16,100", "--sequences", 3, "--pairs", 200,
        "--bases", "1e4,1e6", "--plot=0"]
 
