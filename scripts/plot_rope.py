@@ -3,7 +3,8 @@
     python3 scripts/plot_rope.py rope/result                       one folder of ./test_rope
     python3 scripts/plot_rope.py rope/step_* -o rope/figures       several, such as the checkpoints of a training
 
-figure1.png     D against the shift; per key; first key's logit against the length
+figure1.png     D against the shift; per key; first key's logit against the length (of several weights, the last and the
+                first, with the paper's variants; so for the next two)
 figure7.png     single samples; the other sweep
 layers.png      per layer, and per layer and head
 causes.png      frozen queries and keys with one place of rounding at a time; larger bases; the layer-local check
@@ -12,6 +13,8 @@ training.png    D of every folder's weights, when there are several
 
 import argparse
 import csv
+import functools
+import itertools
 import math
 import pathlib
 import sys
@@ -59,6 +62,12 @@ def draw(axes, lines, x, y, **style):
                   **style)
 
 
+@functools.cache
+def colour(name, number=itertools.count()):
+    """The same for a name in every figure."""
+    return f"C{next(number)}"
+
+
 def finish(figure, path, made):
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -72,6 +81,17 @@ def curves(lines):
         for variant in values(pick(lines, weights=weights), "variant"):
             mine = pick(lines, weights=weights, variant=variant)
             yield label(mine[0], many), mine
+
+
+def as_in_the_paper(tables):
+    """Of several kinds of weights: the last one's float:F, bf16:C and bf16:A, and the first one's bf16:C, as figure 1 of
+    the paper shows pretrained weights in bf16 and fp32 and random ones in bf16."""
+    names = values(tables["shift"], "weights")
+    if len(names) < 2:
+        return tables
+    wanted = {(names[-1], v) for v in ("float:F", "bf16:C", "bf16:A")} | {(names[0], "bf16:C")}
+    return {name: [line for line in lines if (line.get("weights"), line["variant"]) in wanted]
+            for name, lines in tables.items()}
 
 
 def most_common_d2(lines):
@@ -91,20 +111,21 @@ def figure1(tables, out, reading, made):
         if shift:
             reference = most_common_d2(shift)
             for name, lines in curves(shown(pick(shift, d2=reference))):
-                draw(axes[0], lines, "d1", reading, marker="o", label=name)
+                draw(axes[0], lines, "d1", reading, marker="o", label=name, color=colour(name))
             axes[0].set_ylabel(f"D($\\Delta_1$, {reference:g}): {READINGS[reading]}")
             axes[0].set_title(f"attention difference, {shift[0]['length']:g} tokens")
         axes[0].set_xlabel("shift $\\Delta_1$ (tokens)")
         for name, lines in curves(shown(key)):
             at = [line["key"] + 1 for line in lines]
-            axes[1].plot(at, [abs(line[column]) for line in lines], linewidth=0.7, label=name)
+            axes[1].plot(at, [abs(line[column]) for line in lines], linewidth=0.7, label=name,
+                         color=colour(name))
         axes[1].set_xlabel("key position + 1")
         axes[1].set_ylabel("its part of D" if column == "abs" else "|its part of signed D|")
         if key:
             axes[1].set_title(f"per key, shift {key[0]['d1']:g} against {key[0]['d2']:g}")
         for name, lines in curves(shown(length)):
             lines = [{**line, "logit": abs(line["logit"])} for line in lines]
-            draw(axes[2], lines, "length", "logit", marker="o", label=name)
+            draw(axes[2], lines, "length", "logit", marker="o", label=name, color=colour(name))
         axes[2].set_xscale("log", base=2)
         axes[2].set_xlabel("length (tokens)")
         axes[2].set_ylabel("|$D_{logit}$| of the first key")
@@ -127,7 +148,7 @@ def figure7(tables, out, reading, made):
     reference = most_common_d2(shift)
     variant = "bf16:C" if pick(shift, variant="bf16:C") else values(shift, "variant")[-1]
     samples = pick(tables["sample"], variant=variant, d2=reference)
-    samples = pick(samples, weights=samples[0]["weights"]) if samples else []
+    samples = pick(samples, weights=samples[-1]["weights"]) if samples else []
     for number in values(samples, "sequence")[:5]:
         lines = sorted(pick(samples, sequence=number), key=lambda line: line["d1"])
         axes[0].plot([line["d1"] for line in lines], [line[reading] for line in lines], marker="o", markersize=3,
@@ -137,7 +158,7 @@ def figure7(tables, out, reading, made):
     axes[0].set_ylabel(f"D($\\Delta_1$, {reference:g})")
     fixed = pick(shift, d2=reference)[0]["d1"]
     for name, lines in curves(pick(shift, d1=fixed)):
-        draw(axes[1], lines, "d2", reading, marker="o", label=name)
+        draw(axes[1], lines, "d2", reading, marker="o", label=name, color=colour(name))
     axes[1].set_yscale("log")
     axes[1].set_title("the other sweep")
     axes[1].set_xlabel("shift $\\Delta_2$ (tokens)")
@@ -153,17 +174,18 @@ def layers(tables, out, reading, made):
     layer, head = tables["layer"], tables["head"]
     if not layer:
         return
-    first = layer[0]
+    first = layer[-1]
+    first = pick(layer, weights=first["weights"])[0]
     layer = pick(layer, d1=first["d1"], d2=first["d2"])
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for name, lines in curves(layer):
-        draw(axes[0], lines, "layer", reading, marker="o", label=name)
+        draw(axes[0], lines, "layer", reading, marker="o", label=name, color=colour(name))
     axes[0].set_yscale("log")
     axes[0].set_xlabel("layer")
     axes[0].set_ylabel(f"its part of D({first['d1']:g}, {first['d2']:g})")
     axes[0].legend(frameon=False, fontsize=7)
     variant = "bf16:C" if pick(head, variant="bf16:C") else values(head, "variant")[-1]
-    head = pick(head, variant=variant, weights=head[0]["weights"])
+    head = pick(head, variant=variant, weights=head[-1]["weights"])
     rows, columns = values(head, "layer"), values(head, "head")
     image = np.full((len(rows), len(columns)), np.nan)
     for line in head:
@@ -171,7 +193,9 @@ def layers(tables, out, reading, made):
     shown = axes[1].imshow(image, cmap="viridis", aspect="auto", origin="lower")
     axes[1].set_xlabel("head")
     axes[1].set_ylabel("layer")
-    axes[1].set_yticks(range(len(rows)), [f"{row:g}" for row in rows])
+    for ticks, at in ((axes[1].set_yticks, rows), (axes[1].set_xticks, columns)):
+        step = (len(at) + 15) // 16
+        ticks(range(0, len(at), step), [f"{x:g}" for x in at[::step]])
     axes[1].set_title(f"D by layer and head, {variant}")
     figure.colorbar(shown, ax=axes[1])
     finish(figure, out / "layers.png", made)
@@ -193,11 +217,11 @@ def causes(tables, out, reading, made):
         return
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     if frozen:
-        bars(axes[0], pick(frozen, weights=frozen[0]["weights"], folder=frozen[0]["folder"]), "variant", reading)
+        bars(axes[0], pick(frozen, folder=frozen[-1]["folder"]), "variant", reading)
         axes[0].set_xlabel(f"D({frozen[0]['d1']:g}, {frozen[0]['d2']:g})")
     axes[0].set_title("frozen q and k: one place rounds")
     for name, lines in curves(base):
-        draw(axes[1], lines, "base", reading, marker="o", label=name)
+        draw(axes[1], lines, "base", reading, marker="o", label=name, color=colour(name))
     if base:
         axes[1].legend(frameon=False, fontsize=7)
         axes[1].set_yscale("log")
@@ -232,7 +256,7 @@ def training(tables, out, reading, made):
     for plot, y in zip(axes, (reading, "first_logit_abs", "first_mass")):
         for variant in values(shift, "variant"):
             lines = [{**line, "place": names.index(line["weights"])} for line in pick(shift, variant=variant)]
-            draw(plot, lines, "place", y, marker="o", label=variant)
+            draw(plot, lines, "place", y, marker="o", label=variant, color=colour(variant))
         plot.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7)
         plot.set_yscale("log")
     axes[0].set_ylabel(f"D({pair['d1']:g}, {pair['d2']:g}): {READINGS[reading]}")
@@ -255,7 +279,9 @@ def main():
     out = pathlib.Path(args.out or args.folder[0])
     out.mkdir(parents=True, exist_ok=True)
     made = []
-    for figure in (figure1, figure7, layers, causes, training):
+    for figure in (figure1, figure7, layers):
+        figure(as_in_the_paper(tables), out, args.reading, made)
+    for figure in (causes, training):
         figure(tables, out, args.reading, made)
     print(*made, sep="\n")
 
