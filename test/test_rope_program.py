@@ -208,3 +208,35 @@ def test_bad_arguments_are_refused(args, message, trained, tmp_path):
     shown = run("--model", trained / "weights.bin", "--data", trained / "text.bin", "--out", tmp_path / "out", *FEW, *args,
                 ok=False)
     assert message in shown and len(shown.strip().split("\n")) == 1, shown
+
+
+def test_the_recipe_runs_to_its_figures(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "scripts").mkdir()
+    for name in ("run_rope.sh", "plot_rope.py"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts" / name)
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    (tmp_path / "train_llama").symlink_to(TRAINER)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    recipe = ["sh", str(tmp_path / "scripts/run_rope.sh")]
+    assert "make test_rope" in subprocess.run([*recipe, "a", "b"], capture_output=True, text=True).stdout
+    (tmp_path / "test_rope").symlink_to(BINARY)
+    usage = subprocess.run(recipe, capture_output=True, text=True)
+    assert usage.returncode == 1 and "tokenizer.model" in usage.stdout
+    (tmp_path / "rope").mkdir()
+    random = np.random.default_rng(2)
+    for name in ("books_000000", "books_val_000000"):  # made already, so neither text nor tokenizer is looked at
+        documents = [[1] + random.integers(3, 64, size=2000).tolist()]
+        write_tokens(tmp_path / f"rope/{name}.bin", documents, 64, bos=1, source="test")
+    small = {"MODEL": "-e tiny --layers 1 --channels 32 --heads 2 --ffn 48", "CONTEXT": "64", "BATCH": "2", "STEPS": "4",
+             "SAVE_EVERY": "2", "POINTS": "2", "SEQUENCES": "2", "DEVICE": DEVICE,
+             "ROPE_OPTIONS": "--length 64 --lengths 32,64 --pairs 200 --bases 1e4,1e6 --shifts 0,100"}
+    done = subprocess.run([*recipe, "none.jsonl", "none.model"], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, **small, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    assert {x["weights"] for x in read(tmp_path / "rope/step_2", "shift")} == {"step 2"}
+    assert {x["weights"] for x in read(tmp_path / "rope/random_kaiming", "shift")} == {"random (kaiming)"}
+    assert {x["experiment"] for x in read(tmp_path / "rope/result", "shift")} == {"shift", "base", "frozen"}
+    assert (tmp_path / "rope/figures/training.png").is_file() and (tmp_path / "rope/result/figure1.png").is_file()
