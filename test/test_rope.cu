@@ -310,7 +310,7 @@ bool read_study(Study& s) {
         printf(
             "\nNo --model, and neither rope/run nor demo/long holds one: only the check above was run. To train one,\n"
             "  make demo                                            (a small one, two minutes on two cores)\n"
-            "  sh scripts/run_rope.sh books.jsonl tokenizer.model   (103M parameters on text, one GPU)\n"
+            "  sh scripts/run_rope.sh books.jsonl tokenizer.model   (110M parameters on text, one GPU)\n"
             "and start ./test_rope again, or convert one with scripts/convert_hf.py and pass\n"
             "  ./test_rope --model weights.bin --data tokens.bin\n");
         return false;
