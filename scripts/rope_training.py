@@ -197,8 +197,9 @@ def draw(lines, path):
     axes[0].set_ylabel("loss on held-out books (nats)")
     axes[1].set_xlabel("length, in trained lengths")
     axes[1].set_ylabel("recall")
-    if lines:
-        axes[0].legend(frameon=False, fontsize=7)
+    for plot in axes:
+        if plot.get_legend_handles_labels()[0]:
+            plot.legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=150)
 
 

@@ -118,7 +118,7 @@ def test_the_numbers_agree_with_each_other(measured):
         if line["variant"][-1] not in "EF":
             assert np.isclose(float(at_length["logit_abs"]), value["first_logit_abs"], rtol=0.02 if DEVICE == "cpu" else 0.3)
     d = {line["variant"]: float(line["sum_abs"]) for line in swept}
-    # 100: a step of bf16 is 2^16 of fp32's; at positions this small fp32 angles are hardly worse than the rest of fp32.
+    # A step of bf16 is 2^16 of fp32's; at positions this small fp32 angles are hardly worse than the rest of fp32.
     assert 100 * max(d["float:E"], d["float:F"]) < d["bf16:C"] < 0.5 * d["bf16:D"]
     frozen = {x["variant"]: float(x["sum_abs"]) for x in only(read(measured, "shift"), experiment="frozen")}
     assert frozen["storage=bf16"] > 100 * frozen["input=bf16"]
