@@ -143,6 +143,74 @@ template <class Dev, class E> void start_kaiming(Model<Dev, E, E>& m, uint64_t s
         }
 }
 
+// D of one variant against the shift, and the first key's logit against the length.
+template <class Dev, class E> void run_variant(Experiment<Dev, E>& x, const Study& s, const Variant& v) {
+    const size_t H = x.heads(), layers = s.layers.size();
+    const int reference = int(s.o.reference), other = int(s.o.other);
+    const double base = s.config.rope.base, start = seconds_now();
+    if (s.wants("shift")) {
+        std::vector<Deviation> pairs = {{other, reference, layers, H, s.T, true}};
+        std::vector<int> references = {reference};
+        if (s.wants("other")) references.push_back(other);
+        for (int fixed : references)
+            for (int shift : s.shifts) {
+                if (shift == reference || shift == other) continue;
+                if (fixed == reference) pairs.push_back({shift, reference, layers, H, s.T, false});
+                else pairs.push_back({other, shift, layers, H, s.T, false});
+            }
+        for (auto& text : s.sequences) measure_shifts(x, text, references, v.rounding, pairs);
+        for (const Deviation& d : pairs) write_shift(s, "shift", v.name, base, d), write_details(s, v.name, base, d);
+        say("shift", v.name, base, pairs[0], seconds_now() - start);
+    }
+    if (s.wants("length")) {
+        LengthDeviation d{s.lengths, std::vector<Mean>(s.lengths.size()), std::vector<Mean>(s.lengths.size())};
+        for (auto& text : s.sequences) measure_lengths(x, text, other, reference, v.rounding, d);
+        for (size_t i = 0; i < d.lengths.size(); i++)
+            fprintf(s.tables->length.file, "%s,%s,%g,%d,%d,%d,%zu,%.9g,%.9g,%.9g,%.9g\n", s.o.label.c_str(),
+                    v.name.c_str(), base, other, reference, d.lengths[i], s.sequences.size(), d.logit[i].mean(),
+                    d.logit[i].error(), d.logit_abs[i].mean(), d.logit_abs[i].error());
+    }
+}
+
+// The same weights at other RoPE bases.
+template <class Dev, class E> void run_bases(Experiment<Dev, E>& x, const Study& s, const Variant& v) {
+    const int reference = int(s.o.reference), other = int(s.o.other);
+    for (double base : s.bases) {
+        x.m.config.rope.base = base;
+        std::vector<Deviation> pairs = {{other, reference, s.layers.size(), x.heads(), s.T, false}};
+        const double start = seconds_now();
+        for (auto& text : s.sequences) measure_shifts(x, text, {reference}, v.rounding, pairs);
+        write_shift(s, "base", v.name, base, pairs[0]);
+        say("base", v.name, base, pairs[0], seconds_now() - start);
+    }
+    x.m.config.rope.base = s.config.rope.base;
+}
+
+// Frozen queries and keys under every letter, and with one place of rounding each.
+template <class Dev, class E> void run_frozen(Experiment<Dev, E>& x, const Study& s) {
+    std::vector<std::string> names;
+    std::vector<Rounding> roundings;
+    for (const NamedRounding& named : named_roundings)
+        names.push_back(std::string("letter:") + named.letter), roundings.push_back(named.rounding);
+    auto add = [&](const char* name, Type Rounding::*place, Type type) {
+        Rounding r;
+        r.*place = type;
+        names.push_back(name), roundings.push_back(r);
+    };
+    add("angles=float", &Rounding::angles, Type::f32), add("angles=bf16", &Rounding::angles, Type::bf16);
+    add("input=bf16", &Rounding::input, Type::bf16), add("table=bf16", &Rounding::table, Type::bf16);
+    add("rotation=bf16", &Rounding::rotation, Type::bf16), add("storage=bf16", &Rounding::storage, Type::bf16);
+    add("logits=bf16", &Rounding::logits, Type::bf16);
+    std::vector<Deviation> pairs(roundings.size(),
+                                 {int(s.o.other), int(s.o.reference), s.layers.size(), x.heads(), s.T, false});
+    const double start = seconds_now(), base = s.config.rope.base;
+    for (auto& text : s.sequences) measure_frozen(x, text, roundings, pairs);
+    for (size_t i = 0; i < pairs.size(); i++) {
+        write_shift(s, "frozen", names[i], base, pairs[i]);
+        say("frozen", names[i], base, pairs[i], seconds_now() - start);
+    }
+}
+
 // All experiments on a model for the variants whose network is of type E.
 template <class Dev, class E> void run_network(Dev dev, const Study& s) {
     Experiment<Dev, E> x;
@@ -158,73 +226,11 @@ template <class Dev, class E> void run_network(Dev dev, const Study& s) {
     else if (s.o.start == "normal") model_init(x.m, uint64_t(s.o.seed));
     else start_kaiming(x.m, uint64_t(s.o.seed));
 
-    const size_t H = x.heads(), layers = s.layers.size();
-    const double base = s.config.rope.base;
-    const int reference = int(s.o.reference), other = int(s.o.other);
-    auto mine = [](const Variant& v) { return v.network == type_of<E>(); };
-    for (const Variant& v : parse_variants("variants", s.o.variants, s.o)) {
-        if (!mine(v)) continue;
-        if (s.wants("shift")) {
-            std::vector<Deviation> pairs = {{other, reference, layers, H, s.T, true}};
-            for (int shift : s.shifts)
-                if (shift != reference && shift != other) pairs.push_back({shift, reference, layers, H, s.T, false});
-            std::vector<int> references = {reference};
-            if (s.wants("other")) references.push_back(other);
-            for (int shift : s.shifts)
-                if (s.wants("other") && shift != reference && shift != other)
-                    pairs.push_back({other, shift, layers, H, s.T, false});
-            const double start = seconds_now();
-            for (auto& text : s.sequences) measure_shifts(x, text, references, v.rounding, pairs);
-            for (const Deviation& d : pairs)
-                write_shift(s, "shift", v.name, base, d), write_details(s, v.name, base, d);
-            say("shift", v.name, base, pairs[0], seconds_now() - start);
-        }
-        if (s.wants("length")) {
-            LengthDeviation d{s.lengths, std::vector<Mean>(s.lengths.size()), std::vector<Mean>(s.lengths.size())};
-            for (auto& text : s.sequences) measure_lengths(x, text, other, reference, v.rounding, d);
-            for (size_t i = 0; i < d.lengths.size(); i++)
-                fprintf(s.tables->length.file, "%s,%s,%g,%d,%d,%d,%zu,%.9g,%.9g,%.9g,%.9g\n", s.o.label.c_str(),
-                        v.name.c_str(), base, other, reference, d.lengths[i], s.sequences.size(), d.logit[i].mean(),
-                        d.logit[i].error(), d.logit_abs[i].mean(), d.logit_abs[i].error());
-        }
-    }
+    for (const Variant& v : parse_variants("variants", s.o.variants, s.o))
+        if (v.network == type_of<E>()) run_variant(x, s, v);
     for (const Variant& v : parse_variants("base_variants", s.o.base_variants, s.o))
-        for (double b : s.bases) {
-            if (!mine(v) || !s.wants("base")) continue;
-            x.m.config.rope.base = b;
-            std::vector<Deviation> pairs = {{other, reference, layers, H, s.T, false}};
-            const double start = seconds_now();
-            for (auto& text : s.sequences) measure_shifts(x, text, {reference}, v.rounding, pairs);
-            write_shift(s, "base", v.name, b, pairs[0]);
-            say("base", v.name, b, pairs[0], seconds_now() - start);
-            x.m.config.rope.base = base;
-        }
-    if (type_of<E>() != Type::f32 || !s.wants("frozen")) return;
-    std::vector<std::string> names;
-    std::vector<Rounding> roundings;
-    for (const NamedRounding& named : named_roundings)
-        names.push_back(std::string("letter:") + named.letter), roundings.push_back(named.rounding);
-    struct Place {
-        const char* name;
-        Type Rounding::*place;
-        Type type;
-    };
-    for (const Place& p :
-         {Place{"angles=float", &Rounding::angles, Type::f32}, Place{"angles=bf16", &Rounding::angles, Type::bf16},
-          Place{"input=bf16", &Rounding::input, Type::bf16}, Place{"table=bf16", &Rounding::table, Type::bf16},
-          Place{"rotation=bf16", &Rounding::rotation, Type::bf16},
-          Place{"storage=bf16", &Rounding::storage, Type::bf16}, Place{"logits=bf16", &Rounding::logits, Type::bf16}}) {
-        Rounding r;
-        r.*p.place = p.type;
-        names.push_back(p.name), roundings.push_back(r);
-    }
-    std::vector<Deviation> pairs(roundings.size(), {other, reference, layers, H, s.T, false});
-    const double start = seconds_now();
-    for (auto& text : s.sequences) measure_frozen(x, text, roundings, pairs);
-    for (size_t i = 0; i < pairs.size(); i++) {
-        write_shift(s, "frozen", names[i], base, pairs[i]);
-        say("frozen", names[i], base, pairs[i], seconds_now() - start);
-    }
+        if (v.network == type_of<E>() && s.wants("base")) run_bases(x, s, v);
+    if (type_of<E>() == Type::f32 && s.wants("frozen")) run_frozen(x, s);
 }
 
 template <class Dev> void run_device(Dev dev, const Study& s) {
