@@ -1,5 +1,6 @@
 # make               this help
 # make train_llama   the trainer, with MPI if it is there, else for one rank
+# make test_rope     the deviation experiment of RoPE in bf16 (README: "Does bf16 break RoPE?")
 # make demo          installs what is missing, trains a small model, extends its context, draws demo.png
 # make test          installs what is missing, runs every test that needs no GPU (make test SAN=1: under ASan, UBSan)
 # make test-gpu      the tests that need a GPU
@@ -50,6 +51,7 @@ else
 COMM := core/comm_serial.cpp
 endif
 HEADERS := attention_anchor.cuh rope.cuh $(wildcard layers/*.cuh core/*.h)
+TEST_HEADERS := $(wildcard test/*.h test/*.cuh)
 
 $(PROGRAM): $(BUILD)/train_llama.o $(BUILD)/comm.o build/flavour
 	$(if $(filter 1,$(CUDA)),nvcc -Xcompiler=-fopenmp,$(CXX) $(CXXFLAGS)) $(filter %.o,$^) -o $@ $(MPI_LIBS) $(CUDA_LIBS)
@@ -67,16 +69,27 @@ $(BUILD)/comm_serial.o: core/comm_serial.cpp core/comm.h core/types.h | $(BUILD)
 $(BUILD):
 	mkdir -p $@
 
+# The trainer's layers once more, under an experiment; one process, on one GPU or the CPU.
+TEST_ROPE := $(if $(SAN),$(BUILD)/)test_rope
+$(TEST_ROPE): $(BUILD)/test_rope.o $(BUILD)/comm_serial.o build/flavour
+	$(if $(filter 1,$(CUDA)),nvcc -Xcompiler=-fopenmp,$(CXX) $(CXXFLAGS)) $(filter %.o,$^) -o $@ $(CUDA_LIBS)
+$(BUILD)/test_rope.o: test/test_rope.cu train_llama.cu $(HEADERS) $(TEST_HEADERS) Makefile | $(BUILD)
+	$(COMPILE) -O$(if $(SAN),1,3) -c $< -o $@
+
 # A test file is a binary's part: those in RANK_TESTS are programs of their own and run under mpirun.
 RANK_TESTS := $(patsubst test/%.cpp,$(BUILD)/%,$(wildcard test/test_comm.cpp test/test_ring.cpp test/test_model_ranks.cpp))
-UNIT_TESTS := $(filter-out $(RANK_TESTS),$(patsubst test/%.cpp,$(BUILD)/%,$(wildcard test/test_*.cpp)))
-$(BUILD)/test_%.o: test/test_%.cpp train_llama.cu $(HEADERS) $(wildcard test/*.h) | $(BUILD)
+# Those in OWN_TESTS are too, on one process: two files that include the trainer do not link.
+OWN_TESTS  := $(patsubst test/%.cpp,$(BUILD)/%,$(wildcard test/test_rope_experiment.cpp))
+UNIT_TESTS := $(filter-out $(RANK_TESTS) $(OWN_TESTS),$(patsubst test/%.cpp,$(BUILD)/%,$(wildcard test/test_*.cpp)))
+$(BUILD)/test_%.o: test/test_%.cpp train_llama.cu $(HEADERS) $(TEST_HEADERS) | $(BUILD)
 	$(CXX) $(CXXFLAGS) -O$(if $(SAN),1,2) -c $< -o $@
 $(BUILD)/test_main.o: test/main.cpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) -O1 -c $< -o $@
 $(BUILD)/test_cpu: $(UNIT_TESTS:=.o) $(BUILD)/test_main.o $(BUILD)/comm_serial.o
 	$(CXX) $(CXXFLAGS) $^ -o $@
 $(BUILD)/test_comm: $(BUILD)/test_checkpoint.o $(BUILD)/test_main.o
+$(OWN_TESTS): %: %.o $(BUILD)/test_main.o $(BUILD)/comm_serial.o
+	$(CXX) $(CXXFLAGS) $^ -o $@
 $(RANK_TESTS): %: %.o $(BUILD)/comm.o
 	$(CXX) $(CXXFLAGS) $^ -o $@ $(MPI_LIBS)
 
@@ -85,12 +98,13 @@ deps:
 test: deps
 	@$(MAKE) --no-print-directory test-run
 .PHONY: test-run
-test-run: $(PROGRAM) $(BUILD)/test_cpu $(if $(filter 1,$(MPI)),$(RANK_TESTS))
-	@SAN=$(SAN) TRAIN_LLAMA=$(abspath $(PROGRAM)) test/run.sh $(BUILD)/test_cpu $(if $(filter 1,$(MPI)),--ranks $(RANK_TESTS))
+test-run: $(PROGRAM) $(TEST_ROPE) $(BUILD)/test_cpu $(OWN_TESTS) $(if $(filter 1,$(MPI)),$(RANK_TESTS))
+	@SAN=$(SAN) TRAIN_LLAMA=$(abspath $(PROGRAM)) TEST_ROPE=$(abspath $(TEST_ROPE)) \
+	    test/run.sh $(BUILD)/test_cpu $(OWN_TESTS) $(if $(filter 1,$(MPI)),--ranks $(RANK_TESTS))
 
 # The tests of the GPU are a program of their own, built from test/gpu_*.cu.
 GPU_TESTS := $(patsubst test/%.cu,$(BUILD)/%.o,$(wildcard test/gpu_*.cu))
-$(BUILD)/gpu_%.o: test/gpu_%.cu train_llama.cu $(HEADERS) $(wildcard test/*.h) | $(BUILD)
+$(BUILD)/gpu_%.o: test/gpu_%.cu train_llama.cu $(HEADERS) $(TEST_HEADERS) | $(BUILD)
 	nvcc $(NVCCFLAGS) -O2 -c $< -o $@
 $(BUILD)/test_gpu: $(GPU_TESTS) $(BUILD)/test_main.o $(BUILD)/comm_serial.o
 	nvcc -Xcompiler=-fopenmp $^ -o $@ $(CUDA_LIBS)
@@ -102,8 +116,8 @@ $(BUILD)/test_race: $(BUILD)/race_attention.o $(BUILD)/test_main.o $(BUILD)/comm
 test-gpu: deps
 	@$(MAKE) --no-print-directory test-gpu-run
 .PHONY: test-gpu-run
-test-gpu-run: $(PROGRAM) $(BUILD)/test_gpu $(BUILD)/test_race
-	@TRAIN_LLAMA=$(abspath $(PROGRAM)) PYTHON=$(PYTHON) test/run_gpu.sh $(BUILD)/test_gpu $(BUILD)/test_race
+test-gpu-run: $(PROGRAM) $(TEST_ROPE) $(BUILD)/test_gpu $(BUILD)/test_race
+	@TRAIN_LLAMA=$(abspath $(PROGRAM)) TEST_ROPE=$(abspath $(TEST_ROPE)) PYTHON=$(PYTHON) test/run_gpu.sh $(BUILD)/test_gpu $(BUILD)/test_race
 BENCHES := $(patsubst dev/%.cu,$(BUILD)/%,$(wildcard dev/bench_*.cu))
 $(BENCHES): $(BUILD)/%: dev/%.cu $(wildcard dev/*.h) $(HEADERS) $(BUILD)/comm_serial.o | $(BUILD)
 	nvcc $(NVCCFLAGS) -O3 $< $(BUILD)/comm_serial.o -o $@ $(CUDA_LIBS)
@@ -124,8 +138,8 @@ demo: deps
 lint:
 	@$(PYTHON) dev/lint.py
 format:
-	clang-format -i train_llama.cu $(HEADERS) $(wildcard core/*.cpp test/*.cpp test/*.h test/*.cu dev/*.cpp dev/*.h dev/*.cu dev/cuda/*.cu)
+	clang-format -i train_llama.cu $(HEADERS) $(wildcard core/*.cpp test/*.cpp test/*.h test/*.cu test/*.cuh dev/*.cpp dev/*.h dev/*.cu dev/cuda/*.cu)
 docs: train_llama
 	@$(PYTHON) dev/docs.py
 clean:
-	rm -rf build train_llama
+	rm -rf build train_llama test_rope

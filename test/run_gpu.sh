@@ -38,7 +38,8 @@ fi
 
 if $PYTHON -c 'import pytest, numpy' 2> /dev/null; then
     start=$SECONDS
-    TRAIN_DEVICE=gpu $PYTHON -m pytest -q -p no:cacheprovider test/test_train.py test/test_golden.py > $log 2>&1
+    TRAIN_DEVICE=gpu $PYTHON -m pytest -q -p no:cacheprovider test/test_train.py test/test_golden.py \
+        test/test_rope_program.py > $log 2>&1
     count "the program on the GPU (pytest)" $? $start
 else
     skipped="$skipped; the program (no pytest and numpy: sh scripts/install.sh)"

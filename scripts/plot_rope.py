@@ -1,0 +1,290 @@
+"""Draws the figures of test_rope from its CSV files, on the axes of arXiv 2411.13476.
+
+    python3 scripts/plot_rope.py rope/result                       one folder of ./test_rope
+    python3 scripts/plot_rope.py rope/step_* -o rope/figures       several, such as the checkpoints of a training
+
+figure1.png     D against the shift; per key; first key's logit against the length (of several weights, the last and the
+                first, with the paper's variants; so for the next two)
+figure7.png     single samples; the other sweep
+layers.png      per layer, and per layer and head
+causes.png      frozen queries and keys with one place of rounding at a time; larger bases; the layer-local check
+training.png    D of every folder's weights, when there are several
+"""
+
+import argparse
+import csv
+import functools
+import itertools
+import math
+import pathlib
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+READINGS = {"sum_abs": "sum of |difference|", "column_abs": "sum of |column sums|", "signed_sum": "signed sum"}
+TEXT = {"weights", "experiment", "variant", "angles", "keys"}
+
+
+def read_csv(folder, name):
+    """The lines of folder/name as dicts, numbers as floats; none when there is no such file."""
+    path = pathlib.Path(folder) / name
+    if not path.is_file():
+        return []
+    with open(path) as file:
+        lines = [{k: v if k in TEXT else float(v) for k, v in line.items()} for line in csv.DictReader(file)]
+    for line in lines:
+        line["folder"] = str(folder)
+    return lines
+
+
+def pick(lines, **wanted):
+    return [line for line in lines if all(line[k] == v for k, v in wanted.items())]
+
+
+def values(lines, key):
+    """Each key value once, in the order of its first line."""
+    return list(dict.fromkeys(line[key] for line in lines))
+
+
+def label(line, many):
+    return f"{line['weights']}, {line['variant']}" if many else line["variant"]
+
+
+def draw(axes, lines, x, y, **style):
+    """y against x with its standard error; a logarithmic axis shows what is above zero."""
+    lines = sorted(lines, key=lambda line: line[x])
+    error = [0 if math.isnan(line[y + "_se"]) else line[y + "_se"] for line in lines]
+    axes.errorbar([line[x] for line in lines], [line[y] for line in lines], error, capsize=2, markersize=3, linewidth=1,
+                  **style)
+
+
+@functools.cache
+def colour(name, number=itertools.count()):
+    """The same for a name in every figure."""
+    return f"C{next(number)}"
+
+
+def finish(figure, path, made):
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    made.append(path)
+
+
+def curves(lines):
+    """(label, lines) for every kind of weights and variant."""
+    many = len(values(lines, "weights")) > 1
+    for weights in values(lines, "weights"):
+        for variant in values(pick(lines, weights=weights), "variant"):
+            mine = pick(lines, weights=weights, variant=variant)
+            yield label(mine[0], many), mine
+
+
+def as_in_the_paper(tables):
+    """Of several kinds of weights: the last one's float:F, bf16:C and bf16:A, and the first one's bf16:C, as figure 1 of
+    the paper shows pretrained weights in bf16 and fp32 and random ones in bf16."""
+    names = values(tables["shift"], "weights")
+    if len(names) < 2:
+        return tables
+    wanted = {(names[-1], v) for v in ("float:F", "bf16:C", "bf16:A")} | {(names[0], "bf16:C")}
+    return {name: [line for line in lines if (line.get("weights"), line["variant"]) in wanted]
+            for name, lines in tables.items()}
+
+
+def most_common_d2(lines):
+    d2 = [line["d2"] for line in lines]
+    return max(set(d2), key=d2.count)
+
+
+def figure1(tables, out, reading, made):
+    """Above on the paper's axes, without what is too small or too large to be seen there; below on logarithmic ones."""
+    shift, key, length = pick(tables["shift"], experiment="shift"), tables["key"], tables["length"]
+    if not shift and not length:
+        return
+    figure, rows = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    column = "abs" if reading == "sum_abs" else "signed"
+    for axes, logarithmic in zip(rows, (False, True)):
+        shown = [lambda lines: lines, lambda lines: [x for x in lines if not x["variant"].endswith(":D")]][not logarithmic]
+        if shift:
+            reference = most_common_d2(shift)
+            for name, lines in curves(shown(pick(shift, d2=reference))):
+                draw(axes[0], lines, "d1", reading, marker="o", label=name, color=colour(name))
+            axes[0].set_ylabel(f"D($\\Delta_1$, {reference:g}): {READINGS[reading]}")
+            axes[0].set_title(f"attention difference, {shift[0]['length']:g} tokens")
+        axes[0].set_xlabel("shift $\\Delta_1$ (tokens)")
+        for name, lines in curves(shown(key)):
+            at = [line["key"] + 1 for line in lines]
+            axes[1].plot(at, [abs(line[column]) for line in lines], linewidth=0.7, label=name,
+                         color=colour(name))
+        axes[1].set_xlabel("key position + 1")
+        axes[1].set_ylabel("its part of D" if column == "abs" else "|its part of signed D|")
+        if key:
+            axes[1].set_title(f"per key, shift {key[0]['d1']:g} against {key[0]['d2']:g}")
+        for name, lines in curves(shown(length)):
+            lines = [{**line, "logit": abs(line["logit"])} for line in lines]
+            draw(axes[2], lines, "length", "logit", marker="o", label=name, color=colour(name))
+        axes[2].set_xscale("log", base=2)
+        axes[2].set_xlabel("length (tokens)")
+        axes[2].set_ylabel("|$D_{logit}$| of the first key")
+        axes[2].set_title("logit difference, summed over layers and heads")
+        if logarithmic:
+            axes[0].set_xscale("symlog", linthresh=20)
+            axes[0].set_xlim(left=-1)
+            axes[1].set_xscale("log")
+            for plot in axes:
+                plot.set_yscale("log")
+        axes[0].legend(frameon=False, fontsize=7)
+    finish(figure, out / "figure1.png", made)
+
+
+def figure7(tables, out, reading, made):
+    shift = pick(tables["shift"], experiment="shift")
+    if not shift:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    reference = most_common_d2(shift)
+    variant = "bf16:C" if pick(shift, variant="bf16:C") else values(shift, "variant")[-1]
+    samples = pick(tables["sample"], variant=variant, d2=reference)
+    samples = pick(samples, weights=samples[-1]["weights"]) if samples else []
+    for number in values(samples, "sequence")[:5]:
+        lines = sorted(pick(samples, sequence=number), key=lambda line: line["d1"])
+        axes[0].plot([line["d1"] for line in lines], [line[reading] for line in lines], marker="o", markersize=3,
+                     linewidth=1, label=f"sample {number:g}")
+    axes[0].set_title(f"single samples, {variant}")
+    axes[0].set_xlabel("shift $\\Delta_1$ (tokens)")
+    axes[0].set_ylabel(f"D($\\Delta_1$, {reference:g})")
+    fixed = pick(shift, d2=reference)[0]["d1"]
+    for name, lines in curves(pick(shift, d1=fixed)):
+        draw(axes[1], lines, "d2", reading, marker="o", label=name, color=colour(name))
+    axes[1].set_yscale("log")
+    axes[1].set_title("the other sweep")
+    axes[1].set_xlabel("shift $\\Delta_2$ (tokens)")
+    axes[1].set_ylabel(f"D({fixed:g}, $\\Delta_2$)")
+    for plot in axes:
+        plot.set_xscale("symlog", linthresh=20)
+        plot.set_xlim(left=-1)
+        plot.legend(frameon=False, fontsize=7)
+    finish(figure, out / "figure7.png", made)
+
+
+def layers(tables, out, reading, made):
+    layer, head = tables["layer"], tables["head"]
+    if not layer:
+        return
+    first = layer[-1]
+    first = pick(layer, weights=first["weights"])[0]
+    layer = pick(layer, d1=first["d1"], d2=first["d2"])
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for name, lines in curves(layer):
+        draw(axes[0], lines, "layer", reading, marker="o", label=name, color=colour(name))
+    axes[0].set_yscale("log")
+    axes[0].set_xlabel("layer")
+    axes[0].set_ylabel(f"its part of D({first['d1']:g}, {first['d2']:g})")
+    axes[0].legend(frameon=False, fontsize=7)
+    variant = "bf16:C" if pick(head, variant="bf16:C") else values(head, "variant")[-1]
+    head = pick(head, variant=variant, weights=head[-1]["weights"])
+    rows, columns = values(head, "layer"), values(head, "head")
+    image = np.full((len(rows), len(columns)), np.nan)
+    for line in head:
+        image[rows.index(line["layer"]), columns.index(line["head"])] = line[reading]
+    shown = axes[1].imshow(image, cmap="viridis", aspect="auto", origin="lower")
+    axes[1].set_xlabel("head")
+    axes[1].set_ylabel("layer")
+    for ticks, at in ((axes[1].set_yticks, rows), (axes[1].set_xticks, columns)):
+        step = (len(at) + 15) // 16
+        ticks(range(0, len(at), step), [f"{x:g}" for x in at[::step]])
+    axes[1].set_title(f"D by layer and head, {variant}")
+    figure.colorbar(shown, ax=axes[1])
+    finish(figure, out / "layers.png", made)
+
+
+def bars(axes, lines, name, reading):
+    names = [line[name] for line in lines]
+    error = [0 if math.isnan(line[reading + "_se"]) else line[reading + "_se"] for line in lines]
+    axes.barh(range(len(names)), [line[reading] for line in lines], xerr=error, color="#4477aa")
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+
+
+def causes(tables, out, reading, made):
+    frozen, base = (pick(tables["shift"], experiment=e) for e in ("frozen", "base"))
+    local = tables["local"]
+    if not (frozen or base or local):
+        return
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    if frozen:
+        bars(axes[0], pick(frozen, folder=frozen[-1]["folder"]), "variant", reading)
+        axes[0].set_xlabel(f"D({frozen[0]['d1']:g}, {frozen[0]['d2']:g})")
+    axes[0].set_title("frozen q and k: one place rounds")
+    for name, lines in curves(base):
+        draw(axes[1], lines, "base", reading, marker="o", label=name, color=colour(name))
+    if base:
+        axes[1].legend(frameon=False, fontsize=7)
+        axes[1].set_yscale("log")
+        axes[1].set_xscale("log")
+    axes[1].set_xlabel("RoPE base")
+    axes[1].set_ylabel("D")
+    axes[1].set_title("the same weights at larger bases")
+    for line in local[:1]:
+        for variant in values(local, "variant"):
+            mine = pick(local, variant=variant, keys="first", folder=line["folder"])
+            axes[2].plot([x["base"] for x in mine], [x["mean_abs"] for x in mine], marker="o", markersize=3, label=variant)
+            known = [x for x in mine if not math.isnan(x["expected"])]
+            axes[2].plot([x["base"] for x in known], [x["expected"] for x in known], "kx")
+        axes[2].set_xscale("log")
+        axes[2].set_yscale("log")
+        axes[2].legend(frameon=False, fontsize=7)
+    axes[2].set_xlabel("RoPE base")
+    axes[2].set_ylabel("mean |logit difference|, no $1/\\sqrt{d}$")
+    axes[2].set_title("single random pairs (x: expected)")
+    finish(figure, out / "causes.png", made)
+
+
+def training(tables, out, reading, made):
+    """Every kind of weights in the order of the folders: random ones first, then a training's checkpoints."""
+    shift = pick(tables["shift"], experiment="shift")
+    names = values(shift, "weights")
+    if len(names) < 2:
+        return
+    pair = next(line for line in shift if line["d2"] == most_common_d2(shift))
+    shift = pick(shift, d1=pair["d1"], d2=pair["d2"])
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    for plot, y in zip(axes, (reading, "first_logit_abs", "first_mass")):
+        for variant in values(shift, "variant"):
+            lines = [{**line, "place": names.index(line["weights"])} for line in pick(shift, variant=variant)]
+            draw(plot, lines, "place", y, marker="o", label=variant, color=colour(variant))
+        plot.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7)
+        plot.set_yscale("log")
+    axes[0].set_ylabel(f"D({pair['d1']:g}, {pair['d2']:g}): {READINGS[reading]}")
+    axes[1].set_ylabel("first key: sum of mean |logit difference|")
+    axes[2].set_ylabel("first key: attention, summed over heads")
+    axes[0].legend(frameon=False, fontsize=7)
+    finish(figure, out / "training.png", made)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="+")
+    parser.add_argument("-o", "--out", help="folder for the figures; default: the first one")
+    parser.add_argument("--reading", choices=READINGS, default="sum_abs", help="which of D's three readings")
+    args = parser.parse_args()
+    names = ("shift", "layer", "head", "key", "length", "sample", "local")
+    tables = {name: [line for folder in args.folder for line in read_csv(folder, name + ".csv")] for name in names}
+    if not any(tables.values()):
+        sys.exit(f"plot_rope.py: no CSV files of test_rope in {', '.join(args.folder)}")
+    out = pathlib.Path(args.out or args.folder[0])
+    out.mkdir(parents=True, exist_ok=True)
+    made = []
+    for figure in (figure1, figure7, layers):
+        figure(as_in_the_paper(tables), out, args.reading, made)
+    for figure in (causes, training):
+        figure(tables, out, args.reading, made)
+    print(*made, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

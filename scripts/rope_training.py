@@ -1,0 +1,253 @@
+"""Does attention's deviation matter for training? The paper's four ways to pack, in miniature, with the control it lacks.
+
+    make train_llama && python3 scripts/rope_training.py rope/training --books books.jsonl --tokenizer tokenizer.model
+
+Trains full, intra, intra_reset and anchor attention in bf16, and full and anchor once more with everything in fp32, each
+with several seeds, on two tasks: books cut into documents (11.4M parameters, context 1024), and facts to be recalled
+(data/recall.py, 0.1M parameters, context 512). Scores each on the same rows (two held-out books, whole; questions) at 1,
+2 and 4 times the trained length. What is done already is not done again, so a stopped study goes on by the same command.
+--limit ends it after so many seconds, once the run at hand is finished.
+
+Writes scores.csv, table.md and training.png into the folder.
+"""
+
+import argparse
+import csv
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TRAINER = os.environ.get("TRAIN_LLAMA", "./train_llama")
+sys.path.insert(0, str(ROOT / "data"))
+import recall  # noqa: E402
+
+RUNS = [("full", "bf16"), ("intra", "bf16"), ("intra_reset", "bf16"), ("anchor", "bf16"), ("full", "float"),
+        ("anchor", "float")]
+TIMES, BUCKETS = (1, 2, 4), 8
+SCALES = {  # shape, context, options of the training, rows of context 1 that are scored
+    "books": {
+        "full": ("-e 30M --tied --layers 4 --channels 256 --heads 4 --ffn 688", 1024,
+                 "-b 16 --steps 900 -l 2e-3 --schedule cosine --warmup 60", 128),
+        "tiny": ("-e 30M --tied --layers 1 --channels 32 --heads 2 --ffn 64", 64,
+                 "-b 4 --steps 8 -l 2e-3 --schedule cosine --warmup 4", 8),
+    },
+    "recall": {
+        "full": ("-e tiny --tied --layers 2 --channels 64 --heads 2 --ffn 176 --rope_base 1000", 512,
+                 "-b 4 --steps 2920 -l 6e-3 --schedule cosine --warmup 50 --weight_decay 0.01", 128),
+        "tiny": ("-e tiny --tied --layers 1 --channels 32 --heads 2 --ffn 64 --rope_base 1000", 64,
+                 "-b 4 --steps 8 -l 6e-3 --schedule cosine --warmup 4", 8),
+    },
+}
+
+
+def execute(command):
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"rope_training.py: {' '.join(map(str, command))}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def cut(books, out, context, seed=1):
+    """The books but for the last two in pieces of log-uniform length, about an eighth to four times `context` tokens of
+    four letters, shuffled; the last two whole."""
+    random = np.random.default_rng(seed)
+    texts = [json.loads(line)["text"] for line in open(books)]
+    if len(texts) < 3:
+        sys.exit(f"rope_training.py: {books}: {len(texts)} books, two to hold out and one to train on are needed")
+    pieces = []
+    for text in texts[:-2]:
+        at = 0
+        while at < len(text):
+            size = int(4 * context * np.exp(random.uniform(np.log(1 / 8), np.log(4))))
+            pieces.append(text[at : at + size])
+            at += size
+    for name, part in (("train", [pieces[i] for i in random.permutation(len(pieces))]), ("val", texts[-2:])):
+        with open(out / f"{name}.jsonl", "w") as file:
+            file.writelines(json.dumps({"text": text, "source": "books"}) + "\n" for text in part)
+
+
+def make_data(args, out):
+    """Both tasks' token files, once."""
+    data = out / "data"
+    if (data / "done").exists():
+        return data
+    for name, path in (("--books", args.books), ("--tokenizer", args.tokenizer)):
+        if not (pathlib.Path(path).is_file() if path else name == "--tokenizer"):
+            sys.exit(f"rope_training.py: {name} {path}: no such file")
+    data.mkdir(parents=True, exist_ok=True)
+    context = {task: SCALES[task][args.scale][1] for task in SCALES}
+    cut(args.books, data, context["books"])
+    for name in ("train", "val"):
+        execute([sys.executable, "data/prepare.py", data / f"{name}.jsonl", "-o", data / f"books_{name}",
+                 *(["--tokenizer", args.tokenizer] if args.tokenizer else [])])
+    tokens = 6_000_000 if args.scale == "full" else 20_000
+    execute([sys.executable, "data/recall.py", "train", data / "recall_train.bin", "--tokens", tokens, "--length",
+             context["recall"] // 8, context["recall"] - 1])
+    for times in TIMES:
+        execute([sys.executable, "data/recall.py", "test", data / f"recall_test_{times}.bin", "--seed", 100 + times, "--rows",
+                 SCALES["recall"][args.scale][3] // times, "--context", times * context["recall"]])
+    (data / "done").touch()
+    return data
+
+
+def by_position(path, length):
+    """Mean loss in each eighth of the row."""
+    sums, counts = np.zeros(BUCKETS), np.zeros(BUCKETS)
+    for line in csv.DictReader(open(path)):
+        bucket = int(line["index"]) * BUCKETS // length
+        sums[bucket] += float(line["loss"])
+        counts[bucket] += 1
+    return sums / counts
+
+
+def run_one(args, out, data, task, mode, dtype, seed):
+    """Trains one model, scores it, and returns its lines of scores.csv."""
+    shape, context, options, rows = SCALES[task][args.scale]
+    folder = out / f"{task}_{mode}_{dtype}_{seed}"
+    machine = ["--device", args.device, "--dtype", dtype]
+    train = data / ("books_train_0*.bin" if task == "books" else "recall_train.bin")
+    folder.mkdir(exist_ok=True)
+    algorithms = out / f"matmul_{task}_{dtype}.txt"  # a GPU times the products' algorithms once, not in every run
+    if algorithms.exists():
+        shutil.copy(algorithms, folder / "matmul.txt")
+    execute([TRAINER, *shape.split(), "-i", train, "-c", context, *options.split(), "--attention", mode, *machine,
+             "--seed", seed, "-o", folder, "--keep", 1, "--resume"])
+    if (folder / "matmul.txt").exists():
+        shutil.copy(folder / "matmul.txt", algorithms)
+    weights = max(folder.glob("step_????????")) / "weights.bin"
+    lines = []
+    for times in TIMES:
+        length, scores = times * context, folder / f"scores_{times}.csv"
+        test = data / ("books_val_0*.bin" if task == "books" else f"recall_test_{times}.bin")
+        # The same rows for all: one document (or what is left of one) behind one BOS, every token sees all before it.
+        execute([TRAINER, "-e", weights, "-j", test, "-c", length, "--val_rows", max(1, rows // times), "--eval",
+                 scores, "--attention", "anchor", *machine])
+        line = {"task": task, "mode": mode, "dtype": dtype, "seed": seed, "times": times, "length": length}
+        if task == "books":
+            for bucket, loss in enumerate(by_position(scores, length)):
+                lines.append({**line, "from": bucket * length // BUCKETS, "measure": "loss", "value": loss})
+        else:
+            hits, asked = recall.grid(test, scores)
+            lines.append({**line, "from": 0, "measure": "recall", "value": hits.sum() / asked.sum()})
+    return lines
+
+
+def read_scores(path):
+    lines = list(csv.DictReader(open(path))) if path.exists() else []
+    for line in lines:
+        line.update({k: int(line[k]) for k in ("seed", "times", "length", "from")}, value=float(line["value"]))
+    return lines
+
+
+def mean_and_error(lines):
+    """Over the seeds; each seed's value is the mean of its lines."""
+    seeds = sorted({line["seed"] for line in lines})
+    values = [np.mean([x["value"] for x in lines if x["seed"] == s]) for s in seeds]
+    return np.mean(values), np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+
+
+def table(lines):
+    """Markdown: loss in the rows' first eighth within the trained length, in all of it, and beyond it; recall."""
+    columns = [("loss, 1x", "books", 1, 0), ("loss, 2x", "books", 2, 0), ("2x, second half", "books", 2, 0.5),
+               ("loss, 4x", "books", 4, 0), ("4x, last quarter", "books", 4, 0.75), ("recall, 1x", "recall", 1, 0),
+               ("recall, 2x", "recall", 2, 0), ("recall, 4x", "recall", 4, 0)]
+    text = "| attention | type | seeds | " + " | ".join(c[0] for c in columns) + " |\n|" + "---|" * (3 + len(columns)) + "\n"
+    for mode, dtype in RUNS:
+        mine = [x for x in lines if (x["mode"], x["dtype"]) == (mode, dtype)]
+        if not mine:
+            continue
+        cells = []
+        for _, task, times, part in columns:
+            here = [x for x in mine if x["task"] == task and x["times"] == times and x["from"] >= part * x["length"]]
+            cells.append("{:.3f} +- {:.3f}".format(*mean_and_error(here)) if here else "")
+        text += f"| {mode} | {dtype} | {len({x['seed'] for x in mine})} | " + " | ".join(cells) + " |\n"
+    return text
+
+
+def draw(lines, path):
+    try:
+        import matplotlib
+    except ImportError:
+        print("no matplotlib here: no figure; the same command where it is draws it")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for mode, dtype in RUNS:
+        mine = [x for x in lines if (x["mode"], x["dtype"]) == (mode, dtype)]
+        style = {"capsize": 2, "linewidth": 1, "markersize": 3, "marker": "o", "label": f"{mode}, {dtype}",
+                 "linestyle": "--" if dtype == "float" else "-"}
+        longest = [x for x in mine if x["task"] == "books" and x["times"] == TIMES[-1]]
+        points = [(f, *mean_and_error([x for x in longest if x["from"] == f])) for f in sorted({x["from"] for x in longest})]
+        if points:
+            axes[0].errorbar(*zip(*points), **style)
+        asked = [x for x in mine if x["task"] == "recall"]
+        points = [(t, *mean_and_error([x for x in asked if x["times"] == t])) for t in sorted({x["times"] for x in asked})]
+        if points:
+            axes[1].errorbar(*zip(*points), **style)
+    axes[0].set_xlabel("position in the row, from")
+    axes[0].set_ylabel("loss on held-out books (nats)")
+    axes[1].set_xlabel("length, in trained lengths")
+    axes[1].set_ylabel("recall")
+    for plot in axes:
+        if plot.get_legend_handles_labels()[0]:
+            plot.legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--books", help='books, {"text": ...} a line; needed once, to make the token files')
+    parser.add_argument("--tokenizer", help="SentencePiece model or tokenizer.json; none: bytes")
+    parser.add_argument("--tasks", nargs="+", choices=SCALES, default=list(SCALES))
+    parser.add_argument("--runs", nargs="+", help="some of " + " ".join(f"{m}:{d}" for m, d in RUNS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--scale", choices=("full", "tiny"), default="full", help="tiny: seconds on a CPU, to try it")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--data_only", action="store_true", help="make the token files, train nothing")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds")
+    args = parser.parse_args()
+    wanted = args.runs or [f"{m}:{d}" for m, d in RUNS]
+    unknown = [name for name in wanted if tuple(name.split(":")) not in RUNS]
+    if unknown or args.seeds < 1:
+        parser.error(f"--runs takes {' '.join(f'{m}:{d}' for m, d in RUNS)}, --seeds at least 1, not {unknown or args.seeds}")
+    start, out = time.time(), args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    data = make_data(args, out)
+    if args.data_only:
+        print(data)
+        return
+    lines = read_scores(out / "scores.csv")
+    left = 0
+    for seed in range(1, args.seeds + 1):  # seed by seed, so that an early end compares like with like
+        for mode, dtype in RUNS:
+            for task in args.tasks:
+                mine = {"task": task, "mode": mode, "dtype": dtype, "seed": seed}
+                if f"{mode}:{dtype}" not in wanted or any(all(x[k] == v for k, v in mine.items()) for x in lines):
+                    continue
+                if time.time() - start > args.limit:
+                    left += 1
+                    continue
+                began = time.time()
+                lines += run_one(args, out, data, task, mode, dtype, seed)
+                with open(out / "scores.csv", "w") as file:
+                    writer = csv.DictWriter(file, list(lines[0]))
+                    writer.writeheader()
+                    writer.writerows(lines)
+                print(f"{task}, {mode}, {dtype}, seed {seed}: {time.time() - began:.0f} s", flush=True)
+    (out / "table.md").write_text(table(lines))
+    draw(lines, out / "training.png")
+    print(table(lines) + f"{out / 'scores.csv'}, table.md, training.png" + (f"; {left} runs are left" if left else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+// The command line of test_rope: one table drives the struct, the parsing and --help. Values are parsed by the
+// trainer's core/options.h.
+#pragma once
+#include "../core/options.h"
+#include "rope_study.cuh"
+
+// OPTION(type, name, default, range, help), as in core/options.h.
+// clang-format off
+#define ROPE_OPTIONS(OPTION)                                                                                           \
+    OPTION(Text, model, "", "", "weights (.bin); none: the newest of rope/run/step_*, then of demo/long/step_*")       \
+    OPTION(Text, data, "", "", "token shards: a file, a comma list or a quoted glob; none: those beside that model")   \
+    OPTION(Text, out, "rope/result", "", "folder for the CSV files and figures")                                       \
+    OPTION(Text, label, "trained", "", "name of these weights in the CSV files")                                       \
+    OPTION(Text, start, "file", "file|normal|kaiming", "weights: the file's, or random in its shape, drawn as the "    \
+           "trainer does or as torch's layers do (the paper's control)")                                               \
+    OPTION(Text, experiments, "local,shift,other,length,frozen,base", "", "which of them to run")                      \
+    OPTION(Text, variants, "float:E,float:F,bf16:E,bf16:F,bf16:C,bf16:B,bf16:A,bf16:D", "", "network:rounding, the "   \
+           "network being float, bf16 or (on the CPU) double; see below")                                              \
+    OPTION(Text, base_variants, "float:F,bf16:C,bf16:A", "", "those that are run at every base")                       \
+    OPTION(Text, angles, "variant", "variant|double|float|bf16", "in all variants: pos inv_freq")                      \
+    OPTION(Text, input, "variant", "variant|float|bf16", "in all variants: q and k before the rotation")               \
+    OPTION(Text, table, "variant", "variant|float|bf16", "in all variants: cos and sin")                               \
+    OPTION(Text, rotation, "variant", "variant|float|bf16", "in all variants: products and sums of the rotation")      \
+    OPTION(Text, storage, "variant", "variant|float|bf16", "in all variants: rotated q and k")                         \
+    OPTION(Text, logits, "variant", "variant|float|bf16", "in all variants: dot products, where weights are measured") \
+    OPTION(Int, length, 0, "0..16777216", "tokens of a sequence; 0: 4096, at most the model's context")                \
+    OPTION(Text, lengths, "", "", "lengths for the first key's logit; none: 64 to 8192 by doubling, at most twice the "\
+           "model's context")                                                                                          \
+    OPTION(Text, shifts, "0,2,4,6,8,10,12,14,15,17,18,20,22,50,100,200,500,1000,2000", "", "D1 of the first sweep, "   \
+           "D2 of the other")                                                                                          \
+    OPTION(Int, reference, 16, "0..1000000", "D2 of the first sweep")                                                  \
+    OPTION(Int, other, 0, "0..1000000", "D1 of the other sweep")                                                       \
+    OPTION(Int, sequences, 0, "0..1000000", "sequences of text; 0: 50, on the CPU 4")                                  \
+    OPTION(Text, layers, "", "", "layers that are measured, as 0,1,5..7; none: all")                                   \
+    OPTION(Text, bases, "1e4,5e5,1e6,5e6,1e7,5e7", "", "RoPE bases of the experiment `base`")                          \
+    OPTION(Int, pairs, 20000, "100..10000000", "random pairs of the experiment `local`")                               \
+    OPTION(Int, seed, 1, "0..1000000000", "of random weights and pairs")                                               \
+    OPTION(Text, device, "auto", "auto|cpu|gpu", "auto: the GPU if there is one")                                      \
+    OPTION(Flag, plot, true, "", "draw the figures at the end; --plot=0 leaves it")                                    \
+    OPTION(Flag, help, false, "", "print this list, and exit")
+// clang-format on
+
+struct RopeOptions {
+#define FIELD(type, name, value, range, help) type name = value;
+    ROPE_OPTIONS(FIELD)
+#undef FIELD
+};
+
+template <class F> void rope_options_visit(RopeOptions& o, F f) {
+#define VISIT(type, name, value, range, help) f(o.name, #name, range, help);
+    ROPE_OPTIONS(VISIT)
+#undef VISIT
+}
+
+inline void rope_options_help() {
+    printf("test_rope: how far attention moves when all positions are shifted, and where bf16 makes it move.\n\n"
+           "  ./test_rope                                               the model of `make demo`, or of run_rope.sh\n"
+           "  ./test_rope --model llama2-7b.bin --data 'books_*.bin'    the paper's setting\n\n");
+    RopeOptions defaults;
+    rope_options_visit(defaults, [](auto& field, const char* name, const char* range, const char* help) {
+        const std::string value = option_text(field);
+        printf("  --%-14s %s%s%s%s\n", name, help, strchr(range, '|') ? (" [" + std::string(range) + "]").c_str() : "",
+               value.empty() ? "" : "; default ", value.c_str());
+    });
+    printf("\nroundings of a variant:\n");
+    for (const NamedRounding& named : named_roundings) printf("  %c  %s\n", named.letter, named.meaning);
+}
+
+inline RopeOptions rope_options_parse(int argc, char** argv) {
+    RopeOptions o;
+    for (int i = 1; i < argc; i++) {
+        const std::string word = argv[i];
+        if (word.rfind("--", 0) != 0) fail("'%s' is not an option; see --help", argv[i]);
+        const size_t equals = std::min(word.find('='), word.size());
+        const std::string name = word.substr(2, equals - 2);
+        bool found = false;
+        rope_options_visit(o, [&](auto& field, const char* option, const char* range, const char*) {
+            if (name != option) return;
+            found = true;
+            constexpr bool flag = std::is_same_v<std::decay_t<decltype(field)>, Flag>;
+            const char* text = equals < word.size() ? argv[i] + equals + 1 : flag ? "1" : i + 1 < argc ? argv[++i] : "";
+            if (!option_parse(field, text, range))
+                fail("option --%s takes %s%s, not '%s'", option, option_wants(field), range, text);
+        });
+        if (!found) fail("unknown option '%s'; see --help", argv[i]);
+    }
+    return o;
+}
+
+// The pieces of a comma list; every option that is one refuses an empty piece.
+inline std::vector<std::string> split_list(const char* option, const std::string& list) {
+    std::vector<std::string> items;
+    for (size_t at = 0, end; at <= list.size(); at = end + 1) {
+        end = std::min(list.find(',', at), list.size());
+        items.push_back(list.substr(at, end - at));
+        if (items.back().empty()) fail("option --%s: '%s' has an empty item", option, list.c_str());
+    }
+    return items;
+}
+
+inline std::vector<int> parse_ints(const char* option, const std::string& list, const char* range) {
+    std::vector<int> values;
+    for (const std::string& item : split_list(option, list)) {
+        Int value = 0;
+        if (!option_parse(value, item.c_str(), range))
+            fail("option --%s takes integers in %s with commas between, not '%s'", option, range, item.c_str());
+        values.push_back(int(value));
+    }
+    return values;
+}
+
+inline std::vector<double> parse_reals(const char* option, const std::string& list, const char* range) {
+    std::vector<double> values;
+    for (const std::string& item : split_list(option, list)) {
+        Real value = 0;
+        if (!option_parse(value, item.c_str(), range))
+            fail("option --%s takes numbers in %s with commas between, not '%s'", option, range, item.c_str());
+        values.push_back(value);
+    }
+    return values;
+}
+
+// "0,2,5..7" of a model with L layers, in rising order; empty: all.
+inline std::vector<int> parse_layers(const std::string& list, int L) {
+    std::vector<int> layers;
+    for (const std::string& item : split_list("layers", list.empty() ? "0.." + std::to_string(L - 1) : list)) {
+        const size_t dots = item.find("..");
+        Int first = 0, last = 0;
+        const std::string range = "0.." + std::to_string(L - 1);
+        const std::string low = item.substr(0, dots), high = dots == std::string::npos ? low : item.substr(dots + 2);
+        if (!option_parse(first, low.c_str(), range.c_str()) || !option_parse(last, high.c_str(), range.c_str()) ||
+            last < first)
+            fail("option --layers takes layers in %s, as 0,2,5..7, not '%s'", range.c_str(), item.c_str());
+        for (Int l = first; l <= last; l++) layers.push_back(int(l));
+    }
+    std::sort(layers.begin(), layers.end());
+    layers.erase(std::unique(layers.begin(), layers.end()), layers.end());
+    return layers;
+}
+
+inline Type parse_type(const std::string& name) {
+    return name == "double" ? Type::f64 : name == "bf16" ? Type::bf16 : Type::f32;
+}
+
+// "bf16:C": the element type of the network, and where its rotation rounds.
+struct Variant {
+    std::string name;
+    Type network = Type::f32;
+    Rounding rounding;
+};
+
+inline std::vector<Variant> parse_variants(const char* option, const std::string& list, const RopeOptions& o) {
+    std::vector<Variant> variants;
+    for (const std::string& item : split_list(option, list)) {
+        const size_t colon = item.find(':');
+        const std::string network = item.substr(0, colon);
+        const bool known = network == "float" || network == "bf16" || network == "double";
+        const NamedRounding* named = colon + 2 == item.size() ? rounding_by_letter(item[colon + 1]) : nullptr;
+        if (!known || !named)
+            fail("option --%s takes float, bf16 or double, a colon and one of E, F, C, B, A, D, not '%s'", option,
+                 item.c_str());
+        Variant v{item, parse_type(network), named->rounding};
+        auto change = [&](Type& place, const std::string& to, const char* name) {
+            if (to == "variant") return;
+            place = parse_type(to);
+            v.name += "/" + std::string(name) + "=" + to;
+        };
+        change(v.rounding.angles, o.angles, "angles"), change(v.rounding.input, o.input, "input");
+        change(v.rounding.table, o.table, "table"), change(v.rounding.rotation, o.rotation, "rotation");
+        change(v.rounding.storage, o.storage, "storage"), change(v.rounding.logits, o.logits, "logits");
+        variants.push_back(v);
+    }
+    return variants;
+}

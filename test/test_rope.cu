@@ -1,0 +1,393 @@
+// test_rope: the deviation experiment of arXiv 2411.13476, "When Precision Meets Position", reproduced and taken apart.
+//
+// RoPE is relative: shift all positions by the same amount and, in exact arithmetic, no attention weight changes. With
+// bf16 some do. This program measures by how much (rope_experiment.h has the formulas), and which rounding does it:
+//
+//   local    single pairs of random vectors, no model                                          local.csv
+//   shift    D against the shift, per key, per layer and head, single samples (figures 1       shift, key, layer, head,
+//            left and middle, 7 left, appendix), for every variant of precision                sample.csv
+//   other    with shift: the sweep over D2 (figure 7 right)                                    shift, layer, sample.csv
+//   length   the first key's logit against the length (figure 1 right)                         length.csv
+//   frozen   queries and keys of an unrounded fp32 run, one place of rounding switched on      shift.csv
+//   base     the same weights at larger RoPE bases                                             shift.csv
+//
+// Cost beside the forwards: a run's LSE takes D T^2 FLOPs a head, comparing it with a reference 2 D T^2. LLaMA-2-7B at
+// 4096 tokens: 6.6 TFLOP a shift, 11 with the other sweep, and a forward 57.
+#include "rope_experiment.h"
+#include "rope_local.h"
+#include "rope_options.h"
+
+// A CSV file with one header line; every value checked into the file when it is closed.
+struct Csv {
+    FILE* file;
+    std::string path;
+
+    Csv(const std::string& folder, const char* name, const char* header) : path(folder + "/" + name) {
+        file = fopen(path.c_str(), "w");
+        if (!file) fail("%s: %s", path.c_str(), strerror(errno));
+        fprintf(file, "%s\n", header);
+    }
+    Csv(const Csv&) = delete;
+    ~Csv() {
+        if (fflush(file) != 0 || ferror(file)) fail("%s: could not be written; is the disk full?", path.c_str());
+        fclose(file);
+    }
+};
+
+std::string measure_header(const char* front) {
+    std::string header = front;
+    for (const char* name : measure_names) header += std::string(",") + name + "," + name + "_se";
+    return header;
+}
+
+// What every experiment on a model writes to.
+struct Tables {
+    Csv shift, layer, head, key, length, sample;
+
+    explicit Tables(const std::string& folder)
+        : shift(folder, "shift.csv", measure_header("weights,experiment,variant,base,length,d1,d2,sequences").c_str()),
+          layer(folder, "layer.csv", measure_header("weights,variant,base,length,d1,d2,layer,sequences").c_str()),
+          head(folder, "head.csv", measure_header("weights,variant,base,length,d1,d2,layer,head,sequences").c_str()),
+          key(folder, "key.csv",
+              "weights,variant,base,length,d1,d2,key,sequences,signed,signed_se,abs,abs_se,mass,mass_se,"
+              "logit,logit_se,logit_abs,logit_abs_se"),
+          length(folder, "length.csv",
+                 "weights,variant,base,d1,d2,length,sequences,logit,logit_se,logit_abs,logit_abs_se"),
+          sample(folder, "sample.csv",
+                 "weights,variant,base,length,d1,d2,sequence,sum_abs,column_abs,signed_sum,first_logit") {}
+};
+
+// The command line's meaning.
+struct Study {
+    RopeOptions o;
+    Tables* tables = nullptr;
+    Config config;
+    size_t T = 0;                             // of the sequences
+    std::vector<int> layers, shifts, lengths; // measured
+    std::vector<double> bases;
+    std::vector<std::vector<int32_t>> sequences; // each as long as the longest run needs
+    bool gpu = false;
+
+    bool wants(const char* experiment) const {
+        return ("," + o.experiments + ",").find("," + std::string(experiment) + ",") != std::string::npos;
+    }
+};
+
+void print_means(FILE* file, const Mean* mean) {
+    for (int i = 0; i < measures; i++) fprintf(file, ",%.9g,%.9g", mean[i].mean(), mean[i].error());
+    fprintf(file, "\n");
+}
+
+void write_shift(const Study& s, const char* experiment, const std::string& variant, double base, const Deviation& d) {
+    FILE* file = s.tables->shift.file;
+    fprintf(file, "%s,%s,%s,%g,%zu,%d,%d,%d", s.o.label.c_str(), experiment, variant.c_str(), base, d.T, d.d1, d.d2,
+            d.model[0].count);
+    print_means(file, d.model.data());
+    fflush(file);
+}
+
+// Everything else that the experiment `shift` writes of a pair.
+void write_details(const Study& s, const std::string& variant, double base, const Deviation& d) {
+    char front[512];
+    snprintf(front, sizeof front, "%s,%s,%g,%zu,%d,%d", s.o.label.c_str(), variant.c_str(), base, d.T, d.d1, d.d2);
+    for (size_t l = 0; l < d.layers; l++) {
+        fprintf(s.tables->layer.file, "%s,%d,%d", front, s.layers[l], d.model[0].count);
+        print_means(s.tables->layer.file, d.layer.data() + l * measures);
+        for (size_t h = 0; h < d.heads && d.with_keys; h++) {
+            fprintf(s.tables->head.file, "%s,%d,%zu,%d", front, s.layers[l], h, d.model[0].count);
+            print_means(s.tables->head.file, d.head.data() + (l * d.heads + h) * measures);
+        }
+    }
+    for (size_t j = 0; j < d.T && d.with_keys; j++) {
+        fprintf(s.tables->key.file, "%s,%zu,%d", front, j, d.model[0].count);
+        for (int sum : {weight_signed, weight_abs, weight_mass, logit_signed, logit_abs}) {
+            const Mean& mean = d.key[size_t(sum) * d.T + j];
+            fprintf(s.tables->key.file, ",%.9g,%.9g", mean.mean(), mean.error());
+        }
+        fprintf(s.tables->key.file, "\n");
+    }
+    for (size_t i = 0; i < d.sample.size() / measures; i++) {
+        const double* x = d.sample.data() + i * measures;
+        fprintf(s.tables->sample.file, "%s,%zu,%.9g,%.9g,%.9g,%.9g\n", front, i, x[sum_abs], x[column_abs],
+                x[signed_sum], x[first_logit]);
+    }
+}
+
+void say(const char* experiment, const std::string& variant, double base, const Deviation& d, double seconds) {
+    const Mean &all = d.model[sum_abs], &column = d.model[column_abs], &first = d.model[first_sum_abs];
+    printf("%-7s %-18s base %-7g D(%d, %d): %.4g +- %.1g, by columns %.4g +- %.1g, signed %.2g; the first key's part "
+           "%.1f%%; "
+           "%.1f s\n",
+           experiment, variant.c_str(), base, d.d1, d.d2, all.mean(), all.error(), column.mean(), column.error(),
+           d.model[signed_sum].mean(), 100 * first.mean() / std::max(all.mean(), 1e-300), seconds);
+    fflush(stdout);
+}
+
+// Random weights as torch starts its layers: uniform within 1 / sqrt(fan in), the embedding normal, norms one.
+template <class Dev, class E> void start_kaiming(Model<Dev, E, E>& m, uint64_t seed) {
+    const size_t piece = size_t(1) << 24;
+    std::vector<E> values;
+    for (const ParamInfo& p : param_table(m.config))
+        for (size_t first = 0; first < p.count(); first += piece) {
+            values.resize(std::min(piece, p.count() - first));
+            const double bound = 1 / std::sqrt(double(p.columns));
+            const bool embedding = std::string(p.name) == "embed", ones = p.start == Start::ones;
+#pragma omp parallel for schedule(static)
+            for (size_t i = 0; i < values.size(); i++) {
+                const uint64_t at = p.offset + first + i;
+                values[i] = E(ones        ? 1.0
+                              : embedding ? hash_normal(seed, at)
+                                          : bound * (2 * hash_uniform(seed, at) - 1));
+            }
+            copy_to_device(m.dev, m.param_flat + p.offset + first, values.data(), values.size() * sizeof(E));
+        }
+}
+
+// D of one variant against the shift, and the first key's logit against the length.
+template <class Dev, class E> void run_variant(Experiment<Dev, E>& x, const Study& s, const Variant& v) {
+    const size_t H = x.heads(), layers = s.layers.size();
+    const int reference = int(s.o.reference), other = int(s.o.other);
+    const double base = s.config.rope.base, start = seconds_now();
+    if (s.wants("shift")) {
+        std::vector<Deviation> pairs = {{other, reference, layers, H, s.T, true}};
+        std::vector<int> references = {reference};
+        if (s.wants("other")) references.push_back(other);
+        for (int fixed : references)
+            for (int shift : s.shifts) {
+                if (shift == reference || shift == other) continue;
+                if (fixed == reference) pairs.push_back({shift, reference, layers, H, s.T, false});
+                else pairs.push_back({other, shift, layers, H, s.T, false});
+            }
+        for (auto& text : s.sequences) measure_shifts(x, text, references, v.rounding, pairs);
+        for (const Deviation& d : pairs) write_shift(s, "shift", v.name, base, d), write_details(s, v.name, base, d);
+        say("shift", v.name, base, pairs[0], seconds_now() - start);
+    }
+    if (s.wants("length")) {
+        LengthDeviation d{s.lengths, std::vector<Mean>(s.lengths.size()), std::vector<Mean>(s.lengths.size())};
+        for (auto& text : s.sequences) measure_lengths(x, text, other, reference, v.rounding, d);
+        for (size_t i = 0; i < d.lengths.size(); i++)
+            fprintf(s.tables->length.file, "%s,%s,%g,%d,%d,%d,%zu,%.9g,%.9g,%.9g,%.9g\n", s.o.label.c_str(),
+                    v.name.c_str(), base, other, reference, d.lengths[i], s.sequences.size(), d.logit[i].mean(),
+                    d.logit[i].error(), d.logit_abs[i].mean(), d.logit_abs[i].error());
+    }
+}
+
+// The same weights at other RoPE bases.
+template <class Dev, class E> void run_bases(Experiment<Dev, E>& x, const Study& s, const Variant& v) {
+    const int reference = int(s.o.reference), other = int(s.o.other);
+    for (double base : s.bases) {
+        x.m.config.rope.base = base;
+        std::vector<Deviation> pairs = {{other, reference, s.layers.size(), x.heads(), s.T, false}};
+        const double start = seconds_now();
+        for (auto& text : s.sequences) measure_shifts(x, text, {reference}, v.rounding, pairs);
+        write_shift(s, "base", v.name, base, pairs[0]);
+        say("base", v.name, base, pairs[0], seconds_now() - start);
+    }
+    x.m.config.rope.base = s.config.rope.base;
+}
+
+// Frozen queries and keys under every letter, and with one place of rounding each.
+template <class Dev, class E> void run_frozen(Experiment<Dev, E>& x, const Study& s) {
+    std::vector<std::string> names;
+    std::vector<Rounding> roundings;
+    for (const NamedRounding& named : named_roundings)
+        names.push_back(std::string("letter:") + named.letter), roundings.push_back(named.rounding);
+    auto add = [&](const char* name, Type Rounding::*place, Type type) {
+        Rounding r;
+        r.*place = type;
+        names.push_back(name), roundings.push_back(r);
+    };
+    add("angles=float", &Rounding::angles, Type::f32), add("angles=bf16", &Rounding::angles, Type::bf16);
+    add("input=bf16", &Rounding::input, Type::bf16), add("table=bf16", &Rounding::table, Type::bf16);
+    add("rotation=bf16", &Rounding::rotation, Type::bf16), add("storage=bf16", &Rounding::storage, Type::bf16);
+    add("logits=bf16", &Rounding::logits, Type::bf16);
+    std::vector<Deviation> pairs(roundings.size(),
+                                 {int(s.o.other), int(s.o.reference), s.layers.size(), x.heads(), s.T, false});
+    const double start = seconds_now(), base = s.config.rope.base;
+    for (auto& text : s.sequences) measure_frozen(x, text, roundings, pairs);
+    for (size_t i = 0; i < pairs.size(); i++) {
+        write_shift(s, "frozen", names[i], base, pairs[i]);
+        say("frozen", names[i], base, pairs[i], seconds_now() - start);
+    }
+}
+
+// All experiments on a model for the variants whose network is of type E.
+template <class Dev, class E> void run_network(Dev dev, const Study& s) {
+    Experiment<Dev, E> x;
+    x.m.dev = dev, x.m.config = s.config, x.layers = s.layers;
+    x.m.layout.S = std::max(s.T, size_t(*std::max_element(s.lengths.begin(), s.lengths.end())));
+    x.m.layout.train = false, x.m.layout.head_chunk = 1;
+    Arena arena;
+    experiment_place(x, arena, s.T, 2);
+    printf("%s network: %.2f GiB\n", type_name(type_of<E>()), double(arena.used) / (1 << 30));
+    arena = {device_allocate(dev, arena.used), 0, {}};
+    experiment_place(x, arena, s.T, 2);
+    if (s.o.start == "file") weights_load(x.m, weights_open(s.o.model));
+    else if (s.o.start == "normal") model_init(x.m, uint64_t(s.o.seed));
+    else start_kaiming(x.m, uint64_t(s.o.seed));
+
+    for (const Variant& v : parse_variants("variants", s.o.variants, s.o))
+        if (v.network == type_of<E>()) run_variant(x, s, v);
+    for (const Variant& v : parse_variants("base_variants", s.o.base_variants, s.o))
+        if (v.network == type_of<E>() && s.wants("base")) run_bases(x, s, v);
+    if (type_of<E>() == Type::f32 && s.wants("frozen")) run_frozen(x, s);
+}
+
+template <class Dev> void run_device(Dev dev, const Study& s) {
+    bool wanted[3] = {s.wants("frozen")}; // by Type: f32, bf16, f64
+    std::vector<Variant> all = parse_variants("variants", s.o.variants, s.o);
+    const std::vector<Variant> at_bases = parse_variants("base_variants", s.o.base_variants, s.o);
+    if (!s.wants("shift") && !s.wants("length")) all.clear();
+    if (s.wants("base")) all.insert(all.end(), at_bases.begin(), at_bases.end());
+    for (const Variant& v : all) wanted[int(v.network)] = true;
+    if (wanted[int(Type::f32)]) run_network<Dev, float>(dev, s);
+    if (wanted[int(Type::bf16)]) run_network<Dev, bf16>(dev, s);
+    if constexpr (std::is_same_v<Dev, Cpu>) {
+        if (wanted[int(Type::f64)]) run_network<Dev, double>(dev, s);
+    } else if (wanted[int(Type::f64)]) fail("a double network runs on the CPU: add --device cpu");
+}
+
+// The layer-local check: every variant beside what paper and our own notes say of it, at all bases.
+void run_local(const RopeOptions& o, const std::vector<double>& bases) {
+    Csv csv(o.out, "local.csv", "variant,angles,base,keys,pairs,mean_abs,expected");
+    printf("one logit, shifted by 16: d = 128, %lld random pairs, key at 0, query in 0..4095, no 1/sqrt(d)\n",
+           (long long)o.pairs);
+    for (bool random_keys : {false, true}) {
+        const LocalPairs pairs(size_t(o.pairs), uint64_t(o.seed), random_keys);
+        for (double base : bases)
+            for (const NamedRounding& named : named_roundings) {
+                if (random_keys && base != 10000) continue;
+                const double value = local_deviation<float>(pairs, named.rounding, base);
+                double expected = NAN;
+                for (const LocalFigure& f : local_figures)
+                    if (f.letter == named.letter && base == 10000) expected = random_keys ? f.at_random : f.at_zero;
+                fprintf(csv.file, "%c,%s,%g,%s,%lld,%.9g,%.9g\n", named.letter, type_name(named.rounding.angles), base,
+                        random_keys ? "random" : "first", (long long)o.pairs, value, expected);
+                if (base != 10000 || random_keys) continue;
+                printf("  %c  %-44s %.3g", named.letter, named.meaning, value);
+                if (std::isfinite(expected))
+                    printf("   (expected %.3g, %+.1f%%)", expected, 100 * (value / expected - 1));
+                printf("\n");
+            }
+    }
+    fflush(stdout);
+}
+
+// Sequences spread evenly over the data: one BOS, then `length` - 1 tokens of text.
+std::vector<std::vector<int32_t>> read_sequences(const Study& s, size_t count, size_t length) {
+    PackOptions pack;
+    pack.attention = Attention::anchor, pack.S = length, pack.V = s.config.V;
+    pack.bos = s.config.bos >= 0 ? s.config.bos : s.config.eos;
+    Loader loader;
+    loader_open(loader, s.o.data, pack);
+    const size_t rows = size_t(loader.corpus.text) / (length - 1);
+    if (rows < count)
+        fail("%s: %lld tokens are %zu sequences of %zu, not %zu: pass fewer --sequences or a smaller --length",
+             s.o.data.c_str(), (long long)loader.corpus.text, rows, length, count);
+    std::vector<std::vector<int32_t>> sequences;
+    for (size_t i = 0, at = 0; i < count; i++) {
+        for (; at < i * rows / count; at++) loader_skip(loader);
+        Row row;
+        loader_next(loader, row), at++;
+        sequences.push_back(row.token);
+    }
+    return sequences;
+}
+
+// The newest weights of a run and the data that belongs to it, when there is such a run.
+bool find_model(RopeOptions& o) {
+    const struct {
+        const char *run, *data;
+    } places[] = {{"rope/run", "rope/books_val*.bin"}, {"demo/long", "demo/test.bin"}};
+    for (auto& place : places) {
+        const Checkpoint newest = checkpoint_newest(Comm{}, place.run);
+        if (newest.step < 0) continue;
+        o.model = newest.path + "/weights.bin";
+        if (o.data.empty()) o.data = place.data;
+        return true;
+    }
+    return false;
+}
+
+// False when there is no model to look at.
+bool read_study(Study& s) {
+    RopeOptions& o = s.o;
+    if (o.model.empty() && !find_model(o)) {
+        printf(
+            "\nNo --model, and neither rope/run nor demo/long holds one: only the check above was run. To train one,\n"
+            "  make demo                                            (a small one, two minutes on two cores)\n"
+            "  sh scripts/run_rope.sh books.jsonl tokenizer.model   (110M parameters on text, one GPU)\n"
+            "and start ./test_rope again, or convert one with scripts/convert_hf.py and pass\n"
+            "  ./test_rope --model weights.bin --data tokens.bin\n");
+        return false;
+    }
+    if (o.data.empty()) fail("--model needs --data, token shards of its tokenizer: data/prepare.py makes them");
+    const WeightsFile file = weights_open(o.model);
+    s.config = file.config;
+    if (file.elements != param_elements(s.config))
+        fail("%s: %llu elements, its configuration has %zu", o.model.c_str(), (unsigned long long)file.elements,
+             param_elements(s.config));
+    const size_t context = size_t(s.config.rope.max_context);
+    s.T = o.length ? size_t(o.length) : std::min<size_t>(4096, context);
+    if (s.T < 2) fail("option --length takes at least 2");
+    s.layers = parse_layers(o.layers, s.config.L);
+    if (!o.lengths.empty()) s.lengths = parse_ints("lengths", o.lengths, "1..16777216");
+    for (size_t n = 64; o.lengths.empty() && n <= std::min<size_t>(8192, 2 * context); n *= 2)
+        s.lengths.push_back(int(n));
+    if (s.lengths.empty()) s.lengths.push_back(int(s.T));
+    const size_t longest = s.wants("length") ? size_t(*std::max_element(s.lengths.begin(), s.lengths.end())) : 0;
+    if (!s.wants("length")) s.lengths = {int(s.T)};
+    s.sequences = read_sequences(s, o.sequences ? size_t(o.sequences) : s.gpu ? 50 : 4, std::max({s.T, longest}));
+    printf("\n%s: %.2fM parameters, %d layers, %d heads, RoPE base %g, weights %s; %s: %zu sequences of %zu tokens\n",
+           o.model.c_str(), double(param_count(s.config)) / 1e6, s.config.L, s.config.H, s.config.rope.base,
+           o.start.c_str(), o.data.c_str(), s.sequences.size(), s.T);
+    return true;
+}
+
+void draw(const RopeOptions& o) {
+    if (!o.plot || access("scripts/plot_rope.py", R_OK) != 0) return;
+    const std::string python = access(".venv/bin/python", X_OK) == 0 ? ".venv/bin/python" : "python3";
+    const std::string command = python + " scripts/plot_rope.py '" + o.out + "'";
+    if (std::system(command.c_str()) != 0) printf("no figures: this did not run: %s\n", command.c_str());
+}
+
+int main(int argc, char** argv) {
+    const RopeOptions options = rope_options_parse(argc, argv);
+    if (options.help) return rope_options_help(), 0;
+    Comm world = comm_init(&argc, &argv);
+    set_threads(world);
+    Study s;
+    s.o = options;
+    for (const std::string& name : split_list("experiments", options.experiments))
+        if (std::string("|local|shift|other|length|frozen|base|").find("|" + name + "|") == std::string::npos)
+            fail("option --experiments takes some of local,shift,other,length,frozen,base, not '%s'", name.c_str());
+    for (const char* mark : {",", "\"", "'"})
+        if (options.label.find(mark) != std::string::npos || options.out.find(mark) != std::string::npos)
+            fail("options --label and --out go without commas and quotes");
+    parse_variants("variants", options.variants, options);
+    parse_variants("base_variants", options.base_variants, options);
+    s.shifts = parse_ints("shifts", options.shifts, "0..1000000");
+    s.bases = parse_reals("bases", options.bases, "2..1e15");
+    if (options.reference == options.other) fail("--reference and --other are to be two shifts");
+    const std::string fault = gpu_fault(0);
+    if (options.device == "gpu" && !fault.empty()) fail("%s; --device cpu runs without a GPU", fault.c_str());
+    s.gpu = options.device != "cpu" && fault.empty();
+
+    directory_make(options.out);
+    if (s.wants("local")) run_local(options, s.bases);
+    const bool on_model = options.experiments != "local" && read_study(s);
+    if (on_model) {
+        Tables tables(options.out);
+        s.tables = &tables;
+#ifdef __CUDACC__
+        if (s.gpu) run_device(gpu_open(0), s);
+        else run_device(Cpu{}, s);
+#else
+        run_device(Cpu{}, s);
+#endif
+    }
+    draw(options);
+    if (options.out.size()) printf("%s: CSV files%s\n", options.out.c_str(), options.plot ? " and figures" : "");
+    comm_finalize(world);
+    return 0;
+}

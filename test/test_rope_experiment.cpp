@@ -1,0 +1,251 @@
+// The deviation experiment: the figures of the layer-local check, the streamed sums against whole matrices, the shifted
+// forward against the trainer's, and exact invariance in exact arithmetic.
+#include "check.h"
+#include "rope_experiment.h"
+#include "rope_local.h"
+#include "rope_options.h"
+
+namespace {
+// Grouped heads, sizes that are no multiple of a tile; weights large enough that attention is far from uniform.
+Config small_config() {
+    Config c = make_config(2, 24, 4, 2, 20, 50, 10000, 512);
+    c.qkv_bias = true;
+    return c;
+}
+
+template <class E> struct Small {
+    Experiment<Cpu, E> x;
+    Arena arena;
+
+    explicit Small(size_t S, const Config& c = small_config()) {
+        x.m.config = c, x.m.layout.S = S, x.m.layout.train = false, x.m.layout.head_chunk = 1;
+        for (int l = 0; l < c.L; l++) x.layers.push_back(l);
+        experiment_place(x, arena, S, 2);
+        arena = {device_allocate(Cpu{}, arena.used), 0, {}};
+        experiment_place(x, arena, S, 2);
+        for (const ParamInfo& p : param_table(c))
+            for (size_t i = p.offset; i < p.offset + p.count(); i++)
+                x.m.param_flat[i] = E((p.start == Start::ones ? 1.0 : 0.0) + 0.3 * hash_normal(7, i));
+    }
+    Deviation pair(int d1, int d2, size_t T) const {
+        return Deviation(d1, d2, x.layers.size(), size_t(x.m.config.H), T, true);
+    }
+};
+
+std::vector<int32_t> some_text(size_t T) {
+    std::vector<int32_t> text;
+    for (size_t i = 0; i < T; i++) text.push_back(int32_t(hash64(3, i) % 50));
+    return text;
+}
+const Rounding rounded_as(char letter) { return rounding_by_letter(letter)->rounding; }
+} // namespace
+
+TEST_CASE("the layer-local check gives the literature's figures") {
+    const LocalPairs at_zero(20000, 1, false), at_random(20000, 1, true);
+    for (const LocalFigure& figure : local_figures) {
+        CAPTURE(figure.letter);
+        const Rounding r = rounded_as(figure.letter);
+        CHECK(std::fabs(local_deviation<float>(at_zero, r) / figure.at_zero - 1) < 0.1);
+        CHECK(std::fabs(local_deviation<float>(at_random, r) / figure.at_random - 1) < 0.1);
+    }
+    // In double angles what is left of F is the rounding of cos, sin and the products, 2^-24 each.
+    CHECK(local_deviation<float>(at_zero, rounded_as('E')) < 1e-6);
+    // And in double throughout, 2^-53 of angles up to 4111: 4.6e-13 rad.
+    CHECK(local_deviation<double>(at_zero, rounded_as('E')) < 1e-11);
+}
+
+TEST_CASE("the experiment's rotation gives the trainer's bits where both have the variant") {
+    const size_t T = 70, H = 4, K = 2, D = 24;
+    const Buffer<bf16> input(T * (H + 2 * K) * D, 11);
+    std::vector<int32_t> pos;
+    for (size_t t = 0; t < T; t++) pos.push_back(int32_t(61 * t));
+    std::vector<double> inv_freq(D / 2);
+    rope_frequencies(inv_freq.data(), RopeConfig(), D, T);
+    for (char letter : {'C', 'B', 'A', 'D'}) {
+        CAPTURE(letter);
+        Rounding r = rounded_as(letter);
+        if (r.angles == Type::f32) r.angles = Type::f64; // as the trainer
+        const auto precision = RopePrecision(std::string("CBAD").find(letter));
+        Buffer<float> table(T * D), ours = converted<float>(input);
+        Buffer<bf16> trainers = converted<bf16>(input);
+        rope_table<bf16>(Cpu(), table.data(), pos.data(), inv_freq.data(), 1, precision, T, D);
+        rope_forward(Cpu(), trainers.data(), table.data(), precision, T, H, K, D);
+        study_table(Cpu(), table.data(), pos.data(), inv_freq.data(), 1, r, T, D);
+        study_rotate(Cpu(), ours.data(), table.data(), r, T, H, K, D);
+        CHECK(largest_error(ours, trainers) == 0);
+    }
+}
+
+// T = 150 is two tiles of queries and a part of one; the keys pass a block of 128.
+TEST_CASE("streamed sums are those of the whole matrices") {
+    const size_t T = 150, H = 4, K = 2, D = 16, all = H + 2 * K;
+    const double scale = 1 / std::sqrt(double(D));
+    const Buffer<double> qkv1(T * all * D, 21);
+    Buffer<double> qkv2 = converted<double>(qkv1);
+    for (size_t i = 0; i < qkv2.count; i++) qkv2[i] += 0.1 * hash_normal(22, i);
+    for (Type logits : {Type::f32, Type::bf16}) {
+        Rounding r;
+        r.logits = logits;
+        Buffer<double> want(H * column_sums * T), columns(H * column_sums * T), lse1(H * T), lse2(H * T), first(H * T);
+        want.fill(0);
+        study_lse(Cpu(), lse1.data(), qkv1.data(), r, T, H, K, D);
+        study_lse(Cpu(), lse2.data(), qkv2.data(), r, T, H, K, D);
+        study_columns(Cpu(), columns.data(), qkv1.data(), lse1.data(), qkv2.data(), lse2.data(), r, T, H, K, D);
+        study_first(Cpu(), first.data(), qkv1.data(), r, T, H, K, D);
+        double mass = 0;
+        for (size_t h = 0; h < H; h++)
+            for (size_t i = 0; i < T; i++) {
+                std::vector<double> a[2], p[2];
+                for (int run = 0; run < 2; run++) {
+                    const double* x = run ? qkv2.data() : qkv1.data();
+                    double sum = 0;
+                    for (size_t j = 0; j <= i; j++) {
+                        double dot = 0;
+                        for (size_t d = 0; d < D; d++)
+                            dot += x[(i * all + h) * D + d] * x[(j * all + H + h / (H / K)) * D + d];
+                        a[run].push_back((logits == Type::bf16 ? double(float(bf16(float(dot)))) : dot) * scale);
+                        sum += std::exp(a[run][j]);
+                    }
+                    for (size_t j = 0; j <= i; j++) p[run].push_back(std::exp(a[run][j]) / sum);
+                }
+                CHECK(std::fabs(first[h * T + i] - a[0][0]) < 1e-13);
+                for (size_t j = 0; j <= i; j++) {
+                    auto add = [&](ColumnSum s, double x) { want[(h * column_sums + s) * T + j] += x; };
+                    add(weight_signed, p[0][j] - p[1][j]), add(weight_abs, std::fabs(p[0][j] - p[1][j]));
+                    add(weight_mass, p[1][j]);
+                    add(logit_signed, a[0][j] - a[1][j]), add(logit_abs, std::fabs(a[0][j] - a[1][j]));
+                    mass += p[1][j];
+                }
+            }
+        // Sums of up to 150 terms of size 1, each right to some 2^-52 times the 16 terms of a product: 1e-12.
+        CHECK(largest_error(columns, want) < 1e-12);
+        CHECK(std::fabs(mass - double(H * T)) < 1e-10);
+    }
+}
+
+template <class E> static void check_forward(Rounding r) {
+    const size_t T = 90;
+    Small<E> s(T);
+    Model<Cpu, E, E>& m = s.x.m;
+    const Row row = experiment_row(some_text(T), T, 5);
+    Batch b = batch_make({row}, Attention::full, Comm{});
+    model_forward(m, b);
+    const std::vector<E> want(m.x_last, m.x_last + T * size_t(m.config.C));
+    experiment_forward(
+        s.x, row, r, [](int) {}, [](int) {});
+    CHECK(memcmp(want.data(), m.x_last, want.size() * sizeof(E)) == 0);
+}
+
+TEST_CASE("at the trainer's precision the experiment's forward gives the trainer's bits") {
+    Rounding trainers;
+    check_forward<float>(trainers);
+    check_forward<double>(trainers);
+    trainers.storage = Type::bf16;
+    check_forward<bf16>(trainers);
+}
+
+TEST_CASE("in exact arithmetic every shift leaves the attention of the whole network as it is") {
+    const size_t T = 150;
+    const std::vector<int32_t> text = some_text(T);
+    const std::vector<int> shifts = parse_ints("shifts", RopeOptions().shifts, "0..1000000");
+    auto deviations = [&]<class E>(E, const Rounding& r) {
+        Small<E> s(T);
+        std::vector<Deviation> pairs;
+        for (int shift : shifts) pairs.push_back(s.pair(shift, 16, T));
+        measure_shifts(s.x, text, {16}, r, pairs);
+        std::vector<double> all;
+        for (const Deviation& d : pairs) all.push_back(d.model[sum_abs].mean());
+        return all;
+    };
+    const std::vector<double> exact = deviations(double(), rounded_as('E'));
+    const std::vector<double> single = deviations(float(), rounded_as('F')),
+                              angle = deviations(double(), rounded_as('D'));
+    for (size_t i = 0; i < shifts.size(); i++) {
+        CAPTURE(shifts[i]);
+        // The same operations with 29 more bits; 8 for the luck of either.
+        CHECK(exact[i] <= 8 * std::ldexp(single[i], -29));
+        CHECK(exact[i] < 1e-9);
+        CHECK(single[i] > 1e-6);
+        CHECK(single[i] < 0.1);
+        CHECK(angle[i] > 0.1);
+    }
+}
+
+TEST_CASE("a difference has the sign of D1 against D2, whichever of them is the reference") {
+    const size_t T = 80;
+    Small<bf16> s(T);
+    std::vector<Deviation> pairs = {s.pair(0, 16, T), s.pair(16, 0, T), s.pair(50, 16, T), s.pair(16, 50, T),
+                                    s.pair(0, 50, T)};
+    measure_shifts(s.x, some_text(T), {16, 0}, rounded_as('C'), pairs);
+    auto value = [&](int pair, Measure m) { return pairs[pair].model[m].mean(); };
+    CHECK(value(0, first_logit) != 0);
+    for (int pair : {0, 2}) {
+        CHECK(value(pair, first_logit) == -value(pair + 1, first_logit));
+        CHECK(value(pair, first_signed) == -value(pair + 1, first_signed));
+        CHECK(value(pair, sum_abs) == value(pair + 1, sum_abs));
+        CHECK(value(pair, sum_abs) >= value(pair, column_abs));
+        CHECK(value(pair, column_abs) >= std::fabs(value(pair, signed_sum)));
+        CHECK(value(pair, first_sum_abs) > 0);
+    }
+    // 50 against 16 and 16 against 0 add up to 50 against 0, key by key.
+    const Mean *a = pairs[3].key.data(), *b = pairs[0].key.data(), *c = pairs[4].key.data();
+    for (size_t j = 0; j < T; j++) CHECK(std::fabs(a[j].mean() + b[j].mean() - c[j].mean()) < 1e-5);
+    // Heads add up to layers, layers to the model.
+    double heads = 0, layers = 0;
+    for (size_t i = 0; i < 8; i++) heads += pairs[0].head[i * measures + sum_abs].mean();
+    for (size_t l = 0; l < 2; l++) layers += pairs[0].layer[l * measures + sum_abs].mean();
+    CHECK(std::fabs(heads - value(0, sum_abs)) < 1e-12);
+    CHECK(std::fabs(layers - value(0, sum_abs)) < 1e-12);
+}
+
+TEST_CASE("one long run gives the first key's logits of all shorter ones") {
+    const size_t T = 120;
+    Small<double> s(T);
+    const std::vector<int32_t> text = some_text(T);
+    LengthDeviation all{{30, 64, 120}, std::vector<Mean>(3), std::vector<Mean>(3)};
+    measure_lengths(s.x, text, 0, 16, rounded_as('C'), all);
+    for (size_t n = 0; n < 3; n++) {
+        std::vector<Deviation> pairs = {s.pair(0, 16, size_t(all.lengths[n]))};
+        measure_shifts(s.x, text, {16}, rounded_as('C'), pairs);
+        // Sums of 120 logits of size 10 in double.
+        CHECK(std::fabs(pairs[0].model[first_logit].mean() - all.logit[n].mean()) < 1e-11);
+        CHECK(std::fabs(pairs[0].model[first_logit_abs].mean() - all.logit_abs[n].mean()) < 1e-11);
+        CHECK(all.logit_abs[n].mean() > 1e-4);
+    }
+}
+
+TEST_CASE("frozen queries and keys: the first layer moves as in the network, no layer inherits") {
+    const size_t T = 100;
+    Small<float> s(T);
+    const std::vector<int32_t> text = some_text(T);
+    Rounding input;
+    input.input = Type::bf16;
+    std::vector<Deviation> frozen = {s.pair(0, 16, T), s.pair(0, 16, T), s.pair(0, 16, T)},
+                           network = {s.pair(0, 16, T)};
+    std::vector<Deviation> again = frozen;
+    measure_frozen(s.x, text, {rounded_as('C'), rounded_as('E'), input}, frozen);
+    measure_shifts(s.x, text, {16, 0}, rounded_as('C'), network);
+    auto layer = [](const Deviation& d, size_t l) { return d.layer[l * measures + sum_abs].mean(); };
+    // What follows is the unrounded run's, whatever was compared last.
+    measure_frozen(s.x, text, {rounded_as('C'), rounded_as('E'), rounded_as('D')}, again);
+    const float* end = s.x.m.x_last;
+    const std::vector<float> left(end, end + T * size_t(s.x.m.config.C));
+    experiment_forward(
+        s.x, experiment_row(text, T, 0), Rounding{}, [](int) {}, [](int) {});
+    CHECK(memcmp(left.data(), end, left.size() * sizeof(float)) == 0);
+    CHECK(layer(frozen[0], 0) == layer(network[0], 0));
+    CHECK(layer(frozen[0], 1) != layer(network[0], 1));
+    CHECK(frozen[1].model[sum_abs].mean() < 1e-3 * frozen[0].model[sum_abs].mean());
+    // What is rounded alike in both runs makes no difference between them.
+    CHECK(frozen[2].model[sum_abs].mean() < 1e-3 * frozen[0].model[sum_abs].mean());
+}
+
+TEST_CASE("mean and standard error over sequences") {
+    Mean mean;
+    mean.add(1);
+    CHECK(mean.mean() == 1);
+    CHECK(std::isnan(mean.error()));
+    mean.add(2), mean.add(6);
+    CHECK(mean.mean() == 3);
+    CHECK(std::fabs(mean.error() - std::sqrt(7.0 / 3)) < 1e-15); // deviations -2, -1, 3: 14 / 2 / 3
+}
