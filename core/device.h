@@ -64,6 +64,7 @@ struct Staging {
 };
 
 struct MatmulCache; // layers/matmul.cuh
+struct CommGpu;     // core/comm_gpu.cu
 
 struct GpuContext {
     static constexpr size_t scratch_bytes = size_t(64) << 20;
@@ -76,6 +77,7 @@ struct GpuContext {
     uint8_t* scratch = nullptr;
     Staging staging;
     MatmulCache* matmul = nullptr;
+    CommGpu* comm = nullptr;
 };
 
 inline uint8_t* device_allocate(Gpu, size_t bytes) {

@@ -323,7 +323,7 @@ template <class Dev, class E> void ring_attention_forward(Dev dev, const Comm& c
     attention_forward(dev, out, lse, scratch.state, qkv, stride, kv, stride, anchor, plan.own, {true, steps == 0},
                       plan.local, plan.local, H, K, D);
     for (size_t i = 0; i < steps; i++) {
-        shift_wait(keys);
+        shift_wait(dev, keys);
         keys = ring_send_keys(dev, comm, plan, i + 1, scratch, kv, stride, width);
         const RingStep& step = plan.steps[i];
         attention_forward(dev, out, lse, scratch.state, qkv, stride, (const E*)scratch.receive[i % 2], width, anchor,
@@ -353,18 +353,18 @@ void ring_attention_backward(Dev dev, const Comm& comm, const RingPlan& plan, E*
         const RingStep& step = plan.steps[i];
         const size_t received = step.received.size() * width;
         Acc<E>* partial = scratch.dkv_send[i % 2];
-        shift_wait(keys);
+        shift_wait(dev, keys);
         keys = ring_send_keys(dev, comm, plan, i + 1, scratch, kv, stride, width);
         fill_zero(dev, partial, received * sizeof(*partial));
         attention_backward(dev, dq, partial, (E*)nullptr, 0, danchor, dout, qkv, stride,
                            (const E*)scratch.receive[i % 2], width, lse, scratch.delta, step.map, plan.local,
                            step.received, H, K, D);
-        shift_wait(back);
+        shift_wait(dev, back);
         if (i > 0) ring_add(dev, dkv, scratch.dkv_receive, plan.steps[i - 1].send, width);
         back = shift_start(dev, comm, partial, received, step.from, scratch.dkv_receive, step.send_tokens * width,
                            step.to);
     }
-    shift_wait(back);
+    shift_wait(dev, back);
     attention_store(dev, dqkv, stride, dq, T, H * D);
     if (plan.steps.empty()) return;
     ring_add(dev, dkv, scratch.dkv_receive, plan.steps.back().send, width);

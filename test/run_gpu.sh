@@ -1,15 +1,18 @@
 #!/bin/bash
 # Runs every test that needs a GPU and closes with "N passed, N failed": the kernels and the model, the same small cases
-# under the four tools of compute-sanitizer, and the program on the GPU. Argument: the test program.
+# under the four tools of compute-sanitizer, the ranks, and the program on the GPU. Arguments: the test program, then
+# those that run on 1 to 4 ranks.
 cd "$(dirname "$0")/.."
 log=build/test_gpu.log
 skipped=""
 . test/count.sh
 show_log="tail -c 6000" # a sanitizer's can be long
+test=$1
+shift
 
 start=$SECONDS
-"$1" --no-colors > $log 2>&1
-count "$1" $? $start
+"$test" --no-colors > $log 2>&1
+count "$test" $? $start
 
 # Sanitizers slow a kernel by 10 to 100 times: they take the cases named "(small)", the four side by side. A finding
 # makes the exit status 99.
@@ -17,7 +20,7 @@ if command -v compute-sanitizer > /dev/null; then
     start=$SECONDS
     for tool in memcheck racecheck initcheck synccheck; do
         OMP_NUM_THREADS=$((($(nproc) + 3) / 4)) compute-sanitizer --tool $tool --error-exitcode 99 --launch-timeout 0 \
-            "$1" --no-colors -tc='*(small)*' > $log.$tool 2>&1 &
+            "$test" --no-colors -tc='*(small)*' > $log.$tool 2>&1 &
         eval "pid_$tool=$!"
     done
     for tool in memcheck racecheck initcheck synccheck; do
@@ -30,9 +33,24 @@ else
     skipped="$skipped; sanitizers (no compute-sanitizer)"
 fi
 
+# Ranks share a GPU where there are fewer; those tests then leave NCCL out, and the program wants a GPU a rank.
+gpus=$(nvidia-smi -L 2> /dev/null | wc -l)
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+for binary in "$@"; do
+    for n in 1 2 3 4; do
+        start=$SECONDS
+        launch="mpirun --oversubscribe --bind-to none -np $n"
+        OMP_NUM_THREADS=$((($(nproc) + n - 1) / n)) $([ $n = 1 ] || echo $launch) "$binary" --no-colors > $log 2>&1
+        count "$binary on $n ranks" $? $start
+    done
+done
+[ $# -gt 0 ] || skipped="$skipped; ranks (no mpicxx)"
+[ "$gpus" -ge 4 ] || skipped="$skipped; NCCL and the program on more than $gpus ranks (there are $gpus GPUs)"
+
 if $PYTHON -c 'import pytest, numpy' 2> /dev/null; then
     start=$SECONDS
-    TRAIN_DEVICE=gpu $PYTHON -m pytest -q -p no:cacheprovider test/test_train.py test/test_golden.py > $log 2>&1
+    TRAIN_DEVICE=gpu TRAIN_GPUS=$gpus $PYTHON -m pytest -q -p no:cacheprovider test/test_train.py test/test_golden.py \
+        > $log 2>&1
     count "the program on the GPU (pytest)" $? $start
 else
     skipped="$skipped; the program (no pytest and numpy: sh scripts/install.sh)"
