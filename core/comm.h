@@ -79,6 +79,7 @@ struct CommTimes {
 CommTimes comm_times(Gpu, const Comm& comm);
 inline CommTimes comm_times(Cpu, const Comm&) { return {}; }
 std::string comm_transport(Gpu, const Comm& comm); // in words
+inline std::string comm_transport(Cpu, const Comm&) { return comm_backend(); }
 
 // GPU memory that transfers take beside the data, of a group and of one split from it. NCCL's share is an estimate.
 constexpr size_t comm_scratch_bytes = size_t(128) << 20, comm_flag_bytes = size_t(2) << 20;

@@ -29,19 +29,20 @@ inline double seconds_now() {
 }
 
 // A value on its way from the device to the host: sent in order with the work, looked at when the host wants it. The
-// time from mail_open to mail_send is the device's.
+// times from mail_open and from mail_mark, between the two, to mail_send are the device's.
 struct Mail {
     void* memory = nullptr;
-    void *opened = nullptr, *sent = nullptr; // the GPU's events
-    double seconds = 0;                      // the CPU's time at mail_open; after mail_wait the time it took
+    void *opened = nullptr, *marked = nullptr, *sent = nullptr; // the GPU's events
+    double seconds = 0, since_mark = 0;                         // the CPU's clock there; after mail_wait the times
 };
 inline void mail_open(Cpu, Mail& mail, size_t bytes) {
     if (!mail.memory) mail.memory = malloc(bytes);
     mail.seconds = seconds_now();
 }
+inline void mail_mark(Cpu, Mail& mail) { mail.since_mark = seconds_now(); }
 inline void mail_send(Cpu, Mail& mail, const void* from, size_t bytes) {
     memcpy(mail.memory, from, bytes);
-    mail.seconds = seconds_now() - mail.seconds;
+    mail.seconds = seconds_now() - mail.seconds, mail.since_mark = seconds_now() - mail.since_mark;
 }
 inline const void* mail_wait(Cpu, Mail& mail) { return mail.memory; }
 
@@ -122,10 +123,12 @@ inline void mail_open(Gpu gpu, Mail& mail, size_t bytes) {
     if (!mail.memory) {
         CUDA_CHECK(cudaMallocHost(&mail.memory, bytes));
         CUDA_CHECK(cudaEventCreate((cudaEvent_t*)&mail.opened));
+        CUDA_CHECK(cudaEventCreate((cudaEvent_t*)&mail.marked));
         CUDA_CHECK(cudaEventCreate((cudaEvent_t*)&mail.sent));
     }
     CUDA_CHECK(cudaEventRecord((cudaEvent_t)mail.opened, gpu.stream));
 }
+inline void mail_mark(Gpu gpu, Mail& mail) { CUDA_CHECK(cudaEventRecord((cudaEvent_t)mail.marked, gpu.stream)); }
 inline void mail_send(Gpu gpu, Mail& mail, const void* from, size_t bytes) {
     CUDA_CHECK(cudaMemcpyAsync(mail.memory, from, bytes, cudaMemcpyDeviceToHost, gpu.stream));
     CUDA_CHECK(cudaEventRecord((cudaEvent_t)mail.sent, gpu.stream));
@@ -135,6 +138,8 @@ inline const void* mail_wait(Gpu, Mail& mail) {
     CUDA_CHECK(cudaEventSynchronize((cudaEvent_t)mail.sent));
     CUDA_CHECK(cudaEventElapsedTime(&ms, (cudaEvent_t)mail.opened, (cudaEvent_t)mail.sent));
     mail.seconds = 1e-3 * ms;
+    CUDA_CHECK(cudaEventElapsedTime(&ms, (cudaEvent_t)mail.marked, (cudaEvent_t)mail.sent));
+    mail.since_mark = 1e-3 * ms;
     return mail.memory;
 }
 

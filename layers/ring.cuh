@@ -18,7 +18,7 @@
 #pragma once
 #include "../attention_anchor.cuh"
 #include "../core/comm.h"
-#include "../core/device.h"
+#include "../core/kernel.h"
 
 // Where the chunks of one row are.
 struct Placement {
@@ -364,8 +364,8 @@ void ring_attention_backward(Dev dev, const Comm& comm, const RingPlan& plan, E*
         back = shift_start(dev, comm, partial, received, step.from, scratch.dkv_receive, step.send_tokens * width,
                            step.to);
     }
-    shift_wait(dev, back);
     attention_store(dev, dqkv, stride, dq, T, H * D);
+    shift_wait(dev, back);
     if (plan.steps.empty()) return;
     ring_add(dev, dkv, scratch.dkv_receive, plan.steps.back().send, width);
     if (danchor) comm_sum(dev, comm, danchor, B * width);
@@ -402,31 +402,45 @@ inline void ring_plan_upload(Gpu gpu, RingPlan& plan, void* memory, size_t bytes
     for (RingStep& step : plan.steps) put(step.map, step.received);
 }
 
-// Gpu: one block a token; the ranges are few.
-template <class E> __global__ void ring_pack_kernel(E* packed, const E* from, size_t stride, size_t width) {
-    for (size_t i = threadIdx.x; i < width; i += blockDim.x)
-        packed[blockIdx.x * width + i] = from[blockIdx.x * stride + i];
+// Gpu: one block a token, W elements at once a thread; the ranges are few. Bound by memory.
+template <class E, int W> __global__ void __launch_bounds__(256)
+    ring_pack_kernel(E* packed, const E* from, size_t stride, size_t width) {
+#pragma unroll 4
+    for (size_t i = threadIdx.x * W; i < width; i += 256 * W)
+        pack_store<E, W>(packed + blockIdx.x * width + i, pack_load<W>(from + blockIdx.x * stride + i));
 }
 template <class E>
 void ring_pack(Gpu gpu, E* packed, const E* from, size_t stride, const std::vector<TokenRange>& ranges, size_t width) {
     for (const TokenRange& range : ranges) {
         const size_t tokens = range.end - range.begin;
         if (tokens == 0) continue;
-        ring_pack_kernel<<<unsigned(tokens), 256, 0, gpu.stream>>>(packed, from + range.begin * stride, stride, width);
+        const E* first = from + range.begin * stride;
+        const bool packs = packs_fit<E>(width, packed, first) && stride % pack_width<E> == 0;
+        auto kernel = packs ? ring_pack_kernel<E, pack_width<E>> : ring_pack_kernel<E, 1>;
+        kernel<<<grid_blocks(tokens), 256, 0, gpu.stream>>>(packed, first, stride, width);
         CUDA_CHECK(cudaGetLastError());
         packed += tokens * width;
     }
 }
 
-template <class A> __global__ void ring_add_kernel(A* to, const A* packed, size_t width) {
-    for (size_t i = threadIdx.x; i < width; i += blockDim.x)
-        to[blockIdx.x * width + i] += packed[blockIdx.x * width + i];
+template <class A, int W> __global__ void __launch_bounds__(256) ring_add_kernel(A* to, const A* packed, size_t width) {
+    to += blockIdx.x * width, packed += blockIdx.x * width;
+#pragma unroll 4
+    for (size_t i = threadIdx.x * W; i < width; i += 256 * W) {
+        const Pack<A, W> x = pack_load<W>(to + i), y = pack_load<W>(packed + i);
+        A sum[W];
+#pragma unroll
+        for (int j = 0; j < W; j++) sum[j] = x[j] + y[j];
+        pack_store<A, W>(to + i, sum);
+    }
 }
 template <class A> void ring_add(Gpu gpu, A* to, const A* packed, const std::vector<TokenRange>& ranges, size_t width) {
     for (const TokenRange& range : ranges) {
         const size_t tokens = range.end - range.begin;
         if (tokens == 0) continue;
-        ring_add_kernel<<<unsigned(tokens), 256, 0, gpu.stream>>>(to + range.begin * width, packed, width);
+        A* first = to + range.begin * width;
+        auto kernel = packs_fit<A>(width, first, packed) ? ring_add_kernel<A, pack_width<A>> : ring_add_kernel<A, 1>;
+        kernel<<<grid_blocks(tokens), 256, 0, gpu.stream>>>(first, packed, width);
         CUDA_CHECK(cudaGetLastError());
         packed += tokens * width;
     }
