@@ -147,6 +147,7 @@ inline const void* mail_wait(Gpu, Mail& mail) {
 inline std::string gpu_fault(int device) {
     char text[512] = "";
     int count = 0, driver = 0, runtime = 0, major = 0, minor = 0;
+    setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0); // a queue for every stream: none waits behind another's transfer
     const cudaError_t status = cudaGetDeviceCount(&count);
     cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&runtime);
     if (driver == 0) return "there is no NVIDIA driver here";
@@ -157,7 +158,9 @@ inline std::string gpu_fault(int device) {
                  driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
     else if (status != cudaSuccess) snprintf(text, sizeof text, "there is no GPU: %s", cudaGetErrorString(status));
     else if (device >= count)
-        snprintf(text, sizeof text, "GPU %d is wanted and there are %d: start one rank a GPU", device, count);
+        snprintf(text, sizeof text,
+                 "GPU %d is wanted and there are %d: start one rank a GPU, and let each see all GPUs of its host",
+                 device, count);
     if (*text) return text;
     CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));

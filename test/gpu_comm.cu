@@ -305,8 +305,8 @@ TEST_CASE("GPU: a rank that dies or hangs ends all ranks in time") {
 int main(int argc, char** argv) {
     world = comm_init(&argc, &argv);
     int count = 0;
-    cudaGetDeviceCount(&count);
     shared_memory = device_allocate(the_gpu(), shared_bytes);
+    CUDA_CHECK(cudaGetDeviceCount(&count));
     std::vector<Transport> transports = {Transport::ipc};
     if (count >= world.size && !getenv("WITHOUT_NCCL")) transports.push_back(Transport::nccl);
     for (Transport transport : transports) {

@@ -145,8 +145,8 @@ int main(int argc, char** argv) {
     world = comm_init(&argc, &argv);
     alone = comm_split(world, world.rank, 0);
     int count = 0;
-    cudaGetDeviceCount(&count);
     shared_memory = device_allocate(the_gpu(), shared_bytes);
+    CUDA_CHECK(cudaGetDeviceCount(&count));
     std::vector<Transport> transports = {Transport::ipc};
     if (count >= world.size && world.size > 1) transports.push_back(Transport::nccl);
     for (Transport transport : transports) {
