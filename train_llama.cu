@@ -1003,11 +1003,27 @@ struct StepResult {
     double moving = 0, waiting = 0, optimizer = 0; // of the seconds, on GPUs: data that nothing hid, others, the update
     int64_t counted = 0, inputs = 0;               // labels and data tokens, over all ranks
     double pairs = 0, imbalance = 1, moved = 0;
-    bool stop = false;   // a signal asks to save and leave
-    std::string skipped; // why; empty: the update was done
+    double step_imbalance = 1; // the slowest rank of every ring step, summed, over the mean rank
+    bool stop = false;         // a signal asks to save and leave
+    std::string skipped;       // why; empty: the update was done
 };
 
 volatile sig_atomic_t signal_caught = 0;
+
+// Of the visible pairs that this rank has in each step of its ring: the most that a rank has, summed over the steps,
+// over the mean of a rank's sum.
+double slowest_over_mean(const Comm& ring, const std::vector<double>& pairs /*(steps)*/) {
+    const size_t steps = pairs.size();
+    std::vector<double> all(steps * ring.size);
+    comm_gather(Cpu{}, ring, all.data(), pairs.data(), steps);
+    double slowest = 0, sum = 0;
+    for (size_t step = 0; step < steps; step++) {
+        double most = 0;
+        for (int r = 0; r < ring.size; r++) most = std::max(most, all[r * steps + step]), sum += all[r * steps + step];
+        slowest += most;
+    }
+    return sum > 0 ? slowest * ring.size / sum : 1;
+}
 
 // Gradients of one update: all micro-batches forward and backward. The count of labels is known first, so every
 // micro-batch weighs its tokens alike, however the update is cut.
@@ -1021,6 +1037,7 @@ StepResult step_gradients(Model<Dev, E, G>& m, const Setup& s, const TrainState&
     comm_sum(Cpu{}, s.world, counts, 2);
     r.counted = counts[0] / s.layout.ring, r.inputs = counts[1] / s.layout.ring;
 
+    std::vector<double> by_step(s.layout.ring);
     fill_zero(m.dev, m.grad_flat, m.elements * sizeof(G));
     fill_zero(m.dev, &m.update->loss_sum, sizeof m.update->loss_sum);
     for (size_t first = 0; first < rows.size() && r.counted; first += s.layout.B) {
@@ -1032,7 +1049,10 @@ StepResult step_gradients(Model<Dev, E, G>& m, const Setup& s, const TrainState&
         sum(m.dev, &m.update->loss_sum, m.loss, b.T, true);
         r.pairs += double(b.pairs) / s.layout.ring;
         r.imbalance = std::max(r.imbalance, b.plan.imbalance), r.moved = std::max(r.moved, b.plan.moved);
+        by_step[0] += double(b.plan.own.forward.pairs);
+        for (size_t i = 0; i < b.plan.steps.size(); i++) by_step[i + 1] += double(b.plan.steps[i].map.forward.pairs);
     }
+    r.step_imbalance = slowest_over_mean(s.ring, by_step);
     double sums[2] = {r.pairs, double(signal_caught)};
     comm_sum(Cpu{}, s.world, sums, 2);
     r.pairs = sums[0], r.stop = sums[1] > 0;
@@ -1295,6 +1315,7 @@ void log_step(Log& log, const Setup& s, const StepResult& r, double memory) {
                 {"flops_per_second_per_rank", flops},
                 {"memory_gib", memory},
                 {"imbalance", r.imbalance},
+                {"step_imbalance", r.step_imbalance},
                 {"moved", r.moved}});
 }
 

@@ -89,9 +89,10 @@ struct CommGpu {
     bool ends = false;
     std::vector<std::unique_ptr<Group>> groups;
     std::deque<std::unique_ptr<Exchange>> waited; // in the order of the stream
+    uint64_t settled = 0;                         // taken from it
     std::vector<cudaEvent_t> events;              // not in use
     const char* host_call = nullptr;              // that can block
-    double host_timeout = 0;
+    double host_timeout = 0, host_waited = 0;
 };
 
 namespace {
@@ -114,7 +115,7 @@ double seconds_between(cudaEvent_t from, cudaEvent_t to) {
 
 // Takes the exchanges that are over from the queue; the mutex is held.
 void settle(CommGpu& c) {
-    for (; !c.waited.empty() && is_done(c.waited.front()->after); c.waited.pop_front()) {
+    for (; !c.waited.empty() && is_done(c.waited.front()->after); c.waited.pop_front(), c.settled++) {
         Exchange& x = *c.waited.front();
         const double all = seconds_between(x.before, x.after);
         double moving = x.nccl_done ? all : 0;
@@ -143,8 +144,8 @@ std::string missing(const Exchange& x) {
 // is all the cleaning up: the driver ends what NCCL has on the GPU.
 void watch(CommGpu& c) {
     CUDA_CHECK(cudaSetDevice(c.device));
-    const Exchange* first = nullptr;
-    double last = seconds_now(), stream_waited = 0, host_waited = 0;
+    uint64_t settled = 0;
+    double last = seconds_now(), stream_waited = 0;
     auto give_up = [](const std::string& operation, double timeout) {
         fail("%s: no progress for %g s: another rank has died, hangs or is late; see its output (--timeout sets the "
              "limit)",
@@ -157,12 +158,12 @@ void watch(CommGpu& c) {
         last = now;
         settle(c);
         const Exchange* front = c.waited.empty() ? nullptr : c.waited.front().get();
-        const bool waits = front && front == first && is_done(front->before);
-        stream_waited = waits ? stream_waited + passed : 0, first = front;
+        const bool waits = front && settled == c.settled && is_done(front->before);
+        stream_waited = waits ? stream_waited + passed : 0, settled = c.settled;
         if (waits && stream_waited > front->group->comm.timeout)
             give_up(front->operation + missing(*front), front->group->comm.timeout);
-        host_waited = c.host_call ? host_waited + passed : 0;
-        if (c.host_call && host_waited > c.host_timeout) give_up(c.host_call, c.host_timeout);
+        c.host_waited += passed;
+        if (c.host_call && c.host_waited > c.host_timeout) give_up(c.host_call, c.host_timeout);
         for (const std::unique_ptr<Group>& g : c.groups)
             if (const std::string fault = g->nccl ? nccl_fault(g->nccl) : ""; !fault.empty())
                 fail("%s: NCCL: %s", front ? front->operation.c_str() : "between operations", fault.c_str());
@@ -174,7 +175,7 @@ struct HostCall {
     CommGpu& c;
     HostCall(CommGpu& c, const char* call, double timeout) : c(c) {
         std::lock_guard<std::mutex> lock(c.mutex);
-        c.host_call = call, c.host_timeout = timeout;
+        c.host_call = call, c.host_timeout = timeout, c.host_waited = 0;
     }
     ~HostCall() {
         std::lock_guard<std::mutex> lock(c.mutex);
