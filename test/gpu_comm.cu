@@ -304,6 +304,7 @@ TEST_CASE("GPU: a rank that dies or hangs ends all ranks in time") {
 
 int main(int argc, char** argv) {
     world = comm_init(&argc, &argv);
+    world.timeout = 60;
     int count = 0;
     shared_memory = device_allocate(the_gpu(), shared_bytes);
     CUDA_CHECK(cudaGetDeviceCount(&count));

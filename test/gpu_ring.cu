@@ -143,6 +143,7 @@ TEST_CASE("GPU ring: the same run gives the same bits") {
 
 int main(int argc, char** argv) {
     world = comm_init(&argc, &argv);
+    world.timeout = 60;
     alone = comm_split(world, world.rank, 0);
     int count = 0;
     shared_memory = device_allocate(the_gpu(), shared_bytes);
