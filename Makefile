@@ -50,20 +50,29 @@ MPI_LIBS  := $(shell $(MPICXX) --showme:link 2>/dev/null || $(MPICXX) -link_info
 else
 COMM := core/comm_serial.cpp
 endif
+ifeq ($(CUDA),1)
+# GPUs of one host copy from each other without NCCL; those of several hosts need it.
+CUDA_HOME := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
+NCCL ?= $(if $(filter 1,$(MPI)),$(if $(wildcard /usr/include/nccl.h $(CUDA_HOME)/include/nccl.h),1,0),0)
+GPU_COMM := $(BUILD)/comm_gpu.o $(BUILD)/$(if $(filter 1,$(NCCL)),comm_nccl.o,comm_no_nccl.o)
+CUDA_LIBS += $(if $(filter 1,$(NCCL)),-lnccl)
+endif
 HEADERS := attention_anchor.cuh rope.cuh $(wildcard layers/*.cuh core/*.h)
 TEST_HEADERS := $(wildcard test/*.h test/*.cuh)
 
-$(PROGRAM): $(BUILD)/train_llama.o $(BUILD)/comm.o build/flavour
+$(PROGRAM): $(BUILD)/train_llama.o $(BUILD)/comm.o $(GPU_COMM) build/flavour
 	$(if $(filter 1,$(CUDA)),nvcc -Xcompiler=-fopenmp,$(CXX) $(CXXFLAGS)) $(filter %.o,$^) -o $@ $(MPI_LIBS) $(CUDA_LIBS)
-	@echo "$@: $(if $(filter 1,$(CUDA)),CPU and GPU (sm_$(subst $() ,$(comma) sm_,$(strip $(GPU_ARCH)))),CPU), $(if $(filter 1,$(MPI)),ranks by MPI,no MPI found: one rank)"
+	@echo "$@: $(if $(filter 1,$(CUDA)),CPU and GPU (sm_$(subst $() ,$(comma) sm_,$(strip $(GPU_ARCH)))),CPU), $(if $(filter 1,$(MPI)),ranks by MPI$(if $(filter 0,$(NCCL)),$(comma) no NCCL found: GPUs of one host),no MPI found: one rank)"
 # The program has one name, so it is linked again when the build's kind changes.
 build/flavour: FORCE
-	@mkdir -p build && echo "$(BUILD) $(GENCODE)" | cmp -s - $@ || echo "$(BUILD) $(GENCODE)" > $@
+	@mkdir -p build && echo "$(BUILD) $(GENCODE) $(GPU_COMM)" | cmp -s - $@ || echo "$(BUILD) $(GENCODE) $(GPU_COMM)" > $@
 FORCE:
 $(BUILD)/train_llama.o: train_llama.cu $(HEADERS) Makefile | $(BUILD)
 	$(COMPILE) -O$(if $(SAN),1,3) -c $< -o $@
 $(BUILD)/comm.o: $(COMM) $(HEADERS) Makefile | $(BUILD)
 	$(CXX) $(CXXFLAGS) -O2 $(MPI_FLAGS) -c $< -o $@
+$(BUILD)/comm_gpu.o $(BUILD)/comm_nccl.o $(BUILD)/comm_no_nccl.o: $(BUILD)/%.o: core/%.cu $(HEADERS) Makefile | $(BUILD)
+	nvcc $(NVCCFLAGS) -O2 -c $< -o $@
 $(BUILD)/comm_serial.o: core/comm_serial.cpp core/comm.h core/types.h | $(BUILD)
 	$(CXX) $(CXXFLAGS) -O2 -c $< -o $@
 $(BUILD):
@@ -102,25 +111,29 @@ test-run: $(PROGRAM) $(TEST_ROPE) $(BUILD)/test_cpu $(OWN_TESTS) $(if $(filter 1
 	@SAN=$(SAN) TRAIN_LLAMA=$(abspath $(PROGRAM)) TEST_ROPE=$(abspath $(TEST_ROPE)) \
 	    test/run.sh $(BUILD)/test_cpu $(OWN_TESTS) $(if $(filter 1,$(MPI)),--ranks $(RANK_TESTS))
 
-# The tests of the GPU are a program of their own, built from test/gpu_*.cu.
-GPU_TESTS := $(patsubst test/%.cu,$(BUILD)/%.o,$(wildcard test/gpu_*.cu))
+# The tests of the GPU are a program of their own, built from test/gpu_*.cu, but for those that run on several ranks.
+GPU_RANK_TESTS := $(patsubst test/%.cu,$(BUILD)/%,$(wildcard test/gpu_comm.cu test/gpu_ring.cu))
+GPU_TESTS := $(filter-out $(GPU_RANK_TESTS:=.o),$(patsubst test/%.cu,$(BUILD)/%.o,$(wildcard test/gpu_*.cu)))
 $(BUILD)/gpu_%.o: test/gpu_%.cu train_llama.cu $(HEADERS) $(TEST_HEADERS) | $(BUILD)
 	nvcc $(NVCCFLAGS) -O2 -c $< -o $@
-$(BUILD)/test_gpu: $(GPU_TESTS) $(BUILD)/test_main.o $(BUILD)/comm_serial.o
+$(BUILD)/test_gpu: $(GPU_TESTS) $(BUILD)/test_main.o $(BUILD)/comm_serial.o $(GPU_COMM)
 	nvcc -Xcompiler=-fopenmp $^ -o $@ $(CUDA_LIBS)
 # For racecheck, which does not follow barriers at which one side only arrives.
-$(BUILD)/race_attention.o: test/gpu_attention.cu $(HEADERS) $(wildcard test/*.h) | $(BUILD)
+$(BUILD)/race_attention.o: test/gpu_attention.cu $(HEADERS) $(TEST_HEADERS) | $(BUILD)
 	nvcc $(NVCCFLAGS) -O2 -DRACECHECK -c $< -o $@
-$(BUILD)/test_race: $(BUILD)/race_attention.o $(BUILD)/test_main.o $(BUILD)/comm_serial.o
+$(BUILD)/test_race: $(BUILD)/race_attention.o $(BUILD)/test_main.o $(BUILD)/comm_serial.o $(GPU_COMM)
 	nvcc -Xcompiler=-fopenmp $^ -o $@ $(CUDA_LIBS)
+$(GPU_RANK_TESTS): %: %.o $(BUILD)/comm.o $(GPU_COMM)
+	nvcc -Xcompiler=-fopenmp $^ -o $@ $(MPI_LIBS) $(CUDA_LIBS)
 test-gpu: deps
 	@$(MAKE) --no-print-directory test-gpu-run
 .PHONY: test-gpu-run
-test-gpu-run: $(PROGRAM) $(TEST_ROPE) $(BUILD)/test_gpu $(BUILD)/test_race
-	@TRAIN_LLAMA=$(abspath $(PROGRAM)) TEST_ROPE=$(abspath $(TEST_ROPE)) PYTHON=$(PYTHON) test/run_gpu.sh $(BUILD)/test_gpu $(BUILD)/test_race
+test-gpu-run: $(PROGRAM) $(TEST_ROPE) $(BUILD)/test_gpu $(BUILD)/test_race $(if $(filter 1,$(MPI)),$(GPU_RANK_TESTS))
+	@TRAIN_LLAMA=$(abspath $(PROGRAM)) TEST_ROPE=$(abspath $(TEST_ROPE)) PYTHON=$(PYTHON) \
+	    test/run_gpu.sh $(BUILD)/test_gpu $(BUILD)/test_race $(if $(filter 1,$(MPI)),$(GPU_RANK_TESTS))
 BENCHES := $(patsubst dev/%.cu,$(BUILD)/%,$(wildcard dev/bench_*.cu))
-$(BENCHES): $(BUILD)/%: dev/%.cu $(wildcard dev/*.h) $(HEADERS) $(BUILD)/comm_serial.o | $(BUILD)
-	nvcc $(NVCCFLAGS) -O3 $< $(BUILD)/comm_serial.o -o $@ $(CUDA_LIBS)
+$(BENCHES): $(BUILD)/%: dev/%.cu $(wildcard dev/*.h) $(HEADERS) $(BUILD)/comm_serial.o $(GPU_COMM) | $(BUILD)
+	nvcc $(NVCCFLAGS) -O3 $< $(BUILD)/comm_serial.o $(GPU_COMM) -o $@ $(CUDA_LIBS)
 ifeq ($(CUDA),1)
 bench: $(PROGRAM) $(BENCHES)
 	@BUILD=$(BUILD) PYTHON=$(PYTHON) dev/bench.sh
@@ -138,7 +151,7 @@ demo: deps
 lint:
 	@$(PYTHON) dev/lint.py
 format:
-	clang-format -i train_llama.cu $(HEADERS) $(wildcard core/*.cpp test/*.cpp test/*.h test/*.cu test/*.cuh dev/*.cpp dev/*.h dev/*.cu dev/cuda/*.cu)
+	clang-format -i train_llama.cu $(HEADERS) $(wildcard core/*.cpp core/*.cu test/*.cpp test/*.h test/*.cu test/*.cuh dev/*.cpp dev/*.h dev/*.cu dev/cuda/*.cu)
 docs: train_llama
 	@$(PYTHON) dev/docs.py
 clean:

@@ -510,6 +510,7 @@ struct Setup {
     Boundary boundary = Boundary::mask;
     RopePrecision precision = RopePrecision::exact;
     bool gpu = false;
+    Transport transport = Transport::automatic;
     double memory = 0; // bytes of a rank
     std::vector<int32_t> prompt;
 
@@ -670,7 +671,8 @@ Arena measure(const Setup& s, const Layout& layout) {
 
 // What a rank's memory must hold: the arena, and on a GPU what lies beside it.
 double memory_needed(const Setup& s, const Layout& layout) {
-    return double(measure(s, layout).used) + (s.gpu ? gpu_overhead_bytes : 0);
+    const double beside = s.gpu ? gpu_overhead_bytes + comm_gpu_bytes(layout.world, s.transport) : 0;
+    return double(measure(s, layout).used) + beside;
 }
 // What of it a run may take. A GPU's is ours; a machine's is also the system's and the messages'.
 double memory_usable(const Setup& s) { return (s.gpu ? 0.998 : 0.92) * s.memory; }
@@ -763,6 +765,8 @@ void print_plan(const Setup& s) {
     for (const Arena::Part& part : arena.parts)
         printf("  %-20s %8.3f\n", part.name.c_str(), double(part.bytes) / (1 << 30));
     if (s.gpu) printf("  %-20s %8.3f\n", "CUDA, cuBLASLt", gpu_overhead_bytes / (1 << 30));
+    if (const double transfers = comm_gpu_bytes(s.layout.world, s.transport); s.gpu && transfers > 0)
+        printf("  %-20s %8.3f\n", "transfers", transfers / (1 << 30));
     const double needed = memory_needed(s, s.layout);
     printf("  %-20s %8.3f of %.1f\n", "all", needed / (1 << 30), s.memory / (1 << 30));
     if (needed >= memory_usable(s)) printf("\n  does not fit; this would: %s\n", what_fits(s).c_str());
@@ -785,18 +789,20 @@ std::vector<int32_t> prompt_read(const Setup& s) {
     return tokens;
 }
 
-// The device: as asked for, else the GPU if there is one that can be used.
+// The device: as asked for, else GPUs if every rank has one that can be used.
 void setup_device(Setup& s) {
     const Options& o = s.o;
     const std::string fault = gpu_fault(comm_host(s.world).rank);
-    s.gpu = o.device == "gpu" || (o.device == "auto" && fault.empty() && s.world.size == 1);
+    const uint8_t faulty = !fault.empty();
+    std::vector<uint8_t> all(s.world.size);
+    comm_gather(Cpu{}, s.world, all.data(), &faulty, 1);
+    const int first = int(std::find(all.begin(), all.end(), 1) - all.begin()); // the first rank without one
+    s.gpu = o.device == "gpu" || (o.device == "auto" && first == s.world.size);
+    s.transport = Transport(choice(o.transport, "auto|ipc|nccl"));
     if (o.plan) return;
     if (o.device == "gpu" && !fault.empty()) fail("%s; --device cpu runs without a GPU", fault.c_str());
-    if (o.device == "gpu" && s.world.size > 1)
-        fail("ranks on GPUs cannot talk to each other yet: one rank, or --device cpu");
-    if (o.device == "auto" && !s.gpu && s.world.rank == 0 && access("/dev/nvidiactl", F_OK) == 0)
-        printf("on the CPU, though this machine has an NVIDIA driver: %s\n",
-               fault.empty() ? "ranks on GPUs cannot talk to each other yet" : fault.c_str());
+    if (o.device == "auto" && s.world.rank == first && access("/dev/nvidiactl", F_OK) == 0)
+        printf("on the CPU, though this machine has an NVIDIA driver: %s\n", fault.c_str());
 }
 
 // Reads the command line's meaning; bad combinations end here, before any work.
@@ -970,6 +976,7 @@ template <class E, class G> void model_tune(Model<Gpu, E, G>& m, const Setup& s,
     FILE* file = path.empty() || s.world.rank > 0 ? nullptr : fopen(path.c_str(), "w");
     if (file && (fwrite(text.data(), 1, text.size(), file) != text.size() || fclose(file) != 0))
         fail("%s: %s", path.c_str(), strerror(errno));
+    device_wait(m.dev); // no step is charged with it
 }
 
 double learning_rate(const Setup& s, int64_t step) {
@@ -993,13 +1000,30 @@ double model_flops(const Config& c, double tokens, double pairs) {
 struct StepResult {
     int64_t step = 0, tokens = 0; // the state's after it
     double loss = 0, norm = 0, lr = 0, seconds = 0;
-    int64_t counted = 0, inputs = 0; // labels and data tokens, over all ranks
+    double moving = 0, waiting = 0, optimizer = 0; // of the seconds, on GPUs: data that nothing hid, others, the update
+    int64_t counted = 0, inputs = 0;               // labels and data tokens, over all ranks
     double pairs = 0, imbalance = 1, moved = 0;
-    bool stop = false;   // a signal asks to save and leave
-    std::string skipped; // why; empty: the update was done
+    double step_imbalance = 1; // the slowest rank of every ring step, summed, over the mean rank
+    bool stop = false;         // a signal asks to save and leave
+    std::string skipped;       // why; empty: the update was done
 };
 
 volatile sig_atomic_t signal_caught = 0;
+
+// Of the visible pairs that this rank has in each step of its ring: the most that a rank has, summed over the steps,
+// over the mean of a rank's sum.
+double slowest_over_mean(const Comm& ring, const std::vector<double>& pairs /*(steps)*/) {
+    const size_t steps = pairs.size();
+    std::vector<double> all(steps * ring.size);
+    comm_gather(Cpu{}, ring, all.data(), pairs.data(), steps);
+    double slowest = 0, sum = 0;
+    for (size_t step = 0; step < steps; step++) {
+        double most = 0;
+        for (int r = 0; r < ring.size; r++) most = std::max(most, all[r * steps + step]), sum += all[r * steps + step];
+        slowest += most;
+    }
+    return sum > 0 ? slowest * ring.size / sum : 1;
+}
 
 // Gradients of one update: all micro-batches forward and backward. The count of labels is known first, so every
 // micro-batch weighs its tokens alike, however the update is cut.
@@ -1013,6 +1037,7 @@ StepResult step_gradients(Model<Dev, E, G>& m, const Setup& s, const TrainState&
     comm_sum(Cpu{}, s.world, counts, 2);
     r.counted = counts[0] / s.layout.ring, r.inputs = counts[1] / s.layout.ring;
 
+    std::vector<double> by_step(s.layout.ring);
     fill_zero(m.dev, m.grad_flat, m.elements * sizeof(G));
     fill_zero(m.dev, &m.update->loss_sum, sizeof m.update->loss_sum);
     for (size_t first = 0; first < rows.size() && r.counted; first += s.layout.B) {
@@ -1024,7 +1049,10 @@ StepResult step_gradients(Model<Dev, E, G>& m, const Setup& s, const TrainState&
         sum(m.dev, &m.update->loss_sum, m.loss, b.T, true);
         r.pairs += double(b.pairs) / s.layout.ring;
         r.imbalance = std::max(r.imbalance, b.plan.imbalance), r.moved = std::max(r.moved, b.plan.moved);
+        by_step[0] += double(b.plan.own.forward.pairs);
+        for (size_t i = 0; i < b.plan.steps.size(); i++) by_step[i + 1] += double(b.plan.steps[i].map.forward.pairs);
     }
+    r.step_imbalance = slowest_over_mean(s.ring, by_step);
     double sums[2] = {r.pairs, double(signal_caught)};
     comm_sum(Cpu{}, s.world, sums, 2);
     r.pairs = sums[0], r.stop = sums[1] > 0;
@@ -1035,6 +1063,7 @@ StepResult step_gradients(Model<Dev, E, G>& m, const Setup& s, const TrainState&
 template <class Dev, class E, class G>
 void step_update(Model<Dev, E, G>& m, const Setup& s, TrainState& state, StepResult& r) {
     const Options& o = s.o;
+    mail_mark(m.dev, m.mail[(state.step + 1) % 2]);
     model_reduce(m);
     comm_sum(m.dev, s.world, &m.update->loss_sum, 1);
     update_decide(m.dev, m.update, {double(r.counted), o.clip, o.max_z_loss, o.max_z_grad});
@@ -1048,7 +1077,26 @@ void step_update(Model<Dev, E, G>& m, const Setup& s, TrainState& state, StepRes
 template <class Dev, class E, class G> void step_finish(Model<Dev, E, G>& m, StepResult& r) {
     Mail& mail = m.mail[r.step % 2];
     const UpdateState& u = *(const UpdateState*)mail_wait(m.dev, mail);
-    r.loss = u.loss, r.norm = u.norm, r.skipped = verdict_text(u.verdict), r.seconds = mail.seconds;
+    r.loss = u.loss, r.norm = u.norm, r.skipped = verdict_text(u.verdict);
+    r.seconds = mail.seconds, r.optimizer = mail.since_mark;
+}
+
+// What this rank's transfers have cost so far.
+struct Spent {
+    CommTimes ring, world;
+};
+template <class Dev> Spent spent_so_far(Dev dev, const Setup& s) {
+    return {comm_times(dev, s.ring), comm_times(dev, s.world)};
+}
+
+// The shares of transfers in a finished step, those since the last one. What is over already of the next step counts
+// for this one. All ranks talk during the update, and only then.
+void step_shares(StepResult& r, Spent& last, const Spent& now) {
+    const double moving = now.world.moving - last.world.moving, waiting = now.world.waiting - last.world.waiting;
+    r.moving = now.ring.moving - last.ring.moving + moving;
+    r.waiting = now.ring.waiting - last.ring.waiting + waiting;
+    r.optimizer -= moving + waiting;
+    last = now;
 }
 
 template <class Dev, class X> std::vector<X> to_host(Dev dev, const X* from, size_t count) {
@@ -1235,14 +1283,26 @@ void log_step(Log& log, const Setup& s, const StepResult& r, double memory) {
     double tokens = double(s.rows_per_update()) * double(s.layout.S), seconds = r.seconds;
     double flops = model_flops(s.config, tokens, r.pairs) / seconds / s.world.size;
     const bool shown = r.step % s.o.log_every == 0 || r.step == s.o.steps || r.step <= 3;
+    const bool apart = s.gpu && s.world.size > 1;
+    char shares[64] = "";
+    if (apart)
+        snprintf(shares, sizeof shares, " | moving %.1f%% waiting %.1f%%", 100 * r.moving / seconds,
+                 100 * r.waiting / seconds);
     if (r.skipped.empty() && shown)
         log_note(log,
-                 "step %lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.0f ms | %.0f tok/s | %.1f %s/rank | %.2f GiB",
+                 "step %lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.0f ms | %.0f tok/s | %.1f %s/rank | %.2f GiB%s",
                  (long long)r.step, (long long)s.o.steps, r.loss, r.norm, r.lr, seconds * 1e3, tokens / seconds,
-                 flops / (s.gpu ? 1e12 : 1e9), s.gpu ? "TFLOP/s" : "GFLOP/s", memory);
+                 flops / (s.gpu ? 1e12 : 1e9), s.gpu ? "TFLOP/s" : "GFLOP/s", memory, shares);
     if (!r.skipped.empty())
         log_note(log, "step %lld/%lld | loss %.4f | norm %.3f | skipped: %s", (long long)r.step, (long long)s.o.steps,
                  r.loss, r.norm, r.skipped.c_str());
+    if (apart)
+        log_values(log, "time", // of rank 0
+                   {{"step", double(r.step)},
+                    {"compute", seconds - r.moving - r.waiting - r.optimizer},
+                    {"moving", r.moving},
+                    {"waiting", r.waiting},
+                    {"optimizer", r.optimizer}});
     log_values(log, r.skipped.empty() ? "step" : "skip",
                {{"step", double(r.step)},
                 {"loss", r.loss},
@@ -1255,15 +1315,17 @@ void log_step(Log& log, const Setup& s, const StepResult& r, double memory) {
                 {"flops_per_second_per_rank", flops},
                 {"memory_gib", memory},
                 {"imbalance", r.imbalance},
+                {"step_imbalance", r.step_imbalance},
                 {"moved", r.moved}});
 }
 
-void announce(const Log& log, const Setup& s, const Loader& loader) {
+void announce(const Log& log, const Setup& s, const Loader& loader, const std::string& transport) {
     const Layout& l = s.layout;
     log_note(log, "%s: %.2fM parameters in %s, RoPE base %g; %d rank%s (%s), %d thread%s each, rings of %d",
              s.o.model.c_str(), double(param_count(s.config)) / 1e6, type_name(s.dtype), s.config.rope.base, l.world,
              l.world > 1 ? "s" : "", comm_backend(), omp_get_max_threads(), omp_get_max_threads() > 1 ? "s" : "",
              l.ring);
+    if (s.gpu && l.world > 1) log_note(log, "data travel between GPUs by %s", transport.c_str());
     if (s.o.out.empty()) log_note(log, "no --out: nothing is saved");
     if (int share = int(sysconf(_SC_NPROCESSORS_ONLN)) / l.world; omp_get_num_procs() < share)
         log_note(log, "bound to %d of %d cores a rank: mpirun --bind-to none lets it use them", omp_get_num_procs(),
@@ -1301,7 +1363,7 @@ template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setu
     if (o.domain_tags && loader.corpus.max_tags == 0) log_note(log, "--domain_tags: no source of this data has tags");
     if (!o.val_data.empty()) loader_open(validation, o.val_data, pack_options(s, false));
     std::vector<std::string> pieces = pieces_read(o.vocab_file);
-    announce(log, s, loader);
+    announce(log, s, loader, comm_transport(m.dev, s.world));
 
     if (state.step < o.steps) model_tune(m, s, loader, log);
     signal(SIGTERM, [](int) { signal_caught = 1; });
@@ -1309,8 +1371,10 @@ template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setu
     const size_t longest = std::min(m.layout.tokens(), s.layout.S); // that a sample can be
     if (state.step >= o.steps) log_note(log, "nothing to do: --steps is %lld", (long long)o.steps);
     int skips = 0;
+    Spent spent = spent_so_far(m.dev, s);
     auto finish = [&](StepResult& r) { // false: the run is lost
         step_finish(m, r);
+        step_shares(r, spent, spent_so_far(m.dev, s));
         log_step(log, s, r, memory_gib(m.dev));
         skips = r.skipped.empty() ? 0 : skips + 1;
         return r.skipped.empty() || (skips < most_skips && (o.on_bad == "skip" || r.counted == 0));
@@ -1368,6 +1432,7 @@ template <class Dev, class E, class G> int run(Dev dev, Setup& s) {
     arena = {device_allocate(dev, planned), 0, {}};
     model_place(m, arena);
     REQUIRE(arena.used == planned, "every rank must place what was measured");
+    for (const Comm& group : {s.world, s.ring}) comm_open(dev, group, arena.base, planned, s.transport);
     if (s.weights.empty()) model_init(m, uint64_t(s.o.seed));
     else weights_load(m, weights_open(s.weights));
     if (s.layout.train) return train(m, s);
@@ -1424,9 +1489,11 @@ double memory_gib(Gpu) { return gpu_memory_used() / (1 << 30); }
 
 int run_gpu(Setup& setup) {
     Gpu gpu = gpu_open(comm_host(setup.world).rank, setup.o.deterministic, setup.o.portable_attention);
-    if (setup.dtype == Type::f32) return run<Gpu, float, float>(gpu, setup);
-    if (setup.grad_dtype == Type::f32) return run<Gpu, bf16, float>(gpu, setup);
-    return run<Gpu, bf16, bf16>(gpu, setup);
+    const int status = setup.dtype == Type::f32        ? run<Gpu, float, float>(gpu, setup)
+                       : setup.grad_dtype == Type::f32 ? run<Gpu, bf16, float>(gpu, setup)
+                                                       : run<Gpu, bf16, bf16>(gpu, setup);
+    comm_close(gpu);
+    return status;
 }
 #else
 int run_gpu(Setup&) { fail("%s", gpu_fault(0).c_str()); }

@@ -1,5 +1,8 @@
 // What ranks exchange: a handful of typed functions that count elements, never bytes. The backend is chosen at
-// link time (core/comm_serial.cpp, core/comm_mpi.cpp), so callers hold no #ifdef.
+// link time (core/comm_serial.cpp, core/comm_mpi.cpp; for GPUs core/comm_gpu.cu besides), so callers hold no #ifdef.
+//
+// The device comes first. Cpu: data in host memory; the functions return when they are done. Gpu: data in the memory of
+// this rank's GPU, in order with its stream; only the stream waits, never the host. Call comm_open before.
 //
 // Every function but shift_start and shift_wait is collective: all ranks of the group call it, in the same order,
 // with the same sizes. A wait that sees no progress for `timeout` seconds ends all ranks and names the operation.
@@ -8,6 +11,7 @@
 #pragma once
 #include "types.h"
 #include <initializer_list>
+#include <string>
 
 // A group of ranks. A plain value: copies are the same group, and none needs to be freed.
 struct Comm {
@@ -29,16 +33,17 @@ Comm comm_host(const Comm& comm);
 void comm_barrier(const Comm& comm);
 
 // The root's data everywhere.
-template <class E> void comm_broadcast(Cpu, const Comm& comm, E* data /*(count)*/, size_t count, int root);
+template <class Dev, class E> void comm_broadcast(Dev, const Comm& comm, E* data /*(count)*/, size_t count, int root);
 // Sum over ranks, in place, everywhere.
-template <class E> void comm_sum(Cpu, const Comm& comm, E* data /*(count)*/, size_t count);
+template <class Dev, class E> void comm_sum(Dev, const Comm& comm, E* data /*(count)*/, size_t count);
 // all[r] = rank r's `mine`, everywhere. `mine` may lie at its place in `all`.
 template <class E> void comm_gather(Cpu, const Comm& comm, E* all /*(size, count)*/, const E* mine, size_t count);
 // Rank r ends with the sum over ranks in data[begin[r] .. begin[r+1]); what lies outside that slice is unspecified
-// afterwards. Extra memory is bounded (16 MiB or so) whatever the sizes.
-template <class E> void comm_reduce_scatter(Cpu, const Comm& comm, E* data, const size_t* begin /*(size + 1)*/);
+// afterwards. Extra memory is bounded (16 MiB or so, on a GPU comm_scratch_bytes) whatever the sizes.
+template <class Dev, class E>
+void comm_reduce_scatter(Dev, const Comm& comm, E* data, const size_t* begin /*(size+1)*/);
 // Rank r's data[begin[r] .. begin[r+1]) everywhere, in place.
-template <class E> void comm_all_gather(Cpu, const Comm& comm, E* data, const size_t* begin /*(size + 1)*/);
+template <class Dev, class E> void comm_all_gather(Dev, const Comm& comm, E* data, const size_t* begin /*(size + 1)*/);
 
 // A transfer under way: both buffers belong to it until shift_wait. Either count may be 0, then nothing is sent
 // (or received) and that rank number is not looked at; both ends must know. The far end must not be this rank.
@@ -47,9 +52,42 @@ struct Shift {
     Comm comm;
     void* backend = nullptr; // null: nothing under way
 };
-template <class E> Shift shift_start(Cpu, const Comm& comm, const E* send, size_t send_count, int to, E* receive,
-                                     size_t receive_count, int from);
-void shift_wait(Shift& shift); // afterwards `receive` is filled, `send` is free, and a second wait does nothing
+template <class Dev, class E> Shift shift_start(Dev, const Comm& comm, const E* send, size_t send_count, int to,
+                                                E* receive, size_t receive_count, int from);
+// Afterwards `receive` is filled, `send` is free, and a second wait does nothing.
+void shift_wait(Cpu, Shift& shift);
+void shift_wait(Gpu, Shift& shift);
+
+// How data travel between GPUs. ipc: within a host a rank fetches what another one has, through a mapping of its memory
+// and with the copy engine, which takes no multiprocessor. nccl: NCCL sends and receives. automatic: ipc wherever two
+// ranks can map each other's memory, else nccl.
+enum class Transport { automatic, ipc, nccl };
+
+// Makes a group ready for Gpu calls; all its ranks call it, with `bytes` alike. All data of later calls must lie in
+// `memory`, one allocation of this rank's, and at the same place in it on every rank: a rank that fetches from another
+// one takes the addresses from its own call, also those of what it does not send itself.
+void comm_open(Gpu, const Comm& comm, void* memory, size_t bytes, Transport transport);
+inline void comm_open(Cpu, const Comm&, void*, size_t, Transport) {}
+void comm_close(Gpu); // waits for the stream, then ends what comm_open has begun
+inline void comm_close(Cpu) {}
+
+// What transfers of this group have cost the stream since comm_open, in seconds: while data moved, and while they had
+// not begun to, since another rank was late. NCCL does not tell the two apart: there all counts as moving.
+struct CommTimes {
+    double moving = 0, waiting = 0;
+};
+CommTimes comm_times(Gpu, const Comm& comm);
+inline CommTimes comm_times(Cpu, const Comm&) { return {}; }
+std::string comm_transport(Gpu, const Comm& comm); // in words
+inline std::string comm_transport(Cpu, const Comm&) { return comm_backend(); }
+
+// GPU memory that transfers take beside the data, of a group and of one split from it. NCCL's share is an estimate.
+constexpr size_t comm_scratch_bytes = size_t(128) << 20, comm_flag_bytes = size_t(2) << 20;
+constexpr size_t comm_nccl_bytes = size_t(512) << 20;
+inline double comm_gpu_bytes(int ranks, Transport transport) {
+    const bool nccl = transport == Transport::nccl || (transport == Transport::automatic && ranks > 8); // hosts of 8
+    return ranks == 1 ? 0 : double(comm_scratch_bytes) + 2.0 * double(comm_flag_bytes + (nccl ? comm_nccl_bytes : 0));
+}
 
 // How many ranks the launcher says it started (mpirun, srun): a backend that sees fewer would train the same model
 // several times over, into the same files. In Slurm the step's count is meant: a batch script itself is one task.
@@ -61,40 +99,35 @@ inline int comm_launched_ranks() {
 
 // The same, by element number: what a backend defines.
 void comm_broadcast(Cpu, const Comm& comm, Type type, void* data, size_t count, int root);
+void comm_broadcast(Gpu, const Comm& comm, Type type, void* data, size_t count, int root);
 void comm_gather(Cpu, const Comm& comm, Type type, void* all, const void* mine, size_t count);
 void comm_sum(Cpu, const Comm& comm, Type type, void* data, size_t count);
+void comm_sum(Gpu, const Comm& comm, Type type, void* data, size_t count);
 void comm_reduce_scatter(Cpu, const Comm& comm, Type type, void* data, const size_t* begin);
+void comm_reduce_scatter(Gpu, const Comm& comm, Type type, void* data, const size_t* begin);
 void comm_all_gather(Cpu, const Comm& comm, Type type, void* data, const size_t* begin);
+void comm_all_gather(Gpu, const Comm& comm, Type type, void* data, const size_t* begin);
 Shift shift_start(Cpu, const Comm& comm, Type type, const void* send, size_t send_count, int to, void* receive,
                   size_t receive_count, int from);
+Shift shift_start(Gpu, const Comm& comm, Type type, const void* send, size_t send_count, int to, void* receive,
+                  size_t receive_count, int from);
 
-// Data in the memory of GPUs: so far of one rank alone.
-inline void comm_alone(const Comm& comm) { REQUIRE(comm.size == 1, "ranks on GPUs cannot talk yet: --device cpu"); }
-template <class E> void comm_broadcast(Gpu, const Comm& comm, E*, size_t, int) { comm_alone(comm); }
-template <class E> void comm_sum(Gpu, const Comm& comm, E*, size_t) { comm_alone(comm); }
-template <class E> void comm_reduce_scatter(Gpu, const Comm& comm, E*, const size_t*) { comm_alone(comm); }
-template <class E> void comm_all_gather(Gpu, const Comm& comm, E*, const size_t*) { comm_alone(comm); }
-template <class E> Shift shift_start(Gpu, const Comm& comm, const E*, size_t, int, E*, size_t, int) {
-    comm_alone(comm);
-    return {};
+template <class Dev, class E> void comm_broadcast(Dev dev, const Comm& comm, E* data, size_t count, int root) {
+    comm_broadcast(dev, comm, type_of<E>(), data, count, root);
 }
-
-template <class E> void comm_broadcast(Cpu cpu, const Comm& comm, E* data, size_t count, int root) {
-    comm_broadcast(cpu, comm, type_of<E>(), data, count, root);
-}
-template <class E> void comm_sum(Cpu cpu, const Comm& comm, E* data, size_t count) {
-    comm_sum(cpu, comm, type_of<E>(), data, count);
+template <class Dev, class E> void comm_sum(Dev dev, const Comm& comm, E* data, size_t count) {
+    comm_sum(dev, comm, type_of<E>(), data, count);
 }
 template <class E> void comm_gather(Cpu cpu, const Comm& comm, E* all, const E* mine, size_t count) {
     comm_gather(cpu, comm, type_of<E>(), all, mine, count);
 }
-template <class E> void comm_reduce_scatter(Cpu cpu, const Comm& comm, E* data, const size_t* begin) {
-    comm_reduce_scatter(cpu, comm, type_of<E>(), data, begin);
+template <class Dev, class E> void comm_reduce_scatter(Dev dev, const Comm& comm, E* data, const size_t* begin) {
+    comm_reduce_scatter(dev, comm, type_of<E>(), data, begin);
 }
-template <class E> void comm_all_gather(Cpu cpu, const Comm& comm, E* data, const size_t* begin) {
-    comm_all_gather(cpu, comm, type_of<E>(), data, begin);
+template <class Dev, class E> void comm_all_gather(Dev dev, const Comm& comm, E* data, const size_t* begin) {
+    comm_all_gather(dev, comm, type_of<E>(), data, begin);
 }
-template <class E> Shift shift_start(Cpu cpu, const Comm& comm, const E* send, size_t send_count, int to, E* receive,
-                                     size_t receive_count, int from) {
-    return shift_start(cpu, comm, type_of<E>(), send, send_count, to, receive, receive_count, from);
+template <class Dev, class E> Shift shift_start(Dev dev, const Comm& comm, const E* send, size_t send_count, int to,
+                                                E* receive, size_t receive_count, int from) {
+    return shift_start(dev, comm, type_of<E>(), send, send_count, to, receive, receive_count, from);
 }

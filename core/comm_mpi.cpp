@@ -291,7 +291,7 @@ Shift shift_start(Cpu, const Comm& comm, Type type, const void* send, size_t sen
     return {comm, t};
 }
 
-void shift_wait(Shift& shift) {
+void shift_wait(Cpu, Shift& shift) {
     auto* t = (Transfer*)shift.backend;
     if (!t) return;
     wait_all(*t);

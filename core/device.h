@@ -29,19 +29,20 @@ inline double seconds_now() {
 }
 
 // A value on its way from the device to the host: sent in order with the work, looked at when the host wants it. The
-// time from mail_open to mail_send is the device's.
+// times from mail_open and from mail_mark, between the two, to mail_send are the device's.
 struct Mail {
     void* memory = nullptr;
-    void *opened = nullptr, *sent = nullptr; // the GPU's events
-    double seconds = 0;                      // the CPU's time at mail_open; after mail_wait the time it took
+    void *opened = nullptr, *marked = nullptr, *sent = nullptr; // the GPU's events
+    double seconds = 0, since_mark = 0;                         // the CPU's clock there; after mail_wait the times
 };
 inline void mail_open(Cpu, Mail& mail, size_t bytes) {
     if (!mail.memory) mail.memory = malloc(bytes);
     mail.seconds = seconds_now();
 }
+inline void mail_mark(Cpu, Mail& mail) { mail.since_mark = seconds_now(); }
 inline void mail_send(Cpu, Mail& mail, const void* from, size_t bytes) {
     memcpy(mail.memory, from, bytes);
-    mail.seconds = seconds_now() - mail.seconds;
+    mail.seconds = seconds_now() - mail.seconds, mail.since_mark = seconds_now() - mail.since_mark;
 }
 inline const void* mail_wait(Cpu, Mail& mail) { return mail.memory; }
 
@@ -64,6 +65,7 @@ struct Staging {
 };
 
 struct MatmulCache; // layers/matmul.cuh
+struct CommGpu;     // core/comm_gpu.cu
 
 struct GpuContext {
     static constexpr size_t scratch_bytes = size_t(64) << 20;
@@ -77,6 +79,7 @@ struct GpuContext {
     uint8_t* scratch = nullptr;
     Staging staging;
     MatmulCache* matmul = nullptr;
+    CommGpu* comm = nullptr;
 };
 
 inline uint8_t* device_allocate(Gpu, size_t bytes) {
@@ -121,10 +124,13 @@ inline void mail_open(Gpu gpu, Mail& mail, size_t bytes) {
     if (!mail.memory) {
         CUDA_CHECK(cudaMallocHost(&mail.memory, bytes));
         CUDA_CHECK(cudaEventCreate((cudaEvent_t*)&mail.opened));
+        CUDA_CHECK(cudaEventCreate((cudaEvent_t*)&mail.marked));
         CUDA_CHECK(cudaEventCreate((cudaEvent_t*)&mail.sent));
     }
     CUDA_CHECK(cudaEventRecord((cudaEvent_t)mail.opened, gpu.stream));
+    CUDA_CHECK(cudaEventRecord((cudaEvent_t)mail.marked, gpu.stream)); // until mail_mark says otherwise
 }
+inline void mail_mark(Gpu gpu, Mail& mail) { CUDA_CHECK(cudaEventRecord((cudaEvent_t)mail.marked, gpu.stream)); }
 inline void mail_send(Gpu gpu, Mail& mail, const void* from, size_t bytes) {
     CUDA_CHECK(cudaMemcpyAsync(mail.memory, from, bytes, cudaMemcpyDeviceToHost, gpu.stream));
     CUDA_CHECK(cudaEventRecord((cudaEvent_t)mail.sent, gpu.stream));
@@ -134,6 +140,8 @@ inline const void* mail_wait(Gpu, Mail& mail) {
     CUDA_CHECK(cudaEventSynchronize((cudaEvent_t)mail.sent));
     CUDA_CHECK(cudaEventElapsedTime(&ms, (cudaEvent_t)mail.opened, (cudaEvent_t)mail.sent));
     mail.seconds = 1e-3 * ms;
+    CUDA_CHECK(cudaEventElapsedTime(&ms, (cudaEvent_t)mail.marked, (cudaEvent_t)mail.sent));
+    mail.since_mark = 1e-3 * ms;
     return mail.memory;
 }
 
@@ -141,6 +149,7 @@ inline const void* mail_wait(Gpu, Mail& mail) {
 inline std::string gpu_fault(int device) {
     char text[512] = "";
     int count = 0, driver = 0, runtime = 0, major = 0, minor = 0;
+    setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0); // a queue for every stream: none waits behind another's transfer
     const cudaError_t status = cudaGetDeviceCount(&count);
     cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&runtime);
     if (driver == 0) return "there is no NVIDIA driver here";
@@ -151,7 +160,9 @@ inline std::string gpu_fault(int device) {
                  driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
     else if (status != cudaSuccess) snprintf(text, sizeof text, "there is no GPU: %s", cudaGetErrorString(status));
     else if (device >= count)
-        snprintf(text, sizeof text, "GPU %d is wanted and there are %d: start one rank a GPU", device, count);
+        snprintf(text, sizeof text,
+                 "GPU %d is wanted and there are %d: start one rank a GPU, and let each see all GPUs of its host",
+                 device, count);
     if (*text) return text;
     CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));

@@ -18,7 +18,7 @@
 #pragma once
 #include "../attention_anchor.cuh"
 #include "../core/comm.h"
-#include "../core/device.h"
+#include "../core/kernel.h"
 
 // Where the chunks of one row are.
 struct Placement {
@@ -323,7 +323,7 @@ template <class Dev, class E> void ring_attention_forward(Dev dev, const Comm& c
     attention_forward(dev, out, lse, scratch.state, qkv, stride, kv, stride, anchor, plan.own, {true, steps == 0},
                       plan.local, plan.local, H, K, D);
     for (size_t i = 0; i < steps; i++) {
-        shift_wait(keys);
+        shift_wait(dev, keys);
         keys = ring_send_keys(dev, comm, plan, i + 1, scratch, kv, stride, width);
         const RingStep& step = plan.steps[i];
         attention_forward(dev, out, lse, scratch.state, qkv, stride, (const E*)scratch.receive[i % 2], width, anchor,
@@ -353,19 +353,19 @@ void ring_attention_backward(Dev dev, const Comm& comm, const RingPlan& plan, E*
         const RingStep& step = plan.steps[i];
         const size_t received = step.received.size() * width;
         Acc<E>* partial = scratch.dkv_send[i % 2];
-        shift_wait(keys);
+        shift_wait(dev, keys);
         keys = ring_send_keys(dev, comm, plan, i + 1, scratch, kv, stride, width);
         fill_zero(dev, partial, received * sizeof(*partial));
         attention_backward(dev, dq, partial, (E*)nullptr, 0, danchor, dout, qkv, stride,
                            (const E*)scratch.receive[i % 2], width, lse, scratch.delta, step.map, plan.local,
                            step.received, H, K, D);
-        shift_wait(back);
+        shift_wait(dev, back);
         if (i > 0) ring_add(dev, dkv, scratch.dkv_receive, plan.steps[i - 1].send, width);
         back = shift_start(dev, comm, partial, received, step.from, scratch.dkv_receive, step.send_tokens * width,
                            step.to);
     }
-    shift_wait(back);
     attention_store(dev, dqkv, stride, dq, T, H * D);
+    shift_wait(dev, back);
     if (plan.steps.empty()) return;
     ring_add(dev, dkv, scratch.dkv_receive, plan.steps.back().send, width);
     if (danchor) comm_sum(dev, comm, danchor, B * width);
@@ -402,31 +402,45 @@ inline void ring_plan_upload(Gpu gpu, RingPlan& plan, void* memory, size_t bytes
     for (RingStep& step : plan.steps) put(step.map, step.received);
 }
 
-// Gpu: one block a token; the ranges are few.
-template <class E> __global__ void ring_pack_kernel(E* packed, const E* from, size_t stride, size_t width) {
-    for (size_t i = threadIdx.x; i < width; i += blockDim.x)
-        packed[blockIdx.x * width + i] = from[blockIdx.x * stride + i];
+// Gpu: one block a token, W elements at once a thread; the ranges are few. Bound by memory.
+template <class E, int W> __global__ void __launch_bounds__(256)
+    ring_pack_kernel(E* packed, const E* from, size_t stride, size_t width) {
+#pragma unroll 4
+    for (size_t i = threadIdx.x * W; i < width; i += 256 * W)
+        pack_store<E, W>(packed + blockIdx.x * width + i, pack_load<W>(from + blockIdx.x * stride + i));
 }
 template <class E>
 void ring_pack(Gpu gpu, E* packed, const E* from, size_t stride, const std::vector<TokenRange>& ranges, size_t width) {
     for (const TokenRange& range : ranges) {
         const size_t tokens = range.end - range.begin;
         if (tokens == 0) continue;
-        ring_pack_kernel<<<unsigned(tokens), 256, 0, gpu.stream>>>(packed, from + range.begin * stride, stride, width);
+        const E* first = from + range.begin * stride;
+        const bool packs = packs_fit<E>(width, packed, first) && stride % pack_width<E> == 0;
+        auto kernel = packs ? ring_pack_kernel<E, pack_width<E>> : ring_pack_kernel<E, 1>;
+        kernel<<<grid_blocks(tokens), 256, 0, gpu.stream>>>(packed, first, stride, width);
         CUDA_CHECK(cudaGetLastError());
         packed += tokens * width;
     }
 }
 
-template <class A> __global__ void ring_add_kernel(A* to, const A* packed, size_t width) {
-    for (size_t i = threadIdx.x; i < width; i += blockDim.x)
-        to[blockIdx.x * width + i] += packed[blockIdx.x * width + i];
+template <class A, int W> __global__ void __launch_bounds__(256) ring_add_kernel(A* to, const A* packed, size_t width) {
+    to += blockIdx.x * width, packed += blockIdx.x * width;
+#pragma unroll 4
+    for (size_t i = threadIdx.x * W; i < width; i += 256 * W) {
+        const Pack<A, W> x = pack_load<W>(to + i), y = pack_load<W>(packed + i);
+        A sum[W];
+#pragma unroll
+        for (int j = 0; j < W; j++) sum[j] = x[j] + y[j];
+        pack_store<A, W>(to + i, sum);
+    }
 }
 template <class A> void ring_add(Gpu gpu, A* to, const A* packed, const std::vector<TokenRange>& ranges, size_t width) {
     for (const TokenRange& range : ranges) {
         const size_t tokens = range.end - range.begin;
         if (tokens == 0) continue;
-        ring_add_kernel<<<unsigned(tokens), 256, 0, gpu.stream>>>(to + range.begin * width, packed, width);
+        A* first = to + range.begin * width;
+        auto kernel = packs_fit<A>(width, first, packed) ? ring_add_kernel<A, pack_width<A>> : ring_add_kernel<A, 1>;
+        kernel<<<grid_blocks(tokens), 256, 0, gpu.stream>>>(first, packed, width);
         CUDA_CHECK(cudaGetLastError());
         packed += tokens * width;
     }

@@ -12,7 +12,7 @@ mkdir demo
 RUN="./train_llama"
 if command -v mpirun >/dev/null && ! ./train_llama --steps 1 -c 16 2>/dev/null | grep -q serial; then
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-    RUN="mpirun --oversubscribe -np 2 ./train_llama"
+    RUN="mpirun --oversubscribe -np 2 ./train_llama --device cpu"
 fi
 score() { # $1 weights, $2 CSV, then options
     $RUN -e "$1" -j demo/test.bin -c 2048 --val_rows 32 --eval "demo/$2" "$3" "$4" | tail -1

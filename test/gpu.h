@@ -3,9 +3,15 @@
 #include "../core/device.h"
 #include "check.h"
 
-// The GPU of this test process.
+// The GPU of this test process; the ranks of a test share the GPUs there are.
 inline Gpu the_gpu() {
-    static const Gpu gpu = gpu_open(0);
+    static const Gpu gpu = [] {
+        const char* local_rank = getenv("OMPI_COMM_WORLD_LOCAL_RANK");
+        int count = 0;
+        const std::string fault = gpu_fault(0); // the process's first call of CUDA
+        if (fault.empty()) cudaGetDeviceCount(&count);
+        return gpu_open(local_rank && count ? atoi(local_rank) % count : 0);
+    }();
     return gpu;
 }
 

@@ -1,16 +1,18 @@
 #!/bin/bash
 # Runs every test that needs a GPU and closes with "N passed, N failed": the kernels and the model, the same small cases
-# under the four tools of compute-sanitizer, and the program on the GPU. Arguments: the test program, and the attention's
-# tests built for racecheck.
+# under the four tools of compute-sanitizer, the ranks, and the program on the GPU. Arguments: the test program, the
+# attention's tests built for racecheck, then the programs that run on 1 to 4 ranks.
 cd "$(dirname "$0")/.."
 log=build/test_gpu.log
 skipped=""
 . test/count.sh
 show_log="tail -c 6000" # a sanitizer's can be long
+test=$1 race=$2
+shift 2
 
 start=$SECONDS
-"$1" --no-colors > $log 2>&1
-count "$1" $? $start
+"$test" --no-colors > $log 2>&1
+count "$test" $? $start
 
 # Sanitizers slow a kernel by 10 to 100 times: they take the cases named "(small)", side by side. A finding makes the
 # exit status 99. racecheck does not follow barriers at which one side only arrives (bar.arrive, mbarrier): it gets the
@@ -19,9 +21,9 @@ if command -v compute-sanitizer > /dev/null; then
     start=$SECONDS
     runs="memcheck initcheck synccheck racecheck racecheck_attention"
     for run in $runs; do
-        program=$1 skip=none
+        program=$test skip=none
         [ $run = racecheck ] && skip='*attention*'
-        [ $run = racecheck_attention ] && program=$2
+        [ $run = racecheck_attention ] && program=$race
         OMP_NUM_THREADS=$((($(nproc) + 4) / 5)) compute-sanitizer --tool ${run%_*} --error-exitcode 99 \
             --launch-timeout 0 "$program" --no-colors -tc='*(small)*' -tce="$skip" > $log.$run 2>&1 &
         eval "pid_$run=$!"
@@ -36,9 +38,23 @@ else
     skipped="$skipped; sanitizers (no compute-sanitizer)"
 fi
 
+# Ranks share a GPU where there are fewer; those tests then leave NCCL out, and the program wants a GPU a rank.
+gpus=$(nvidia-smi -L 2> /dev/null | wc -l)
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+for binary in "$@"; do
+    for n in 1 2 3 4; do
+        start=$SECONDS
+        launch="mpirun --oversubscribe --bind-to none -np $n"
+        OMP_NUM_THREADS=$((($(nproc) + n - 1) / n)) $([ $n = 1 ] || echo $launch) "$binary" --no-colors > $log 2>&1
+        count "$binary on $n ranks" $? $start
+    done
+done
+[ $# -gt 0 ] || skipped="$skipped; ranks (no mpicxx)"
+[ "$gpus" -ge 4 ] || skipped="$skipped; NCCL and the program on more than $gpus ranks (there are $gpus GPUs)"
+
 if $PYTHON -c 'import pytest, numpy' 2> /dev/null; then
     start=$SECONDS
-    TRAIN_DEVICE=gpu $PYTHON -m pytest -q -p no:cacheprovider test/test_train.py test/test_golden.py \
+    TRAIN_DEVICE=gpu TRAIN_GPUS=$gpus $PYTHON -m pytest -q -p no:cacheprovider test/test_train.py test/test_golden.py \
         test/test_rope_program.py > $log 2>&1
     count "the program on the GPU (pytest)" $? $start
 else

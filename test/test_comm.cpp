@@ -1,31 +1,10 @@
 // Tests core/comm.h, with whichever backend is linked: alone, and under mpirun -np 1..4. All expected values are
 // exact: integers, or floating-point sums formed here in rank order.
 #include "../core/comm.h"
-#include "check.h"
+#include "comm_values.h"
 #include "fails.h"
 #include "world.h"
-#include <chrono>
 #include <csignal>
-
-// Element i of rank's data. The floats differ in size, so that another order of summation gives other bits.
-template <class E> static E value(int rank, size_t i) {
-    uint64_t h = hash64(1000 + rank, i);
-    if constexpr (std::is_integral_v<E>) return E(h % 60);
-    else return E(float(double(int64_t(h)) * (i % 3 == 0 ? 1e-16 : 1e-19)));
-}
-template <class E> static E sum_over_ranks(int size, size_t i) {
-    using A = std::conditional_t<std::is_integral_v<E>, E, Acc<E>>;
-    A sum = A(value<E>(0, i));
-    for (int r = 1; r < size; r++) sum = A(sum + A(value<E>(r, i)));
-    return E(sum);
-}
-template <class E> static bool same(E a, E b) { return memcmp(&a, &b, sizeof(E)) == 0; }
-
-template <class E> static void fill(Buffer<E>& data, int rank) {
-    for (size_t i = 0; i < data.count; i++) data[i] = value<E>(rank, i);
-}
-
-static const size_t counts[] = {0, 1, 2, 17, 1000, 4099};
 
 #define ALL_TYPES float, bf16, double, int32_t, int64_t, uint8_t
 
@@ -90,15 +69,6 @@ TEST_CASE_TEMPLATE("gather", E, ALL_TYPES) {
         }
 }
 
-// Offsets of ragged slices of n elements, the same on every rank; some slices are empty, some are everything.
-static std::vector<size_t> ragged(uint64_t seed, int size, size_t n) {
-    std::vector<size_t> begin(size + 1);
-    begin[size] = n;
-    for (int r = 1; r < size; r++) begin[r] = hash64(seed, r) % 4 == 0 ? n : hash64(seed, 100 + r) % (n + 1);
-    std::sort(begin.begin(), begin.end());
-    return begin;
-}
-
 TEST_CASE_TEMPLATE("reduce-scatter, then all-gather, of ragged slices", E, ALL_TYPES) {
     Comm w = world();
     for (size_t n : counts)
@@ -152,7 +122,7 @@ TEST_CASE("long data") {
     memcpy(sent.data(), data.data(), n * sizeof(double));
     int next = (w.rank + 1) % w.size, before = (w.rank + w.size - 1) % w.size;
     Shift shift = shift_start(Cpu(), w, (const double*)sent.data(), n, next, data.data(), n, before);
-    shift_wait(shift);
+    shift_wait(Cpu(), shift);
     CHECK(count_wrong(before + 1) == 0);
 }
 
@@ -195,8 +165,8 @@ TEST_CASE("shift by every distance, with every count") {
             Buffer<float> out(amount(w.rank)), in(amount(from));
             fill(out, w.rank);
             Shift shift = shift_start(Cpu(), w, (const float*)out.data(), out.count, to, in.data(), in.count, from);
-            shift_wait(shift);
-            shift_wait(shift); // does nothing
+            shift_wait(Cpu(), shift);
+            shift_wait(Cpu(), shift); // does nothing
             size_t wrong = 0;
             for (size_t i = 0; i < in.count; i++) wrong += !same(in[i], value<float>(from, i));
             CHECK(wrong == 0);
@@ -218,14 +188,14 @@ TEST_CASE("several shifts under way, with collectives in between") {
         comm_sum(Cpu(), w, &ranks, 1);
         CHECK(ranks == w.size);
     }
-    for (int i = rounds - 1; i >= 0; i--) shift_wait(shifts[i]);
+    for (int i = rounds - 1; i >= 0; i--) shift_wait(Cpu(), shifts[i]);
     for (int i = 0; i < rounds; i++) CHECK(in[i] == 100 * from + i);
 }
 
 TEST_CASE("nothing to shift needs no other rank") {
     Shift shift = shift_start(Cpu(), world(), (const float*)nullptr, 0, 0, (float*)nullptr, 0, 0);
     CHECK(shift.backend == nullptr);
-    shift_wait(shift);
+    shift_wait(Cpu(), shift);
 }
 
 TEST_CASE("broken promises end with a line") {
@@ -260,11 +230,11 @@ static void broadcast(const Comm& w) { comm_broadcast(Cpu(), w, many, 1000, 0); 
 static void sum(const Comm& w) { comm_sum(Cpu(), w, many, 1000); }
 static void receive(const Comm& w) {
     Shift shift = shift_start(Cpu(), w, (const float*)nullptr, 0, 0, many, 1000, 1);
-    shift_wait(shift);
+    shift_wait(Cpu(), shift);
 }
 static void send(const Comm& w, size_t count) {
     Shift shift = shift_start(Cpu(), w, (const float*)many, count, 0, (float*)nullptr, 0, 0);
-    shift_wait(shift);
+    shift_wait(Cpu(), shift);
 }
 TEST_CASE("ends: killed" * doctest::skip()) {
     meet([](const Comm&) { raise(SIGKILL); }, broadcast);
@@ -290,33 +260,10 @@ TEST_CASE("a rank that dies, hangs or disagrees ends all ranks in time") {
         if (world().rank == 0) MESSAGE("skipped: this starts mpirun itself, from one process built with MPI");
         return;
     }
-    char self[4096] = "";
-    CHECK(readlink("/proc/self/exe", self, sizeof self - 1) > 0);
-    const struct {
-        const char *name, *message;
-    } cases[] = {
-        {"killed", "signal 9"},
-        {"stopped", "rank 0: sum: no progress for 1 s"},
-        {"absent", "rank 0: shift from rank 1: no progress for 1 s"},
-        {"shorter", "rank 0: shift from rank 1: 3996 bytes came from rank 1 of the group, 4000 were expected"},
-        {"longer", "MPI_ERR_TRUNCATE"},
-        {"early", "rank 1: this rank gives up"},
-    };
-    for (auto& c : cases) {
-        CAPTURE(c.name);
-        std::string command = "env -i PATH=\"$PATH\" LD_LIBRARY_PATH=\"$LD_LIBRARY_PATH\" HOME=/tmp OMP_NUM_THREADS=1 "
-                              "OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 timeout -s KILL 60 "
-                              "mpirun --oversubscribe -np 2 '" +
-                              std::string(self) + "' --no-skip -tc='ends: " + c.name + "' 2>&1";
-        auto start = std::chrono::steady_clock::now();
-        std::string output;
-        FILE* pipe = popen(command.c_str(), "r");
-        char buffer[4096];
-        while (fgets(buffer, sizeof buffer, pipe)) output += buffer;
-        int status = pclose(pipe);
-        double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-        CHECK(status != 0);
-        CHECK(seconds < 1 + 10);
-        CHECK_MESSAGE(output.find(c.message) != std::string::npos, output);
-    }
+    check_ends("killed", "signal 9");
+    check_ends("stopped", "rank 0: sum: no progress for 1 s");
+    check_ends("absent", "rank 0: shift from rank 1: no progress for 1 s");
+    check_ends("shorter", "rank 0: shift from rank 1: 3996 bytes came from rank 1 of the group, 4000 were expected");
+    check_ends("longer", "MPI_ERR_TRUNCATE");
+    check_ends("early", "rank 1: this rank gives up");
 }

@@ -1,111 +1,9 @@
 // layers/ring.cuh: placement and plan as pure functions; a ring of N ranks against one rank.
 // Run as mpirun -np N: every rank runs every case, and a failure on any of them is a failure.
 #define DOCTEST_CONFIG_IMPLEMENT
-#include "../layers/ring.cuh"
-#include "check.h"
+#include "ring_case.h"
 
 static Comm world, alone; // set by main: all ranks, and this rank as a ring of its own
-
-enum class Mode { full, intra, anchor, interleaved, padded, masked };
-static const Mode modes[] = {Mode::full, Mode::intra, Mode::anchor, Mode::interleaved, Mode::padded, Mode::masked};
-static bool has_anchor(Mode m) { return m != Mode::intra; }
-
-// doc[] of B rows with documents of `mean` tokens. interleaved: pieces in mixed order; padded: two thirds of a row are
-// padding, a document of its own (rows differ); masked: equal documents, of which those beyond a third have no label,
-// so that the last rank has nothing to learn from.
-static std::vector<int32_t> make_docs(Mode mode, size_t B, size_t S, double mean, uint64_t seed) {
-    std::vector<int32_t> doc(B * S);
-    for (size_t b = 0; b < B && mode != Mode::full; b++) {
-        int32_t current = 1, last = 1;
-        for (size_t i = 0; i < S; i++) {
-            if (i > 1 && hash_uniform(seed + b, i) < 1 / mean) {
-                last++;
-                current = mode == Mode::interleaved ? 1 + int32_t(hash64(seed + b, S + i) % last) : last;
-            }
-            if (mode == Mode::padded && i >= S / 3 + b) current = last + 1;
-            if (mode == Mode::masked) current = 1 + int32_t(i * 24 / S);
-            doc[b * S + i] = current;
-        }
-        if (has_anchor(mode)) doc[b * S] = 0;
-    }
-    return doc;
-}
-
-struct Sizes {
-    size_t H, K, D;
-    size_t qkv() const { return (H + 2 * K) * D; }
-};
-
-// One rank's results in the order of its local tokens, from inputs of the whole batch.
-template <class E> struct Result {
-    Buffer<E> out, dqkv;
-    Buffer<Acc<E>> lse;
-};
-
-template <class E> struct Scratch {
-    Buffer<Acc<E>> state, delta, dkv, danchor, dkv_send0, dkv_send1, dkv_receive;
-    Buffer<E> anchor, send, receive0, receive1;
-    explicit Scratch(const RingScratchSizes& n)
-        : state(n.state), delta(n.delta), dkv(n.dkv), danchor(n.danchor), dkv_send0(n.dkv_send), dkv_send1(n.dkv_send),
-          dkv_receive(n.dkv_receive), anchor(n.anchor), send(n.send), receive0(n.receive), receive1(n.receive) {}
-    RingScratch<E> pointers() {
-        return {state, delta, dkv, anchor, danchor, send, {receive0, receive1}, {dkv_send0, dkv_send1}, dkv_receive};
-    }
-};
-
-template <class E> Result<E> attend(const Comm& comm, const RingPlan& plan, const Buffer<E>& qkv, const Buffer<E>& dout,
-                                    size_t S, Sizes z) {
-    const size_t T = plan.local.size(), B = plan.local.rows(), W = z.qkv(), O = z.H * z.D;
-    Buffer<E> local_qkv(T * W), local_dout(T * O);
-    for (size_t b = 0; b < B; b++)
-        for (size_t t = plan.local.row_begin[b]; t < size_t(plan.local.row_begin[b + 1]); t++) {
-            std::copy_n(qkv.data() + (b * S + plan.local.index[t]) * W, W, local_qkv.data() + t * W);
-            std::copy_n(dout.data() + (b * S + plan.local.index[t]) * O, O, local_dout.data() + t * O);
-        }
-    Scratch<E> scratch(ring_scratch_sizes(Cpu(), T, comm.size, B, z.H, z.K, z.D));
-    RingScratch<E> pointers = scratch.pointers();
-    Result<E> r{Buffer<E>(T * O), Buffer<E>(T * W), Buffer<Acc<E>>(T * z.H)};
-    ring_attention_forward(Cpu(), comm, plan, r.out.data(), r.lse.data(), local_qkv.data(), pointers, z.H, z.K, z.D);
-    for (Buffer<E>* x : {&scratch.anchor, &scratch.send, &scratch.receive0, &scratch.receive1}) x->poison();
-    for (auto* x : {&scratch.state, &scratch.delta, &scratch.dkv}) x->poison();
-    ring_attention_backward(Cpu(), comm, plan, r.dqkv.data(), local_dout.data(), r.out.data(), r.lse.data(),
-                            local_qkv.data(), pointers, z.H, z.K, z.D);
-    const Buffer<Acc<E>> by_head = converted<Acc<E>>(r.lse); // to (T, H), the order of all other results
-    for (size_t t = 0; t < T; t++)
-        for (size_t h = 0; h < z.H; h++) r.lse[t * z.H + h] = by_head[h * T + t];
-    return r;
-}
-
-struct Case {
-    size_t B, S;
-    Sizes z;
-    std::vector<int32_t> doc;
-    bool anchor;
-    Buffer<double> qkv, dout;
-    Case(Mode mode, size_t B, size_t length, double mean, Sizes z, uint64_t seed)
-        : B(B), S(ring_padded_length(length, world.size)), z(z), doc(make_docs(mode, B, S, mean, seed)),
-          anchor(has_anchor(mode)), qkv(B * S * z.qkv(), seed), dout(B * S * z.H * z.D, seed + 1) {
-        if (mode != Mode::padded && mode != Mode::masked) return;
-        for (size_t b = 0; b < B; b++) // what has no label has no gradient
-            for (size_t i = (S / 3 + b) * z.H * z.D; i < S * z.H * z.D; i++) dout[b * S * z.H * z.D + i] = 0;
-    }
-    RingPlan plan(const Comm& comm) const {
-        RingPlan p;
-        ring_plan_build(p, doc.data(), anchor, B, S, comm.rank, comm.size);
-        return p;
-    }
-};
-
-// Largest difference between the local results of a ring and those of one rank, which has the rows in order.
-template <class A, class X>
-double local_error(const RingPlan& plan, const Buffer<A>& local, const Buffer<X>& whole, size_t S, size_t width) {
-    double worst = 0;
-    for (size_t b = 0; b < plan.local.rows(); b++)
-        for (size_t t = plan.local.row_begin[b]; t < size_t(plan.local.row_begin[b + 1]); t++)
-            worst = std::max(worst, largest_error(local.data() + t * width,
-                                                  whole.data() + (b * S + plan.local.index[t]) * width, width));
-    return worst;
-}
 
 TEST_CASE("a ring gives what one rank gives: outputs and all gradients, in double") {
     for (Mode mode : modes)
@@ -113,7 +11,7 @@ TEST_CASE("a ring gives what one rank gives: outputs and all gradients, in doubl
             for (size_t length : {8, 90, 500})
                 for (double mean : {5.0, 60.0}) {
                     const Sizes z = length == 90 ? Sizes{4, 2, 6} : Sizes{2, 2, 4};
-                    const Case c(mode, B, length, mean, z, length + B);
+                    const Case c(world.size, mode, B, length, mean, z, length + B);
                     const RingPlan plan = c.plan(world);
                     if (mode == Mode::masked && length == 500 && world.size > 2 && world.rank == world.size - 1)
                         CHECK(*std::min_element(plan.local.index.begin(), plan.local.index.end()) >= int32_t(c.S / 3));
@@ -127,7 +25,7 @@ TEST_CASE("a ring gives what one rank gives: outputs and all gradients, in doubl
 }
 
 TEST_CASE("the same run gives the same bits") {
-    const Case c(Mode::anchor, 2, 300, 40, {4, 2, 8}, 5);
+    const Case c(world.size, Mode::anchor, 2, 300, 40, {4, 2, 8}, 5);
     const RingPlan plan = c.plan(world);
     const Buffer<float> qkv = converted<float>(c.qkv), dout = converted<float>(c.dout);
     const Result<float> a = attend(world, plan, qkv, dout, c.S, c.z), b = attend(world, plan, qkv, dout, c.S, c.z);
@@ -138,7 +36,7 @@ TEST_CASE("the same run gives the same bits") {
 // Partial results travel in Acc, so the error of bf16 storage does not grow with the ring.
 TEST_CASE_TEMPLATE("the error against double is flat in the number of ranks", E, bf16, float) {
     for (Mode mode : {Mode::full, Mode::anchor, Mode::interleaved}) {
-        const Case c(mode, 1, 600, 100, {2, 1, 32}, 6);
+        const Case c(world.size, mode, 1, 600, 100, {2, 1, 32}, 6);
         const Buffer<E> qkv = converted<E>(c.qkv), dout = converted<E>(c.dout);
         const RingPlan plan = c.plan(world), single = c.plan(alone);
         const Result<double> truth = attend(alone, single, converted<double>(qkv), converted<double>(dout), c.S, c.z);

@@ -27,7 +27,9 @@ HAS_MPI = shutil.which("mpirun") is not None and "(MPI)" in subprocess.run(
     [BINARY, "--device", "cpu", "-e", "tiny", "--steps", "1", "-c", "16"], capture_output=True, text=True).stdout
 SMALL = ["-e", "tiny", "--layers", "1", "--channels", "32", "--heads", "2", "--ffn", "48", "-c", "64", "--generator_mean",
          "20", "--vocab", "64", "-l", "3e-3"]
-needs_mpi = pytest.mark.skipif(not HAS_MPI or ON_GPU, reason="built without MPI, or on a GPU")
+# The most ranks that a test may start: one a GPU, and as many as it likes on the CPU.
+RANKS = (int(os.environ.get("TRAIN_GPUS", 1)) if ON_GPU else 4) if HAS_MPI else 1
+needs_ranks = pytest.mark.skipif(RANKS < 2, reason="built without MPI, or fewer than two GPUs")
 
 
 def command(*args, ranks=1):
@@ -150,11 +152,12 @@ def test_resume_with_another_model_is_refused(tmp_path):
         assert "resume with the options" in run(*SMALL, *other, "-o", tmp_path / "run", "--resume", ok=False)
 
 
-@needs_mpi
+@needs_ranks
 def test_resume_on_another_number_of_ranks(tmp_path):
     args = [*SMALL, "-c", 72, "--total_batch", 288, "--save_every", 4]
     run(*args, "--steps", 16, "-o", tmp_path / "whole")
     for steps, ranks in ((4, 4), (8, 2), (12, 1), (16, 4)):
+        ranks = min(ranks, RANKS)
         run(*args, "--steps", steps, "--ring", min(ranks, 2), "-o", tmp_path / "cut", "--resume", ranks=ranks)
     whole, cut = events(tmp_path / "whole"), events(tmp_path / "cut")
     for a, b in zip(whole, cut, strict=True):
@@ -162,20 +165,54 @@ def test_resume_on_another_number_of_ranks(tmp_path):
         assert abs(a["loss"] - b["loss"]) < 1e-3
 
 
-@needs_mpi
+@needs_ranks
 @pytest.mark.parametrize("attention", ["full", "intra", "intra_reset", "anchor"])
 def test_ranks_train_alike(tmp_path, attention):
-    args = [*SMALL, "--attention", attention, "--steps", 3, "-b", 2, "--total_batch", 256, "--dtype", "double"]
-    run(*args, "-o", tmp_path / "1")
-    run(*args, "-o", tmp_path / "2", ranks=2)
-    run(*args, "-o", tmp_path / "21", "--ring", 1, ranks=2)
-    run(*args, "-o", tmp_path / "3", "-c", 64, ranks=3)
-    for name in ("2", "21", "3"):
+    """In double, on a GPU in float: a lost or doubled token changes the loss by 1e-3, rounding in the first step by a few
+    1e-7 of each token's; later on AdamW follows the sign even of gradients that are all rounding."""
+    args = [*SMALL, "--attention", attention, "--steps", 3, "-b", 2, "--total_batch", 256, "--dtype",
+            "float" if ON_GPU else "double"]
+    runs = {"1": {}, "2": {"ranks": 2}, "21": {"ranks": 2, "extra": ["--ring", 1]}, "3": {"ranks": 3}}
+    if ON_GPU:
+        runs["nccl"] = {"ranks": 2, "extra": ["--transport", "nccl"]}
+    for name, how in runs.items():
+        if how.get("ranks", 1) <= RANKS:
+            run(*args, *how.get("extra", []), "-o", tmp_path / name, ranks=how.get("ranks", 1))
+    for name in runs:
+        if not (tmp_path / name).exists():
+            continue
         for a, b in zip(events(tmp_path / "1"), events(tmp_path / name), strict=True):
-            assert abs(a["loss"] - b["loss"]) < 1e-9 and abs(a["norm"] - b["norm"]) < 1e-9 * a["norm"]
+            near = 1e-9 if not ON_GPU else 2e-5 if a["step"] == 1 else 1e-3
+            assert abs(a["loss"] - b["loss"]) < near and abs(a["norm"] - b["norm"]) < 10 * near * a["norm"]
 
 
-@needs_mpi
+@pytest.mark.skipif(not ON_GPU or RANKS < 2, reason="not on two GPUs")
+def test_the_log_tells_what_transfers_cost(tmp_path):
+    out = run(*SMALL, "--steps", 4, "-o", tmp_path / "run", ranks=2)
+    assert "data travel between GPUs by CUDA IPC" in out and "moving" in out
+    for step, time in zip(events(tmp_path / "run"), events(tmp_path / "run", "time"), strict=True):
+        parts = [time[part] for part in ("compute", "moving", "waiting", "optimizer")]
+        assert abs(sum(parts) - step["seconds"]) < 1e-6 and time["moving"] > 0 and time["waiting"] >= 0
+
+
+@pytest.mark.skipif(not ON_GPU or RANKS < 2, reason="not on two GPUs")
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_hangs_ends_all(tmp_path, stop):
+    """Rank 1 is found by its place in mpirun's children; the timeout leaves time for the first step's choices."""
+    process = subprocess.Popen(command(*SMALL, "--steps", 10000000, "--timeout", 20, ranks=2), stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    ranks = [int(pid) for pid in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    begin = time.time()
+    os.kill(max(ranks), stop)
+    rest = process.stdout.read()
+    assert process.wait(60) != 0 and time.time() - begin < 30
+    assert "no progress for 20 s" in rest if stop == signal.SIGSTOP else "signal 9" in rest
+
+
+@pytest.mark.skipif(RANKS < 3, reason="fewer than three ranks")
 def test_a_ring_that_does_not_divide_is_refused():
     assert "--ring 2" in run(*SMALL, "--ring", 2, ok=False, ranks=3)
 
@@ -191,7 +228,7 @@ def test_sigterm_saves_and_leaves(tmp_path):
     assert "going on from step" in run(*SMALL, "--steps", 1, "-o", tmp_path / "run", "--resume")
 
 
-@needs_mpi
+@needs_ranks
 def test_sigusr1_to_mpirun_saves_and_leaves(tmp_path):
     process = subprocess.Popen(command(*SMALL, "--steps", 100000, "-o", tmp_path / "run", ranks=2),
                                stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -251,8 +288,9 @@ def test_eval_scores_every_label_once(tmp_path):
     assert len(set(zip(lines["row"], lines["index"]))) == len(lines)
     assert lines["row"].max() == -(-texts // 63) - 1
     assert np.all(np.abs(lines["loss"] - np.log(64)) < 1)
-    if HAS_MPI and not ON_GPU:
-        run(*SMALL, "-j", tmp_path / "val.bin", "--eval", tmp_path / "b.csv", "--val_rows", rows, "--ring", 1, ranks=3)
+    if RANKS > 1:
+        run(*SMALL, "-j", tmp_path / "val.bin", "--eval", tmp_path / "b.csv", "--val_rows", rows, "--ring", 1,
+            ranks=min(3, RANKS))
         run(*SMALL, "-j", tmp_path / "val.bin", "--eval", tmp_path / "c.csv", "--val_rows", rows, ranks=2)
         for other in "bc":
             again = np.genfromtxt(tmp_path / f"{other}.csv", delimiter=",", names=True)

@@ -1,0 +1,12 @@
+#!/bin/bash
+# One sequence over all GPUs of several nodes, under Slurm. Submit it again and it goes on from the newest checkpoint.
+#   sbatch --nodes=2 scripts/run_slurm.sh -e llama2-7b.bin -i 'data/books_0*.bin' -c 262144 --rope_base 5e7 -o run
+#SBATCH --job-name=train_llama
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --signal=USR1@300
+# A rank takes the GPU of its number on the node and maps the memory of the others: it must see all of them
+# (--gpu-bind=none). SIGUSR1, five minutes before the time is over, saves and leaves.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+exec srun --mpi=pmix --gpu-bind=none --kill-on-bad-exit=1 ./train_llama --device gpu --resume "$@"

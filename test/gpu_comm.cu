@@ -1,0 +1,328 @@
+// The communicator for GPUs, alone and under mpirun -np 2..4: every function against exact values, as test_comm.cpp has
+// them, by both ways that data take. Ranks may share a GPU; NCCL is left out then, which wants one for each.
+#define DOCTEST_CONFIG_IMPLEMENT
+#include "comm_values.h"
+#include "gpu.h"
+#include <csignal>
+
+namespace {
+Comm world;
+constexpr size_t shared_bytes = size_t(400) << 20;
+uint8_t* shared_memory = nullptr;
+
+// A group with all ranks, for each way.
+struct Way {
+    const char* name;
+    Comm comm;
+};
+std::vector<Way> ways;
+
+// Data in the shared memory, between guard words, at the same place on every rank: `most` elements have room, of which
+// `count` are used here. Poisoned, or with values.
+template <class E> struct Region {
+    E* block;
+    size_t count;
+    Region(size_t offset, const Buffer<E>& from) : block((E*)(shared_memory + offset)), count(from.count) { set(from); }
+    Region(size_t offset, size_t n) : Region(offset, Buffer<E>(n)) {}
+    E* data() { return block + Buffer<E>::guard; }
+    void set(const Buffer<E>& from) {
+        CHECK(shared_memory + shared_bytes >= (uint8_t*)(block + from.store.size()));
+        copy_to_device(the_gpu(), block, from.store.data(), from.store.size() * sizeof(E));
+    }
+    Buffer<E> host() { // fails the test when a guard word was touched
+        Buffer<E> to(count);
+        copy_to_host(the_gpu(), to.store.data(), block, to.store.size() * sizeof(E));
+        return to;
+    }
+};
+constexpr size_t half = shared_bytes / 2;
+
+template <class E> Buffer<E> filled(size_t n, int rank) {
+    Buffer<E> data(n);
+    fill(data, rank);
+    return data;
+}
+template <class E, class F> size_t count_wrong(const Buffer<E>& data, size_t first, size_t last, F expected) {
+    size_t wrong = 0;
+    for (size_t i = first; i < last; i++) wrong += !same(data[i], expected(i));
+    return wrong;
+}
+} // namespace
+
+#define ALL_TYPES float, bf16, double, int32_t, int64_t, uint8_t
+
+TEST_CASE_TEMPLATE("GPU: broadcast from every root", E, ALL_TYPES) {
+    for (const Way& way : ways)
+        for (size_t n : counts)
+            for (int root = 0; root < world.size; root++) {
+                CAPTURE(way.name);
+                Region<E> data(0, world.rank == root ? filled<E>(n, root) : Buffer<E>(n));
+                comm_broadcast(the_gpu(), way.comm, data.data(), n, root);
+                CHECK(count_wrong(data.host(), 0, n, [&](size_t i) { return value<E>(root, i); }) == 0);
+            }
+}
+
+TEST_CASE_TEMPLATE("GPU: sum in rank order, the same bits everywhere", E, ALL_TYPES) {
+    for (const Way& way : ways)
+        for (size_t n : counts) {
+            CAPTURE(way.name);
+            Region<E> data(0, filled<E>(n, world.rank));
+            comm_sum(the_gpu(), way.comm, data.data(), n);
+            CHECK(count_wrong(data.host(), 0, n, [&](size_t i) { return sum_over_ranks<E>(world.size, i); }) == 0);
+        }
+}
+
+TEST_CASE_TEMPLATE("GPU: reduce-scatter, then all-gather, of ragged slices", E, ALL_TYPES) {
+    for (const Way& way : ways)
+        for (size_t n : counts)
+            for (uint64_t seed = 0; seed < 8; seed++) {
+                CAPTURE(way.name);
+                const std::vector<size_t> begin = ragged(seed, world.size, n);
+                const size_t first = begin[world.rank], last = begin[world.rank + 1];
+                Region<E> data(0, filled<E>(n, world.rank));
+                comm_reduce_scatter(the_gpu(), way.comm, data.data(), begin.data());
+                auto sum = [&](size_t i) { return sum_over_ranks<E>(world.size, i); };
+                CHECK(count_wrong(data.host(), first, last, sum) == 0);
+
+                Buffer<E> mine = filled<E>(n, -1); // what the others must overwrite
+                for (size_t i = first; i < last; i++) mine[i] = value<E>(world.rank, i);
+                data.set(mine);
+                comm_all_gather(the_gpu(), way.comm, data.data(), begin.data());
+                const Buffer<E> all = data.host();
+                for (int r = 0; r < world.size; r++)
+                    CHECK(count_wrong(all, begin[r], begin[r + 1], [&](size_t i) { return value<E>(r, i); }) == 0);
+            }
+}
+
+// More than one round of the reduce-scatter and of the sum, whose scratch takes 2^26 elements of bf16 from each rank of
+// two; and the kernel that takes packs. All sums are integers of at most 8 bits.
+TEST_CASE_TEMPLATE("GPU: long data (large)", E, bf16, double) {
+    const size_t n = (sizeof(E) == 2 ? 68'000'000 : 17'000'000) + 64;
+    auto mine = [](int rank, size_t i) { return E(double((rank + 1) * (i % 23))); };
+    const double factor = world.size * (world.size + 1) / 2;
+    auto sum = [&](size_t i) { return E(factor * double(i % 23)); };
+    std::vector<size_t> last_has_all(world.size + 1, 0), even(world.size + 1);
+    last_has_all[world.size] = n;
+    for (int r = 0; r <= world.size; r++) even[r] = n / 64 * r / world.size * 64;
+    for (const Way& way : ways) {
+        CAPTURE(way.name);
+        Buffer<E> data(n);
+        for (size_t i = 0; i < n; i++) data[i] = mine(world.rank, i);
+        Region<E> region(0, data);
+        comm_reduce_scatter(the_gpu(), way.comm, region.data(), last_has_all.data());
+        if (world.rank == world.size - 1) CHECK(count_wrong(region.host(), 0, n, sum) == 0);
+        region.set(data);
+        comm_reduce_scatter(the_gpu(), way.comm, region.data(), even.data());
+        comm_all_gather(the_gpu(), way.comm, region.data(), even.data());
+        CHECK(count_wrong(region.host(), 0, n, sum) == 0);
+        region.set(data);
+        comm_sum(the_gpu(), way.comm, region.data(), n);
+        CHECK(count_wrong(region.host(), 0, n, sum) == 0);
+    }
+}
+
+TEST_CASE("GPU: shift by every distance, with every count") {
+    for (const Way& way : ways)
+        for (int distance = 1; distance < world.size; distance++)
+            for (size_t n : counts) {
+                CAPTURE(way.name);
+                const int to = (world.rank + distance) % world.size;
+                const int from = (world.rank + world.size - distance) % world.size;
+                // Ranks send different amounts: n + rank, but rank 0 sends nothing.
+                auto amount = [&](int rank) { return rank == 0 ? 0 : n + rank; };
+                Region<float> out(0, filled<float>(amount(world.rank), world.rank)), in(half, amount(from));
+                Shift shift = shift_start(the_gpu(), way.comm, (const float*)out.data(), out.count, to, in.data(),
+                                          in.count, from);
+                shift_wait(the_gpu(), shift);
+                shift_wait(the_gpu(), shift); // does nothing
+                CHECK(count_wrong(in.host(), 0, in.count, [&](size_t i) { return value<float>(from, i); }) == 0);
+            }
+}
+
+TEST_CASE("GPU: several shifts under way, with collectives in between") {
+    if (world.size == 1) return;
+    constexpr int rounds = 5;
+    const int to = (world.rank + 1) % world.size, from = (world.rank + world.size - 1) % world.size;
+    for (const Way& way : ways) {
+        CAPTURE(way.name);
+        Buffer<int64_t> values(rounds);
+        for (int i = 0; i < rounds; i++) values[i] = 100 * world.rank + i;
+        Region<int64_t> out(0, values), in(half, size_t(rounds)), ranks(half / 2, size_t(rounds));
+        Buffer<int64_t> ones(rounds);
+        ones.fill(1);
+        ranks.set(ones);
+        std::vector<Shift> shifts;
+        for (int i = 0; i < rounds; i++) {
+            shifts.push_back(
+                shift_start(the_gpu(), way.comm, (const int64_t*)out.data() + i, 1, to, in.data() + i, 1, from));
+            comm_sum(the_gpu(), way.comm, ranks.data() + i, 1);
+        }
+        for (int i = rounds - 1; i >= 0; i--) shift_wait(the_gpu(), shifts[i]);
+        CHECK(count_wrong(in.host(), 0, rounds, [&](size_t i) { return int64_t(100 * from + i); }) == 0);
+        CHECK(count_wrong(ranks.host(), 0, rounds, [&](size_t) { return int64_t(world.size); }) == 0);
+    }
+}
+
+namespace {
+// Values of round `round` from rank `rank`, written after `clocks`; and how many of them are not there.
+__global__ void late_write(int32_t* to, size_t count, uint32_t rank, uint32_t round, int64_t clocks) {
+    const int64_t begin = clock64();
+    while (clock64() - begin < clocks) {}
+    for (size_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += size_t(gridDim.x) * blockDim.x)
+        to[i] = int32_t(rank * 1000003u + round * 7919u + uint32_t(i));
+}
+__global__ void late_check(unsigned long long* wrong, const int32_t* from, size_t count, uint32_t rank, uint32_t round,
+                           int64_t clocks) {
+    const int64_t begin = clock64();
+    while (clock64() - begin < clocks) {}
+    for (size_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += size_t(gridDim.x) * blockDim.x)
+        if (uint32_t(from[i]) != rank * 1000003u + round * 7919u + uint32_t(i)) atomicAdd(wrong, 1ull);
+}
+} // namespace
+
+// The ring's pattern, many times, without the host ever waiting: one buffer sent again and again, two received into in
+// turn, another shift the opposite way under way meanwhile, and ranks that are late at random. Data sent too early,
+// fetched too late or overwritten would be counted.
+TEST_CASE("GPU: buffers are neither sent early nor overwritten late") {
+    if (world.size == 1) return;
+    constexpr size_t count = size_t(1) << 20, steps = 60;
+    const Gpu gpu = the_gpu();
+    auto* memory = (int32_t*)shared_memory;
+    int32_t *send = memory, *back_send = memory + count, *receive[2] = {memory + 2 * count, memory + 3 * count};
+    int32_t* back_receive = memory + 4 * count;
+    auto* wrong = (unsigned long long*)(memory + 5 * count);
+    for (const Way& way : ways) {
+        CAPTURE(way.name);
+        fill_zero(gpu, wrong, sizeof *wrong);
+        auto late = [&](uint64_t what, size_t step) {
+            const uint64_t h = hash64(1000 * what + world.rank, step);
+            return h % 3 ? int64_t(0) : int64_t(h % 1000000); // up to half a millisecond
+        };
+        auto distance = [&](size_t step) { return int(1 + step % size_t(world.size - 1)); };
+        auto rank_at = [&](int d) { return (world.rank + d + 2 * world.size) % world.size; };
+        auto amount = [&](size_t step, int rank) { return hash64(step, rank) % 4 == 0 ? 0 : count - step; };
+        auto start = [&](size_t step) {
+            const int to = rank_at(distance(step)), from = rank_at(-distance(step));
+            late_write<<<64, 256, 0, gpu.stream>>>(send, count, world.rank, step, late(1, step));
+            return shift_start(gpu, way.comm, (const int32_t*)send, amount(step, world.rank), to, receive[step % 2],
+                               amount(step, from), from);
+        };
+        Shift keys = start(0), back;
+        for (size_t step = 0; step < steps; step++) {
+            const int to = rank_at(-distance(step)), from = rank_at(distance(step));
+            shift_wait(gpu, keys);
+            if (step + 1 < steps) keys = start(step + 1);
+            late_check<<<64, 256, 0, gpu.stream>>>(wrong, receive[step % 2], amount(step, to), to, step, late(2, step));
+            shift_wait(gpu, back);
+            if (step > 0) {
+                const int was = rank_at(distance(step - 1));
+                late_check<<<64, 256, 0, gpu.stream>>>(wrong, back_receive, count, was, 1000 + step - 1, 0);
+            }
+            late_write<<<64, 256, 0, gpu.stream>>>(back_send, count, world.rank, 1000 + step, late(3, step));
+            back = shift_start(gpu, way.comm, (const int32_t*)back_send, count, to, back_receive, count, from);
+        }
+        shift_wait(gpu, back);
+        unsigned long long found = 1;
+        copy_to_host(gpu, &found, wrong, sizeof found);
+        CHECK(found == 0);
+    }
+}
+
+TEST_CASE("GPU: what transfers cost is told") {
+    for (const Way& way : ways) {
+        CAPTURE(way.name);
+        device_wait(the_gpu());
+        const CommTimes before = comm_times(the_gpu(), way.comm);
+        const size_t n = 1 << 24;
+        std::vector<size_t> begin(world.size + 1);
+        for (int r = 0; r <= world.size; r++) begin[r] = n / world.size * r;
+        comm_barrier(world);
+        comm_all_gather(the_gpu(), way.comm, (float*)shared_memory, begin.data());
+        device_wait(the_gpu());
+        const CommTimes after = comm_times(the_gpu(), way.comm);
+        const double moving = after.moving - before.moving, waiting = after.waiting - before.waiting;
+        if (world.size == 1) CHECK(moving + waiting == 0);
+        else CHECK((moving > 0 && moving < 1 && waiting >= 0 && waiting < 1)); // 64 MiB, at 64 MB/s and more
+    }
+}
+
+TEST_CASE("GPU: nothing to shift needs no other rank") {
+    Shift shift = shift_start(the_gpu(), world, (const float*)nullptr, 0, 0, (float*)nullptr, 0, 0);
+    CHECK(shift.backend == nullptr);
+    shift_wait(the_gpu(), shift);
+}
+
+// What a rank meets when another one goes wrong; run by the case below, on two ranks, of which rank 1 goes wrong.
+namespace {
+void meet(void (*wrong)(), void (*right)(const Comm&)) {
+    if (world.size != 2) return;
+    Comm comm = comm_split(world, 0, world.rank);
+    comm.timeout = 1;
+    comm_open(the_gpu(), comm, shared_memory, shared_bytes, Transport::automatic);
+    comm_sum(the_gpu(), comm, (float*)shared_memory, 1000);
+    device_wait(the_gpu());
+    comm_barrier(world);
+    world.rank == 1 ? wrong() : right(comm);
+    comm_barrier(world);
+}
+void sum_and_wait(const Comm& comm) {
+    comm_sum(the_gpu(), comm, (float*)shared_memory, 1000);
+    device_wait(the_gpu());
+}
+void receive_and_wait(const Comm& comm) {
+    Shift shift = shift_start(the_gpu(), comm, (const float*)shared_memory, 0, 0, (float*)shared_memory, 1000, 1);
+    shift_wait(the_gpu(), shift);
+    device_wait(the_gpu());
+}
+void send_and_wait(const Comm& comm) {
+    Shift shift = shift_start(the_gpu(), comm, (const float*)shared_memory, 1000, 1, (float*)nullptr, 0, 0);
+    shift_wait(the_gpu(), shift);
+    device_wait(the_gpu());
+}
+} // namespace
+TEST_CASE("ends: killed" * doctest::skip()) {
+    meet([] { raise(SIGKILL); }, sum_and_wait);
+}
+TEST_CASE("ends: stopped" * doctest::skip()) {
+    meet([] { raise(SIGSTOP); }, sum_and_wait);
+}
+TEST_CASE("ends: absent" * doctest::skip()) {
+    meet([] { sleep(30); }, receive_and_wait);
+}
+TEST_CASE("ends: deaf" * doctest::skip()) {
+    meet([] { sleep(30); }, send_and_wait);
+}
+
+TEST_CASE("GPU: a rank that dies or hangs ends all ranks in time") {
+    if (world.size > 1 || system("command -v mpirun > /dev/null") != 0) return; // this starts mpirun itself
+    const double start = 20;                                                    // to start two processes with a GPU
+    check_ends("killed", "signal 9", start);
+    check_ends("stopped", "rank 0: sum, waiting for rank 1: no progress for 1 s", start);
+    check_ends("absent", "rank 0: shift from rank 1, waiting for rank 1: no progress for 1 s", start);
+    check_ends("deaf", "rank 0: shift to rank 1, waiting for rank 1: no progress for 1 s", start);
+}
+
+int main(int argc, char** argv) {
+    world = comm_init(&argc, &argv);
+    world.timeout = 60;
+    int count = 0;
+    shared_memory = device_allocate(the_gpu(), shared_bytes);
+    CUDA_CHECK(cudaGetDeviceCount(&count));
+    std::vector<Transport> transports = {Transport::ipc};
+    if (count >= world.size && !getenv("WITHOUT_NCCL")) transports.push_back(Transport::nccl);
+    for (Transport transport : transports) {
+        const Comm comm = comm_split(world, 0, world.rank);
+        comm_open(the_gpu(), comm, shared_memory, shared_bytes, transport);
+        ways.push_back({transport == Transport::ipc ? "ipc" : "nccl", comm});
+        if (world.rank == 0 && world.size > 1)
+            printf("%d ranks, %s%s\n", world.size, comm_transport(the_gpu(), comm).c_str(),
+                   count < world.size ? "; NCCL is skipped, it wants a GPU a rank" : "");
+    }
+    doctest::Context context(argc, argv);
+    if (world.rank != 0) context.setOption("minimal", true);
+    int64_t failed = context.run();
+    comm_sum(Cpu(), world, &failed, 1);
+    comm_close(the_gpu());
+    comm_finalize(world);
+    return failed > 0;
+}

@@ -1,0 +1,165 @@
+// The ring on GPUs, alone and under mpirun -np 2..4: forward and backward against the CPU's double reference on one
+// rank, by the 2x rule, in every mode and by both ways that data take. Ranks may share a GPU; NCCL is left out then.
+#define DOCTEST_CONFIG_IMPLEMENT
+#include "../core/arena.h"
+#include "gpu.h"
+#include "ring_case.h"
+
+namespace {
+Comm world, alone;
+constexpr size_t shared_bytes = size_t(64) << 20;
+uint8_t* shared_memory = nullptr;
+struct Way {
+    const char* name;
+    Comm comm;
+};
+std::vector<Way> ways; // groups with all ranks
+
+// The scratch in the shared memory, at the same places on every rank; between guards, which the destructor looks at.
+template <class E> struct SharedScratch : RingScratch<E> {
+    static constexpr int poison = 0xff; // NaN in float and bf16
+    std::vector<uint8_t*> guards;
+    Arena arena{shared_memory, 0, {}};
+    explicit SharedScratch(const RingScratchSizes& n) {
+        CUDA_CHECK(cudaMemsetAsync(shared_memory, poison, shared_bytes, the_gpu().stream));
+        take(this->state, n.state), take(this->anchor, n.anchor), take(this->send, n.send);
+        for (E*& receive : this->receive) take(receive, n.receive);
+        take(this->delta, n.delta), take(this->dkv, n.dkv), take(this->danchor, n.danchor);
+        for (Acc<E>*& send : this->dkv_send) take(send, n.dkv_send);
+        take(this->dkv_receive, n.dkv_receive);
+        CHECK(arena.used <= shared_bytes);
+    }
+    template <class X> void take(X*& buffer, size_t count) {
+        buffer = arena.take<X>("scratch", count);
+        guards.push_back(arena.take<uint8_t>("guard", Arena::alignment));
+    }
+    ~SharedScratch() {
+        bool intact = true;
+        std::vector<uint8_t> guard(Arena::alignment);
+        for (const uint8_t* at : guards) {
+            copy_to_host(the_gpu(), guard.data(), at, guard.size());
+            for (uint8_t byte : guard) intact &= byte == poison;
+        }
+        CHECK_MESSAGE(intact, "a guard was overwritten");
+    }
+};
+
+template <class E>
+Result<E> attend_gpu(const Comm& comm, const Case& c, RingPlan& plan, const Buffer<E>& qkv, const Buffer<E>& dout) {
+    const Gpu gpu = the_gpu();
+    const Sizes z = c.z;
+    const size_t T = plan.local.size(), B = plan.local.rows(), W = z.qkv(), O = z.H * z.D;
+    DeviceBuffer<E> local_qkv(local_rows(plan, qkv, c.S, W)), local_dout(local_rows(plan, dout, c.S, O));
+    DeviceBuffer<E> out(T * O), dqkv(T * W);
+    DeviceBuffer<float> lse(T * z.H);
+    DeviceBuffer<uint8_t> memory(ring_plan_bytes(gpu, T, comm.size, B));
+    ring_plan_upload(gpu, plan, memory.data(), memory.count);
+    SharedScratch<E> scratch(ring_scratch_sizes(gpu, T, comm.size, B, z.H, z.K, z.D));
+    ring_attention_forward(gpu, comm, plan, out.data(), lse.data(), local_qkv.data(), scratch, z.H, z.K, z.D);
+    CUDA_CHECK(cudaMemsetAsync(scratch.state, SharedScratch<E>::poison, T * O * sizeof(float), gpu.stream));
+    ring_attention_backward(gpu, comm, plan, dqkv.data(), local_dout.data(), out.data(), lse.data(), local_qkv.data(),
+                            scratch, z.H, z.K, z.D);
+    device_wait(gpu);
+    return {out.host(), dqkv.host(), by_token(lse.host(), z.H)};
+}
+
+// Columns [first, last) of rows of `width`.
+template <class E> Buffer<E> columns(const Buffer<E>& x, size_t width, size_t first, size_t last) {
+    Buffer<E> to(x.count / width * (last - first));
+    for (size_t t = 0; t < x.count / width; t++)
+        std::copy_n(x.data() + t * width + first, last - first, to.data() + t * (last - first));
+    return to;
+}
+
+// Each tensor of this rank's part: at most twice the error of the CPU's reference in E on one rank, plus 2 ulp.
+template <class X> void check_part(const RingPlan& plan, size_t S, size_t width, const Buffer<X>& ring,
+                                   const Buffer<X>& yardstick, const Buffer<double>& truth) {
+    const double allowed = 2 * largest_error(yardstick, truth) + 2 * ulp<X>(largest_value(truth));
+    CHECK(local_error(plan, ring, truth, S, width) <= allowed);
+}
+template <class E> void check(const Case& c, const RingPlan& plan, const Result<E>& ring, const Result<E>& one,
+                              const Result<double>& truth) {
+    const Sizes z = c.z;
+    const size_t ends[] = {0, z.H * z.D, (z.H + z.K) * z.D, z.qkv()};
+    check_part(plan, c.S, z.H * z.D, ring.out, one.out, truth.out);
+    check_part(plan, c.S, z.H, ring.lse, one.lse, truth.lse);
+    for (int i = 0; i < 3; i++) { // dq, dk, dv
+        auto part = [&](const auto& x) { return columns(x, z.qkv(), ends[i], ends[i + 1]); };
+        check_part(plan, c.S, ends[i + 1] - ends[i], part(ring.dqkv), part(one.dqkv), part(truth.dqkv));
+    }
+}
+
+template <class E> void check_ways(const Case& c) {
+    const Buffer<E> qkv = converted<E>(c.qkv), dout = converted<E>(c.dout);
+    const RingPlan single = c.plan(alone);
+    const Result<double> truth = attend(alone, single, converted<double>(qkv), converted<double>(dout), c.S, c.z);
+    const Result<E> one = attend(alone, single, qkv, dout, c.S, c.z);
+    for (const Way& way : ways)
+        for (bool deterministic : {false, true}) {
+            CAPTURE(way.name);
+            the_gpu().context->deterministic = deterministic;
+            RingPlan plan = c.plan(way.comm, attention_tiles<E>(the_gpu(), c.z.D));
+            check(c, plan, attend_gpu<E>(way.comm, c, plan, qkv, dout), one, truth);
+        }
+    the_gpu().context->deterministic = false;
+}
+} // namespace
+
+TEST_CASE_TEMPLATE("GPU ring: outputs and all gradients against double, in every mode", E, bf16, float) {
+    for (Mode mode : modes)
+        for (Sizes z : {Sizes{4, 2, 32}, Sizes{2, 2, 128}, Sizes{4, 2, 6}})
+            for (size_t length : {90, 700}) {
+                CAPTURE(int(mode));
+                CAPTURE(length);
+                check_ways<E>(Case(world.size, mode, z.D == 32 ? 3 : 1, length, length / 8.0, z, length + z.D));
+            }
+}
+
+TEST_CASE("GPU ring: a rank that has nothing to learn from, and one whose keys nobody sees") {
+    const Case masked(world.size, Mode::masked, 1, 2000, 0, {2, 1, 128}, 3);
+    check_ways<bf16>(masked);
+    Case apart(world.size, Mode::intra, 1, 2000, 50, {2, 1, 128}, 4);
+    for (size_t i = 0; i < apart.S; i++) apart.doc[i] = 1 + int32_t(i / 50); // documents end where chunks do not
+    check_ways<bf16>(apart);
+    for (size_t i = 0; i < apart.S; i++) apart.doc[i] = 1 + int32_t(i * 16 / apart.S); // nothing moves
+    check_ways<bf16>(apart);
+}
+
+TEST_CASE("GPU ring: the same run gives the same bits") {
+    const Case c(world.size, Mode::anchor, 2, 900, 100, {4, 2, 128}, 5);
+    const Buffer<bf16> qkv = converted<bf16>(c.qkv), dout = converted<bf16>(c.dout);
+    the_gpu().context->deterministic = true;
+    for (const Way& way : ways) {
+        CAPTURE(way.name);
+        RingPlan plan = c.plan(way.comm, attention_tiles<bf16>(the_gpu(), c.z.D));
+        const Result<bf16> a = attend_gpu<bf16>(way.comm, c, plan, qkv, dout);
+        const Result<bf16> b = attend_gpu<bf16>(way.comm, c, plan, qkv, dout);
+        CHECK(memcmp(a.out.data(), b.out.data(), a.out.count * 2) == 0);
+        CHECK(memcmp(a.dqkv.data(), b.dqkv.data(), a.dqkv.count * 2) == 0);
+        CHECK(memcmp(a.lse.data(), b.lse.data(), a.lse.count * 4) == 0);
+    }
+    the_gpu().context->deterministic = false;
+}
+
+int main(int argc, char** argv) {
+    world = comm_init(&argc, &argv);
+    world.timeout = 60;
+    alone = comm_split(world, world.rank, 0);
+    int count = 0;
+    shared_memory = device_allocate(the_gpu(), shared_bytes);
+    CUDA_CHECK(cudaGetDeviceCount(&count));
+    std::vector<Transport> transports = {Transport::ipc};
+    if (count >= world.size && world.size > 1) transports.push_back(Transport::nccl);
+    for (Transport transport : transports) {
+        const Comm comm = comm_split(world, 0, world.rank);
+        comm_open(the_gpu(), comm, shared_memory, shared_bytes, transport);
+        ways.push_back({transport == Transport::ipc ? "ipc" : "nccl", comm});
+    }
+    doctest::Context context(argc, argv);
+    if (world.rank != 0) context.setOption("minimal", true);
+    int64_t failed = context.run();
+    comm_sum(Cpu(), world, &failed, 1);
+    comm_close(the_gpu());
+    comm_finalize(world);
+    return failed > 0;
+}
