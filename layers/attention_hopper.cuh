@@ -1029,8 +1029,8 @@ backward_compute(const AttentionBackward<bf16>& a, const BackwardMaps& maps, Bac
 // Block: 128 keys of one KV head at a time, which visit tiles of 64 queries; dK and dV stay in registers, dQ is added
 // in memory, 32 KiB a step. Shared memory: K, V, three slots of Q, two of dO and dS, dQ on its way out, LSE, delta,
 // labels, 212 KiB. Bound by shared memory: a step's products read 256 KiB of it and all else moves 112 KiB, 2900 cycles
-// at 128 bytes a cycle, in which its 10 D FLOP a pair keep the tensor cores busy for 2560; and by power. On an H200: 565
-// TFLOP/s at 16384 causal tokens, D = 128, with the passes before and after, 57% of the peak, and 589 at 65536.
+// at 128 bytes a cycle, in which its 10 D FLOP a pair keep the tensor cores busy for 2560; and by power. On an H200:
+// 565 TFLOP/s at 16384 causal tokens, D = 128, with the passes before and after, 57% of the peak, and 589 at 65536.
 template <int D, bool PAIR> __global__ void __launch_bounds__(block_threads, 1)
     attention_hopper_backward_kernel(const __grid_constant__ AttentionBackward<bf16> a,
                                      const __grid_constant__ BackwardMaps maps,
