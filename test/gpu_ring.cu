@@ -1,6 +1,6 @@
 // The ring on GPUs, alone and under mpirun -np 2..4: forward and backward against the CPU's double reference on one
-// rank, by the 2x rule, in every mode, by every exchange and by both ways that data take. Ranks may share a GPU; NCCL is
-// left out then.
+// rank, by the 2x rule, in every mode, by every exchange and by both ways that data take. Ranks may share a GPU; NCCL
+// is left out then.
 #define DOCTEST_CONFIG_IMPLEMENT
 #include "../core/arena.h"
 #include "gpu.h"
