@@ -16,7 +16,7 @@
 // Own keys and values are packed once, and others fetch from there what they see, so a rank has nothing to do for them
 // later. Where the buffers hold what all steps move (packs), all transfers start at once and no rank waits in a step
 // for one that is behind; gradients of keys are added when all steps are done. Else (a full mask, whose steps are of
-// equal work) two steps are under way at a time.
+// equal work; or memory is short) two steps are under way at a time.
 #pragma once
 #include "../attention_anchor.cuh"
 #include "../core/comm.h"
@@ -41,15 +41,15 @@ template <class E> struct RingScratch {
 struct RingScratchSizes {
     size_t state, delta, dkv, anchor, danchor, send, receive, gathered, dgathered, dkv_send, dkv_receive;
 };
-template <class Dev> RingScratchSizes ring_scratch_sizes(Dev, RingBackend backend, size_t T, size_t ring, size_t B,
-                                                         size_t H, size_t K, size_t D) {
-    const size_t own = T * 2 * K * D, anchor = B * 2 * K * D, held = ring == 1 ? 0 : ring_steps_held(backend, ring);
-    const bool ulysses = ring > 1 && backend == RingBackend::ulysses;
+template <class Dev> RingScratchSizes ring_scratch_sizes(Dev, const RingExchange& exchange, size_t T, size_t ring,
+                                                         size_t B, size_t H, size_t K, size_t D) {
+    const size_t own = T * 2 * K * D, anchor = B * 2 * K * D, held = ring == 1 ? 0 : ring_steps_held(exchange, ring);
+    const bool ulysses = ring > 1 && exchange.backend == RingBackend::ulysses;
     const size_t dkv =
         std::is_same_v<Dev, Gpu> && (ring == 1 || ulysses) ? 0 : own; // then dK and dV are stored at once
     const size_t heads = T * (3 * H + 2 * K) * D;
     if (ulysses) return {T * H * D, T * H, dkv, anchor, anchor, heads, heads, heads, 0, 0, 0};
-    const size_t all = ring > 1 && backend == RingBackend::allgather ? ring * own : 0, moving = held * own;
+    const size_t all = ring > 1 && exchange.backend == RingBackend::allgather ? ring * own : 0, moving = held * own;
     return {T * H * D, T * H, dkv, anchor, anchor, ring > 1 ? own : 0, moving, all, all, moving, moving};
 }
 

@@ -149,6 +149,10 @@ inline Placement ring_placement(const int32_t* doc /*(S)*/, size_t S, size_t siz
 
 // How queries meet keys of other ranks (the exchanges are in ring.cuh). automatic is `ring`.
 enum class RingBackend { automatic, ring, allgather, ulysses };
+struct RingExchange {
+    RingBackend backend = RingBackend::ring;
+    size_t held = 2; // ring: steps whose keys, and gradients of keys, a rank's buffers hold at their largest
+};
 
 struct TokenRange {
     int32_t begin, end;
@@ -173,6 +177,7 @@ struct RingPlan {
     int rank = 0, size = 1;
     bool anchor = false; // document 0 exists: its token 0 is every row's anchor
     RingBackend backend = RingBackend::ring;
+    size_t held = 0;             // ring_steps_held
     Tokens local;                // row b's tokens are [row_begin[b], row_begin[b + 1]), S / size each, by global index
     AttentionMap own;            // ring: own queries, own keys; allgather: own queries, gathered; ulysses: all, all
     std::vector<RingStep> steps; // s = 1..size-1
@@ -184,9 +189,9 @@ struct RingPlan {
     double moved = 0;                            // keys sent, as a share of what a plain ring sends (all to all)
 };
 
-// Steps whose keys, and gradients of keys, a rank's buffers hold at their largest.
-inline size_t ring_steps_held(RingBackend backend, size_t ring) {
-    return backend == RingBackend::allgather ? ring - 1 : std::min<size_t>(ring - 1, 2);
+// Two at least, where there are two; allgather holds all.
+inline size_t ring_steps_held(const RingExchange& e, size_t ring) {
+    return e.backend == RingBackend::allgather ? ring - 1 : std::min(ring - 1, std::max<size_t>(e.held, 2));
 }
 
 inline void append_range(std::vector<TokenRange>& ranges, size_t begin, size_t count) {
@@ -241,7 +246,7 @@ inline std::vector<RingMove> ring_moves(const std::vector<TokenRange>& send, con
 
 // Where the buffers have what each step moves: one behind the other when all of it fits on all ranks, else by parity.
 inline void ring_places(RingPlan& plan, const std::vector<size_t>& moved /*(size, size) owner, reader*/) {
-    const size_t n = plan.size, T = plan.local.size(), most = ring_steps_held(plan.backend, n) * T;
+    const size_t n = plan.size, T = plan.local.size(), most = plan.held * T;
     auto received = [&](size_t reader, size_t steps) { // in the first steps
         size_t sum = 0;
         for (size_t s = 1; s <= steps; s++) sum += moved[(reader + n - s) % n * n + reader];
@@ -270,15 +275,16 @@ inline void ring_places(RingPlan& plan, const std::vector<size_t>& moved /*(size
 // `anchor`: document 0 exists (modes full and anchor). The same doc[] must be passed on all ranks.
 inline void ring_plan_build(RingPlan& plan, const int32_t* doc /*(B, S)*/, bool anchor, size_t B, size_t S, int rank,
                             int size, const AttentionTiles& tiles = attention_tiles_cpu,
-                            RingBackend backend = RingBackend::ring) {
+                            const RingExchange& exchange = {}) {
     REQUIRE(B > 0 && S > 0 && rank >= 0 && rank < size, "pass at least one token, and a rank of the ring");
     REQUIRE(B * S / size <= size_t(INT32_MAX), "use more ranks or shorter rows");
-    if (size == 1 || backend == RingBackend::automatic) backend = RingBackend::ring;
-    REQUIRE(backend == RingBackend::ring || B * S <= size_t(INT32_MAX), "rows this long take the backend ring");
+    const bool ring = size == 1 || exchange.backend == RingBackend::automatic || exchange.backend == RingBackend::ring;
+    const RingBackend backend = ring ? RingBackend::ring : exchange.backend;
+    REQUIRE(ring || B * S <= size_t(INT32_MAX), "rows this long take the backend ring");
     plan = RingPlan{};
-    plan.rank = rank, plan.size = size, plan.anchor = anchor, plan.backend = backend;
+    plan.rank = rank, plan.size = size, plan.anchor = anchor, plan.backend = backend,
+    plan.held = ring_steps_held(exchange, size);
     plan.local.row_begin = plan.gathered.row_begin = {0}, plan.places.resize(size);
-    const bool ring = backend == RingBackend::ring;
     for (int s = 1; s < size; s++) {
         RingStep& step = plan.steps.emplace_back();
         step.to = (rank + s) % size, step.from = (rank - s + size) % size, step.received.row_begin = {0};

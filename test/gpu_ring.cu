@@ -54,7 +54,7 @@ Result<E> attend_gpu(const Comm& comm, const Case& c, RingPlan& plan, const Buff
     DeviceBuffer<float> lse(T * z.H);
     DeviceBuffer<uint8_t> memory(ring_plan_bytes(gpu, T, comm.size, B));
     ring_plan_upload(gpu, plan, memory.data(), memory.count);
-    SharedScratch<E> scratch(ring_scratch_sizes(gpu, plan.backend, T, comm.size, B, z.H, z.K, z.D));
+    SharedScratch<E> scratch(ring_scratch_sizes(gpu, {plan.backend, plan.held}, T, comm.size, B, z.H, z.K, z.D));
     ring_attention_forward(gpu, comm, plan, out.data(), lse.data(), local_qkv.data(), scratch, z.H, z.K, z.D);
     CUDA_CHECK(cudaMemsetAsync(scratch.state, SharedScratch<E>::poison, T * O * sizeof(float), gpu.stream));
     ring_attention_backward(gpu, comm, plan, dqkv.data(), local_dout.data(), out.data(), lse.data(), local_qkv.data(),
@@ -95,13 +95,14 @@ template <class E> void check_ways(const Case& c) {
     const Result<double> truth = attend(alone, single, converted<double>(qkv), converted<double>(dout), c.S, c.z);
     const Result<E> one = attend(alone, single, qkv, dout, c.S, c.z);
     for (const Way& way : ways)
-        for (RingBackend backend : backends)
+        for (const RingExchange& exchange : exchanges)
             for (bool deterministic : {false, true}) {
-                if (backend == RingBackend::ulysses && c.z.K % world.size) continue;
+                if (exchange.backend == RingBackend::ulysses && c.z.K % world.size) continue;
                 CAPTURE(way.name);
-                CAPTURE(int(backend));
+                CAPTURE(int(exchange.backend));
+                CAPTURE(exchange.held);
                 the_gpu().context->deterministic = deterministic;
-                RingPlan plan = c.plan(way.comm, attention_tiles<E>(the_gpu(), c.z.D), backend);
+                RingPlan plan = c.plan(way.comm, attention_tiles<E>(the_gpu(), c.z.D), exchange);
                 check(c, plan, attend_gpu<E>(way.comm, c, plan, qkv, dout), one, truth);
             }
     the_gpu().context->deterministic = false;
@@ -131,14 +132,15 @@ TEST_CASE("GPU ring: a rank that has nothing to learn from, and one whose keys n
 TEST_CASE("GPU ring: the same run gives the same bits") {
     the_gpu().context->deterministic = true;
     for (Mode mode : {Mode::full, Mode::anchor})
-        for (RingBackend backend : backends) {
+        for (const RingExchange& exchange : exchanges) {
             const Case c(world.size, mode, 2, 900, 100, {8, 4, 128}, 5);
-            if (backend == RingBackend::ulysses && c.z.K % world.size) continue;
+            if (exchange.backend == RingBackend::ulysses && c.z.K % world.size) continue;
             const Buffer<bf16> qkv = converted<bf16>(c.qkv), dout = converted<bf16>(c.dout);
             for (const Way& way : ways) {
                 CAPTURE(way.name);
-                CAPTURE(int(backend));
-                RingPlan plan = c.plan(way.comm, attention_tiles<bf16>(the_gpu(), c.z.D), backend);
+                CAPTURE(int(exchange.backend));
+                CAPTURE(exchange.held);
+                RingPlan plan = c.plan(way.comm, attention_tiles<bf16>(the_gpu(), c.z.D), exchange);
                 const Result<bf16> a = attend_gpu<bf16>(way.comm, c, plan, qkv, dout);
                 const Result<bf16> b = attend_gpu<bf16>(way.comm, c, plan, qkv, dout);
                 CHECK(memcmp(a.out.data(), b.out.data(), a.out.count * 2) == 0);

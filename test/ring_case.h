@@ -3,7 +3,8 @@
 #include "../layers/ring.cuh"
 #include "check.h"
 
-constexpr RingBackend backends[] = {RingBackend::ring, RingBackend::allgather, RingBackend::ulysses};
+constexpr RingExchange exchanges[] = {
+    {RingBackend::ring, 2}, {RingBackend::ring, 100}, {RingBackend::allgather}, {RingBackend::ulysses}};
 
 enum class Mode { full, intra, anchor, interleaved, padded, masked };
 constexpr Mode modes[] = {Mode::full, Mode::intra, Mode::anchor, Mode::interleaved, Mode::padded, Mode::masked};
@@ -55,9 +56,9 @@ struct Case {
             for (size_t i = (S / 3 + b) * z.H * z.D; i < S * z.H * z.D; i++) dout[b * S * z.H * z.D + i] = 0;
     }
     RingPlan plan(const Comm& comm, const AttentionTiles& tiles = attention_tiles_cpu,
-                  RingBackend backend = RingBackend::ring) const {
+                  const RingExchange& exchange = {}) const {
         RingPlan p;
-        ring_plan_build(p, doc.data(), anchor, B, S, comm.rank, comm.size, tiles, backend);
+        ring_plan_build(p, doc.data(), anchor, B, S, comm.rank, comm.size, tiles, exchange);
         return p;
     }
 };
@@ -119,7 +120,7 @@ template <class E> Result<E> attend(const Comm& comm, const RingPlan& plan, cons
                                     size_t S, Sizes z) {
     const size_t T = plan.local.size(), B = plan.local.rows(), W = z.qkv(), O = z.H * z.D;
     const Buffer<E> local_qkv = local_rows(plan, qkv, S, W), local_dout = local_rows(plan, dout, S, O);
-    Scratch<E> scratch(ring_scratch_sizes(Cpu(), plan.backend, T, comm.size, B, z.H, z.K, z.D));
+    Scratch<E> scratch(ring_scratch_sizes(Cpu(), {plan.backend, plan.held}, T, comm.size, B, z.H, z.K, z.D));
     RingScratch<E> pointers = scratch.pointers();
     Result<E> r{Buffer<E>(T * O), Buffer<E>(T * W), Buffer<Acc<E>>(T * z.H)};
     ring_attention_forward(Cpu(), comm, plan, r.out.data(), r.lse.data(), local_qkv.data(), pointers, z.H, z.K, z.D);
