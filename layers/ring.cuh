@@ -258,64 +258,55 @@ template <class E> struct HeadPart {
     const E* from;
     size_t from_stride, width;
 };
-template <class E> size_t parts_width(const std::vector<HeadPart<E>>& parts) {
+// The all-to-all: pack(part, rank, to, width) writes what goes to a rank, place(part, rank, from, width) puts where it
+// belongs what came from one, and keep(part) does both for this rank's own; `width` elements from row to row.
+template <class Dev, class E, class Pack, class Place, class Keep>
+void heads_exchange(Dev dev, const Comm& comm, const RingPlan& plan, const std::vector<HeadPart<E>>& parts, E* send,
+                    E* receive, Pack pack, Place place, Keep keep) {
     size_t width = 0;
     for (const HeadPart<E>& p : parts) width += p.width;
-    return width;
+    const size_t slot = plan.local.size() * width;
+    Shifts shifts;
+    for (const RingStep& s : plan.steps) {
+        E* const at = send + (&s - plan.steps.data()) * slot;
+        E* column = at;
+        for (const HeadPart<E>& p : parts) pack(p, s.to, column, width), column += p.width;
+        shifts.push_back(shift_start(dev, comm, (const E*)at, slot, s.to, receive + (at - send), slot, s.from));
+    }
+    for (const HeadPart<E>& p : parts) keep(p);
+    ring_wait(dev, shifts);
+    for (const RingStep& s : plan.steps) {
+        const E* column = receive + (&s - plan.steps.data()) * slot;
+        for (const HeadPart<E>& p : parts) place(p, s.from, column, width), column += p.width;
+    }
 }
 
 // From all heads of the own tokens to the own heads of all tokens.
 template <class Dev, class E> void heads_spread(Dev dev, const Comm& comm, const RingPlan& plan,
                                                 const std::vector<HeadPart<E>>& parts, E* send, E* receive) {
-    const size_t T = plan.local.size(), width = parts_width(parts), slot = T * width;
-    Shifts shifts;
-    for (const RingStep& s : plan.steps) {
-        E* at = send + (&s - plan.steps.data()) * slot;
-        E* column = at;
-        for (const HeadPart<E>& p : parts) {
-            ring_copy(dev, column, width, p.from + s.to * p.width, p.from_stride, T, p.width);
-            column += p.width;
-        }
-        shifts.push_back(shift_start(dev, comm, (const E*)at, slot, s.to, receive + (at - send), slot, s.from));
-    }
-    for (const HeadPart<E>& p : parts)
-        ring_scatter(dev, p.to, p.to_stride, p.from + plan.rank * p.width, p.from_stride, plan.places[plan.rank],
-                     p.width);
-    ring_wait(dev, shifts);
-    for (const RingStep& s : plan.steps) {
-        const E* column = receive + (&s - plan.steps.data()) * slot;
-        for (const HeadPart<E>& p : parts) {
-            ring_scatter(dev, p.to, p.to_stride, column, width, plan.places[s.from], p.width);
-            column += p.width;
-        }
-    }
+    using Part = HeadPart<E>;
+    auto pack = [&](const Part& p, int rank, E* to, size_t width) {
+        ring_copy(dev, to, width, p.from + rank * p.width, p.from_stride, plan.local.size(), p.width);
+    };
+    auto place = [&](const Part& p, int rank, const E* from, size_t width) {
+        ring_scatter(dev, p.to, p.to_stride, from, width, plan.places[rank], p.width);
+    };
+    auto keep = [&](const Part& p) { place(p, plan.rank, p.from + plan.rank * p.width, p.from_stride); };
+    heads_exchange(dev, comm, plan, parts, send, receive, pack, place, keep);
 }
 
 // From the own heads of all tokens to all heads of the own tokens.
 template <class Dev, class E> void heads_collect(Dev dev, const Comm& comm, const RingPlan& plan,
                                                  const std::vector<HeadPart<E>>& parts, E* send, E* receive) {
-    const size_t T = plan.local.size(), width = parts_width(parts), slot = T * width;
-    Shifts shifts;
-    for (const RingStep& s : plan.steps) {
-        E* at = send + (&s - plan.steps.data()) * slot;
-        E* column = at;
-        for (const HeadPart<E>& p : parts) {
-            ring_gather(dev, column, width, p.from, p.from_stride, plan.places[s.to], p.width);
-            column += p.width;
-        }
-        shifts.push_back(shift_start(dev, comm, (const E*)at, slot, s.to, receive + (at - send), slot, s.from));
-    }
-    for (const HeadPart<E>& p : parts)
-        ring_gather(dev, p.to + plan.rank * p.width, p.to_stride, p.from, p.from_stride, plan.places[plan.rank],
-                    p.width);
-    ring_wait(dev, shifts);
-    for (const RingStep& s : plan.steps) {
-        const E* column = receive + (&s - plan.steps.data()) * slot;
-        for (const HeadPart<E>& p : parts) {
-            ring_copy(dev, p.to + s.from * p.width, p.to_stride, column, width, T, p.width);
-            column += p.width;
-        }
-    }
+    using Part = HeadPart<E>;
+    auto pack = [&](const Part& p, int rank, E* to, size_t width) {
+        ring_gather(dev, to, width, p.from, p.from_stride, plan.places[rank], p.width);
+    };
+    auto place = [&](const Part& p, int rank, const E* from, size_t width) {
+        ring_copy(dev, p.to + rank * p.width, p.to_stride, from, width, plan.local.size(), p.width);
+    };
+    auto keep = [&](const Part& p) { pack(p, plan.rank, p.to + plan.rank * p.width, p.to_stride); };
+    heads_exchange(dev, comm, plan, parts, send, receive, pack, place, keep);
 }
 
 // Queries, keys and values of rows of (H + 2K) heads; `to` has H / n and K / n of them.

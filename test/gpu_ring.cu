@@ -3,31 +3,25 @@
 // is left out then.
 #define DOCTEST_CONFIG_IMPLEMENT
 #include "../core/arena.h"
-#include "gpu.h"
+#include "gpu_ranks.h"
 #include "ring_case.h"
 
 namespace {
-Comm world, alone;
-constexpr size_t shared_bytes = size_t(64) << 20;
-uint8_t* shared_memory = nullptr;
-struct Way {
-    const char* name;
-    Comm comm;
-};
-std::vector<Way> ways; // groups with all ranks
+Comm alone;
+constexpr size_t peer_bytes = size_t(64) << 20;
 
 // The scratch in the shared memory, at the same places on every rank; between guards, which the destructor looks at.
 template <class E> struct SharedScratch : RingScratch<E> {
     static constexpr int poison = 0xff; // NaN in float and bf16
     std::vector<uint8_t*> guards;
-    Arena arena{shared_memory, 0, {}};
+    Arena arena{peer_memory, 0, {}};
     explicit SharedScratch(const RingScratchSizes& n) {
-        CUDA_CHECK(cudaMemsetAsync(shared_memory, poison, shared_bytes, the_gpu().stream));
+        CUDA_CHECK(cudaMemsetAsync(peer_memory, poison, peer_bytes, the_gpu().stream));
         take(this->state, n.state), take(this->anchor, n.anchor), take(this->send, n.send);
         take(this->receive, n.receive), take(this->gathered, n.gathered);
         take(this->delta, n.delta), take(this->dkv, n.dkv), take(this->danchor, n.danchor);
         take(this->dgathered, n.dgathered), take(this->dkv_send, n.dkv_send), take(this->dkv_receive, n.dkv_receive);
-        CHECK(arena.used <= shared_bytes);
+        CHECK(arena.used <= peer_bytes);
     }
     template <class X> void take(X*& buffer, size_t count) {
         buffer = arena.take<X>("scratch", count);
@@ -152,24 +146,7 @@ TEST_CASE("GPU ring: the same run gives the same bits") {
 }
 
 int main(int argc, char** argv) {
-    world = comm_init(&argc, &argv);
-    world.timeout = 60;
+    open_ranks(argc, argv, peer_bytes, [] { return world.size > 1; });
     alone = comm_split(world, world.rank, 0);
-    int count = 0;
-    shared_memory = device_allocate(the_gpu(), shared_bytes);
-    CUDA_CHECK(cudaGetDeviceCount(&count));
-    std::vector<Transport> transports = {Transport::ipc};
-    if (count >= world.size && world.size > 1) transports.push_back(Transport::nccl);
-    for (Transport transport : transports) {
-        const Comm comm = comm_split(world, 0, world.rank);
-        comm_open(the_gpu(), comm, shared_memory, shared_bytes, transport);
-        ways.push_back({transport == Transport::ipc ? "ipc" : "nccl", comm});
-    }
-    doctest::Context context(argc, argv);
-    if (world.rank != 0) context.setOption("minimal", true);
-    int64_t failed = context.run();
-    comm_sum(Cpu(), world, &failed, 1);
-    comm_close(the_gpu());
-    comm_finalize(world);
-    return failed > 0;
+    return run_ranks(world, argc, argv, [] { comm_close(the_gpu()); });
 }

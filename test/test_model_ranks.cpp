@@ -2,6 +2,7 @@
 // Run under mpirun with 1 to 4 ranks.
 #define DOCTEST_CONFIG_IMPLEMENT
 #include "model.h"
+#include "rank_main.h"
 
 static Comm world;
 
@@ -72,10 +73,5 @@ TEST_CASE("after an update every rank holds the weights that one rank would hold
 
 int main(int argc, char** argv) {
     world = comm_init(&argc, &argv);
-    doctest::Context context(argc, argv);
-    if (world.rank != 0) context.setOption("minimal", true);
-    int64_t failed = context.run();
-    comm_sum(Cpu{}, world, &failed, 1);
-    comm_finalize(world);
-    return failed != 0;
+    return run_ranks(world, argc, argv);
 }

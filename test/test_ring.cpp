@@ -1,6 +1,7 @@
 // layers/ring.cuh: placement and plan as pure functions; a ring of N ranks against one rank.
 // Run as mpirun -np N: every rank runs every case, and a failure on any of them is a failure.
 #define DOCTEST_CONFIG_IMPLEMENT
+#include "rank_main.h"
 #include "ring_case.h"
 
 static Comm world, alone; // set by main: all ranks, and this rank as a ring of its own
@@ -246,9 +247,5 @@ TEST_CASE("padded lengths divide, and add little") {
 int main(int argc, char** argv) {
     world = comm_init(&argc, &argv);
     alone = comm_split(world, world.rank, 0);
-    doctest::Context context(argc, argv);
-    int64_t failed = context.run();
-    comm_sum(Cpu(), world, &failed, 1);
-    comm_finalize(world);
-    return failed > 0;
+    return run_ranks(world, argc, argv);
 }
