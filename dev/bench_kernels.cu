@@ -205,6 +205,7 @@ int main() {
     bench_loss(gpu, 512, V, copy);
     bench_loss(gpu, 2048, V, copy);
     bench_loss(gpu, 512, 128256, copy);
+    bench_loss(gpu, 2048, 128256, copy);
     bench_adamw<bf16, bf16, bf16>(gpu, false, copy);
     bench_adamw<bf16, float, bf16>(gpu, true, copy);
     bench_adamw<bf16, float, float>(gpu, false, copy);
