@@ -2,8 +2,8 @@
 //
 //   out_t = weight_{token_t}                           dweight_v += sum over t with token_t = v of dout_t
 //
-// out, dout (T, C); weight, dweight (V, C). The T tokens come sorted, as token_order leaves them: every id in [0, V) (the
-// loader has checked them).
+// out, dout (T, C); weight, dweight (V, C). The T tokens come sorted, as token_order leaves them, every id in [0, V)
+// (the loader has checked them).
 #pragma once
 #include "../core/kernel.h"
 #include <algorithm>

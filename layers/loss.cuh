@@ -155,12 +155,13 @@ template <class E, int W> __global__ void __launch_bounds__(1024)
     if (argmax) argmax[blockIdx.x] = place < INT_MAX ? place : 0;
 }
 
-// A block per token, or on Hopper a cluster of up to 8. The logits are read once and wait in registers, P packs a thread,
-// while the row's sum forms; each joins the sum as it arrives, so that the exponentials run under the loads. A row that
-// is longer is taken in chunks of as much: the first is read last and waits, the others are read again, mostly from L2,
-// which holds the rows of all blocks. Bound by memory; the two exponentials an element keep the special function units
-// busy for over half of that time. H200, of a copy's bandwidth: 87% with 2048 tokens of 32000 logits; 68% with 512, which
-// take 22 us, two waves of blocks that first all read and then all write, where a plain copy of as much comes to 87%.
+// A block per token, or on Hopper a cluster of up to 8. The logits are read once and wait in registers, P packs a
+// thread, while the row's sum forms; each joins the sum as it arrives, so that the exponentials run under the loads. A
+// row that is longer is taken in chunks of as much: the first is read last and waits, the others are read again, mostly
+// from L2, which holds the rows of all blocks. Bound by memory; the two exponentials an element keep the special
+// function units busy for over half of that time. H200, of a copy's bandwidth: 87% with 2048 tokens of 32000 logits;
+// 68% with 512, which take 22 us, two waves of blocks that first all read and then all write, where a plain copy of as
+// much comes to 87%.
 template <class E, int W, int P> __global__ void __launch_bounds__(1024)
     loss_forward_backward_kernel(float* loss, E* logits, const int32_t* label, float scale, size_t V, unsigned blocks) {
     __shared__ SoftmaxRow<float> slot[32], slot_cluster[32];

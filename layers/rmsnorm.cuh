@@ -243,8 +243,8 @@ template <class E, int W, int P, bool with_residual> __global__ void __launch_bo
         if (first + k * stride < packs) pack_store(sums + size_t(first + k * stride) * W, dweight[k]);
 }
 
-// Adds the blocks' rows: 32 channels a block, 32 threads a channel with every 32nd row each, two rounds of loads for the
-// 528 blocks of an H200. The rows were just written and mostly come from L2.
+// Adds the blocks' rows: 32 channels a block, 32 threads a channel with every 32nd row each, two rounds of loads for
+// the 528 blocks of an H200. The rows were just written and mostly come from L2.
 template <class G> __global__ void __launch_bounds__(1024)
     rmsnorm_dweight_kernel(G* dweight, const float* partial, unsigned rows, size_t C) {
     constexpr unsigned parts = 32, batch = 9;
