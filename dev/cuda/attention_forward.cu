@@ -15,7 +15,7 @@
 //   4   layers/attention_mma.cuh    the trainer's: 32 queries a warp, so that each key from shared memory serves twice
 //                                   as many; keys copied a step ahead; exponentials between the products; the state
 //                                   multiplied only when the maximum moves far; a mask only where it is needed
-#include "../../layers/attention_mma.cuh"
+#include "../../attention_anchor.cuh"
 #include "../bench.h"
 
 constexpr int T = 4096, H = 32, D = 128;             // of LLaMA-2-7B
