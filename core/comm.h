@@ -81,12 +81,13 @@ inline CommTimes comm_times(Cpu, const Comm&) { return {}; }
 std::string comm_transport(Gpu, const Comm& comm); // in words
 inline std::string comm_transport(Cpu, const Comm&) { return comm_backend(); }
 
-// GPU memory that transfers take beside the data, of a group and of one split from it. NCCL's share is an estimate.
+// GPU memory that transfers take beside the data, of groups of so many ranks. NCCL's share is an estimate.
 constexpr size_t comm_scratch_bytes = size_t(128) << 20, comm_flag_bytes = size_t(2) << 20;
 constexpr size_t comm_nccl_bytes = size_t(512) << 20;
-inline double comm_gpu_bytes(int ranks, Transport transport) {
+inline double comm_gpu_bytes(int ranks, Transport transport, int groups = 2) {
     const bool nccl = transport == Transport::nccl || (transport == Transport::automatic && ranks > 8); // hosts of 8
-    return ranks == 1 ? 0 : double(comm_scratch_bytes) + 2.0 * double(comm_flag_bytes + (nccl ? comm_nccl_bytes : 0));
+    if (ranks == 1) return 0;
+    return double(comm_scratch_bytes) + groups * double(comm_flag_bytes + (nccl ? comm_nccl_bytes : 0));
 }
 
 // How many ranks the launcher says it started (mpirun, srun): a backend that sees fewer would train the same model

@@ -86,6 +86,7 @@ using Flag = bool;
     OPTION(Text, device, 0, "auto", "auto|cpu|gpu", "auto: the GPU if there is one")                                   \
     OPTION(Int, ring, 0, 0, "0..65536", "ranks that share a sequence; 0: all. World size / ring sequences run side "   \
            "by side")                                                                                                  \
+    OPTION(Int, zero, 0, 1, "1..3", "ZeRO: ranks share out the optimizer's state; 2: gradients too; 3: weights too")   \
     OPTION(Text, transport, 0, "auto", "auto|ipc|nccl", "how data travel between GPUs; auto: CUDA IPC where two "  \
            "ranks can map each other's memory, else NCCL")                                                             \
     OPTION(Text, dtype, 0, "auto", "auto|float|bf16|double", "storage of weights and activations; auto: float on the " \
