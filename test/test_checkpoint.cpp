@@ -81,7 +81,7 @@ static CheckpointFile shard_file(int rank, const ShardHeader& header, const void
     shard_add(file, header, m, v, master);
     return file;
 }
-// `rounds`: each file has so many shards, a file's every `shards` apart.
+// `rounds`: shards of a file, each far from the next.
 static void save(const Comm& comm, const std::string& dir, int64_t step, int keep, int shards = 0, int rounds = 1) {
     if (shards == 0) shards = comm.size;
     std::vector<size_t> begin = shard_begin(shards * rounds);
@@ -190,8 +190,8 @@ TEST_CASE("resume on another number of ranks: three shards, any range") {
         size_t a = hash64(2, i) % (elements + 1), b = hash64(3, i) % (elements + 1);
         CHECK(wrong_values(c, std::min(a, b), std::max(a, b)) == 0);
     }
-    save(world(), folder.path, 5, 0, 3, 4);
-    Checkpoint several = newest(folder.path);
+    save(world(), folder / "several", 5, 0, 3, 4);
+    const Checkpoint several = newest(folder / "several");
     for (uint64_t i = 0; i < 50; i++) {
         size_t a = hash64(2, i) % (elements + 1), b = hash64(3, i) % (elements + 1);
         CHECK(wrong_values(several, std::min(a, b), std::max(a, b)) == 0);
