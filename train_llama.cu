@@ -170,6 +170,7 @@ template <class E, class Where> Params<E> params_place(const Config& c, Where wh
 struct Layout {
     size_t S = 0, B = 1;     // tokens of a row, rows
     int ring = 1, world = 1; // ranks of a sequence, ranks in all
+    RingExchange exchange;
     size_t head_chunk = 512; // tokens whose logits exist at once
     size_t ffn_tile = 0;     // tokens whose feed-forward activations exist at once; 0: all
     int zero = 1;            // what ranks share: 1 optimizer state, 2 gradients too, 3 weights too
@@ -315,15 +316,18 @@ template <class Dev, class E, class G> void model_place(Model<Dev, E, G>& m, Are
                   [&] {
                       m.datt = arena.take<E>("backward", train ? T * H * D : 0);
                       m.dqkv = arena.take<E>("backward", train ? T * (H + 2 * K) * D : 0);
-                      const RingScratchSizes n = ring_scratch_sizes(m.dev, T, m.layout.ring, m.layout.B, H, K, D);
+                      const RingScratchSizes n =
+                          ring_scratch_sizes(m.dev, m.layout.exchange, T, m.layout.ring, m.layout.B, H, K, D);
                       m.scratch.state = arena.take<A>("ring", n.state);
                       m.scratch.anchor = arena.take<E>("ring", n.anchor);
                       m.scratch.send = arena.take<E>("ring", n.send);
-                      for (E*& receive : m.scratch.receive) receive = arena.take<E>("ring", n.receive);
+                      m.scratch.receive = arena.take<E>("ring", n.receive);
+                      m.scratch.gathered = arena.take<E>("ring", n.gathered);
                       m.scratch.delta = arena.take<A>("ring", train ? n.delta : 0);
                       m.scratch.dkv = arena.take<A>("ring", train ? n.dkv : 0);
                       m.scratch.danchor = arena.take<A>("ring", train ? n.danchor : 0);
-                      for (A*& send : m.scratch.dkv_send) send = arena.take<A>("ring", train ? n.dkv_send : 0);
+                      m.scratch.dgathered = arena.take<A>("ring", train ? n.dgathered : 0);
+                      m.scratch.dkv_send = arena.take<A>("ring", train ? n.dkv_send : 0);
                       m.scratch.dkv_receive = arena.take<A>("ring", train ? n.dkv_receive : 0);
                   });
 
@@ -353,7 +357,7 @@ struct Batch {
 // Rows shorter than the ring needs are padded: behind everything else, in a document of its own (in full mode causality
 // alone hides it) and without labels, so nobody sees it and no gradient comes from it.
 Batch batch_make(const std::vector<Row>& rows, Attention attention, const Comm& ring,
-                 const AttentionTiles& tiles = attention_tiles_cpu) {
+                 const AttentionTiles& tiles = attention_tiles_cpu, const RingExchange& exchange = {}) {
     const size_t B = rows.size(), S = rows[0].token.size(), padded = ring_padded_length(S, ring.size);
     Batch b;
     b.ring = ring;
@@ -368,7 +372,7 @@ Batch batch_make(const std::vector<Row>& rows, Attention attention, const Comm& 
         b.pairs += visible_pairs(row.doc.data(), S);
     }
     bool anchored = attention == Attention::anchor || attention == Attention::full;
-    ring_plan_build(b.plan, doc.data(), anchored, B, padded, ring.rank, ring.size, tiles);
+    ring_plan_build(b.plan, doc.data(), anchored, B, padded, ring.rank, ring.size, tiles, exchange);
     b.T = b.plan.local.index.size();
     b.token.resize(b.T), b.pos.resize(b.T), b.label.resize(b.T);
     for (size_t r = 0, t = 0; r < B; r++)
@@ -859,6 +863,8 @@ void setup_memory(Setup& s) {
     comm_gather(Cpu{}, s.world, all.data(), &s.memory, 1);
     s.memory = *std::min_element(all.begin(), all.end()); // all ranks must come to the same layout
     choose_layout(s);
+    for (Layout more = s.layout; ++more.exchange.held < size_t(more.ring);) // what is left lets more steps start early
+        if (memory_needed(s, more) < memory_usable(s)) s.layout = more;
 }
 
 // For a layout that does not fit: changes after which it does, each kept while the next is tried, the mildest first.
@@ -962,6 +968,13 @@ Setup setup_read(const Options& options, const Comm& world) {
     s.layout.world = o.plan && o.ranks ? int(o.ranks) : world.size;
     s.layout.ring = o.ring ? int(o.ring) : s.layout.world;
     if (s.layout.world % s.layout.ring) fail("--ring %d does not divide the %d ranks", s.layout.ring, s.layout.world);
+    if (o.ring_backend != "auto")
+        s.layout.exchange.backend = RingBackend(choice(o.ring_backend, "auto|ring|allgather|ulysses"));
+    if (s.layout.exchange.backend == RingBackend::ulysses && s.config.K % s.layout.ring)
+        fail(
+            "--ring_backend ulysses gives each rank of a ring whole KV heads: %d of them do not go over %d ranks; pass "
+            "another --ring or --ring_backend",
+            s.config.K, s.layout.ring);
     s.layout.S = o.context ? size_t(o.context) : size_t(s.config.rope.max_context);
     if (s.layout.S < 2) fail("--context must be at least 2: a row holds the anchor and something to predict");
     s.layout.B = size_t(o.batch), s.layout.head_chunk = o.head_chunk ? size_t(o.head_chunk) : s.gpu ? 2048 : 512;
@@ -1117,7 +1130,7 @@ template <class E, class G> void model_tune(Model<Gpu, E, G>& m, const Setup& s,
     const Cursor start = loader.cursor;
     std::vector<Row> rows = take_rows(loader, s, int64_t(s.layout.B) * s.groups());
     loader_seek(loader, start);
-    Batch b = batch_make(rows, s.attention, s.ring, attention_tiles<E>(m.dev, m.config.D));
+    Batch b = batch_make(rows, s.attention, s.ring, attention_tiles<E>(m.dev, m.config.D), s.layout.exchange);
     auto step = [&] {
         model_forward(m, b);
         head_forward_backward(m, b, 1.0 / double(std::max<int64_t>(b.counted, 1)));
@@ -1203,7 +1216,7 @@ StepResult step_gradients(Model<Dev, E, G>& m, const Setup& s, const TrainState&
     fill_zero(m.dev, &m.update->loss_sum, sizeof m.update->loss_sum);
     for (size_t first = 0; first < rows.size() && r.counted; first += s.layout.B) {
         Batch b = batch_make({rows.begin() + first, rows.begin() + first + s.layout.B}, s.attention, s.ring,
-                             attention_tiles<E>(m.dev, m.config.D));
+                             attention_tiles<E>(m.dev, m.config.D), s.layout.exchange);
         model_forward(m, b);
         head_forward_backward(m, b, 1.0 / double(r.counted));
         model_backward(m, b);
@@ -1294,7 +1307,7 @@ std::vector<Score> score_rows(Model<Dev, E, G>& m, const Setup& s, Loader& loade
         std::vector<Row> rows = take_rows(loader, s, std::min(at_once, count - first));
         const bool none = rows.empty(); // at the data's end: then a blank row, since all rings fetch weights together
         if (none) rows.push_back(blank_row(s.layout.S));
-        Batch b = batch_make(rows, s.attention, s.ring, attention_tiles<E>(m.dev, m.config.D));
+        Batch b = batch_make(rows, s.attention, s.ring, attention_tiles<E>(m.dev, m.config.D), s.layout.exchange);
         model_forward(m, b);
         head_forward(m, b, [](size_t, size_t) {});
         std::vector<int32_t> argmax = to_host(m.dev, m.argmax, b.T);
@@ -1354,7 +1367,7 @@ template <class Dev, class E, class G> void evaluate(Model<Dev, E, G>& m, const 
 template <class Dev, class E, class G> void dump_logits(Model<Dev, E, G>& m, const Setup& s, Loader& loader) {
     Row row;
     loader_next(loader, row);
-    Batch b = batch_make({row}, s.attention, s.ring, attention_tiles<E>(m.dev, m.config.D));
+    Batch b = batch_make({row}, s.attention, s.ring, attention_tiles<E>(m.dev, m.config.D), s.layout.exchange);
     FILE* file = fopen(s.o.dump_logits.c_str(), "wb");
     if (!file) fail("%s: %s", s.o.dump_logits.c_str(), strerror(errno));
     std::vector<float> line(m.config.V);

@@ -98,6 +98,17 @@ inline int comm_launched_ranks() {
     return 1;
 }
 
+// Checks the ends of a shift; what it is, for the watchdog.
+inline std::string shift_operation(const Comm& comm, size_t send_count, int to, size_t receive_count, int from) {
+    auto other_rank = [&](int rank) { return rank >= 0 && rank < comm.size && rank != comm.rank; };
+    REQUIRE(send_count == 0 || other_rank(to), "send to some other rank of the group");
+    REQUIRE(receive_count == 0 || other_rank(from), "receive from some other rank of the group");
+    std::string operation = "shift";
+    if (send_count > 0) operation += " to rank " + std::to_string(to);
+    if (receive_count > 0) operation += " from rank " + std::to_string(from);
+    return operation;
+}
+
 // The same, by element number: what a backend defines.
 void comm_broadcast(Cpu, const Comm& comm, Type type, void* data, size_t count, int root);
 void comm_broadcast(Gpu, const Comm& comm, Type type, void* data, size_t count, int root);

@@ -423,20 +423,11 @@ void comm_all_gather(Gpu gpu, const Comm& comm, Type type, void* data, const siz
 
 Shift shift_start(Gpu gpu, const Comm& comm, Type type, const void* send, size_t send_count, int to, void* receive,
                   size_t receive_count, int from) {
-    auto other_rank = [&](int rank) { return rank >= 0 && rank < comm.size && rank != comm.rank; };
-    REQUIRE(send_count == 0 || other_rank(to), "send to some other rank of the group");
-    REQUIRE(receive_count == 0 || other_rank(from), "receive from some other rank of the group");
+    const std::string operation = shift_operation(comm, send_count, to, receive_count, from);
     if (send_count == 0 && receive_count == 0) return {comm, nullptr};
-    std::string operation = "shift";
     std::vector<Message> messages;
-    if (send_count > 0) {
-        operation += " to rank " + std::to_string(to);
-        messages.push_back({to, send, send_count * type_size(type), nullptr, 0, nullptr});
-    }
-    if (receive_count > 0) {
-        operation += " from rank " + std::to_string(from);
-        messages.push_back({from, nullptr, 0, receive, receive_count * type_size(type), send});
-    }
+    if (send_count > 0) messages.push_back({to, send, send_count * type_size(type), nullptr, 0, nullptr});
+    if (receive_count > 0) messages.push_back({from, nullptr, 0, receive, receive_count * type_size(type), send});
     return {comm, exchange_start(gpu, group_of(gpu, comm), operation, messages).release()};
 }
 

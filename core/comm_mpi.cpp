@@ -278,13 +278,8 @@ void comm_sum(Cpu cpu, const Comm& comm, Type type, void* data, size_t count) {
 
 Shift shift_start(Cpu, const Comm& comm, Type type, const void* send, size_t send_count, int to, void* receive,
                   size_t receive_count, int from) {
-    auto other_rank = [&](int rank) { return rank >= 0 && rank < comm.size && rank != comm.rank; };
-    REQUIRE(send_count == 0 || other_rank(to), "send to some other rank of the group");
-    REQUIRE(receive_count == 0 || other_rank(from), "receive from some other rank of the group");
+    const std::string operation = shift_operation(comm, send_count, to, receive_count, from);
     if (send_count == 0 && receive_count == 0) return {comm, nullptr};
-    std::string operation = "shift";
-    if (send_count > 0) operation += " to rank " + std::to_string(to);
-    if (receive_count > 0) operation += " from rank " + std::to_string(from);
     auto* t = new Transfer{comm, operation};
     add_receive(*t, receive, receive_count * type_size(type), from);
     add_send(*t, send, send_count * type_size(type), to);

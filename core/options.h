@@ -86,6 +86,8 @@ using Flag = bool;
     OPTION(Text, device, 0, "auto", "auto|cpu|gpu", "auto: the GPU if there is one")                                   \
     OPTION(Int, ring, 0, 0, "0..65536", "ranks that share a sequence; 0: all. World size / ring sequences run side "   \
            "by side")                                                                                                  \
+    OPTION(Text, ring_backend, 0, "auto", "auto|ring|allgather|ulysses", "how the ranks of a ring share attention: "   \
+           "keys go round; all keys at once; all-to-all of heads, when the ranks divide the KV heads. auto: ring")     \
     OPTION(Int, zero, 0, 1, "1..3", "ZeRO: ranks share out the optimizer's state; 2: gradients too; 3: weights too")   \
     OPTION(Text, transport, 0, "auto", "auto|ipc|nccl", "how data travel between GPUs; auto: CUDA IPC where two "  \
            "ranks can map each other's memory, else NCCL")                                                             \
@@ -176,7 +178,7 @@ template <class O, class F, class S> void options_visit(O& o, F f, S section) {
 
 // Sets one option by its long name or letter; false when there is none of that name. `text` is null
 // when the command line ends: a flag then is set, anything else is an error that names the option.
-inline bool option_set(Options& o, const std::string& name, const char* text, bool* took_text) {
+template <class O> bool option_set(O& o, const std::string& name, const char* text, bool* took_text) {
     bool found = false;
     auto set = [&](auto& field, const char* long_name, char letter, const char* range, const char*) {
         bool mine = name == long_name || (letter && name == std::string(1, letter));
@@ -193,9 +195,10 @@ inline bool option_set(Options& o, const std::string& name, const char* text, bo
     return found;
 }
 
-// Reads the command line: --name value, --name=value, -x value, and flags alone or as --flag=0.
-inline Options options_parse(int argc, char** argv) {
-    Options o;
+// Reads the command line: --name value, --name=value, -x value, and flags alone or as --flag=0. Another table of
+// options than the trainer's has an options_visit of its own.
+template <class O = Options> O options_parse(int argc, char** argv) {
+    O o;
     for (int i = 1; i < argc; i++) {
         std::string word = argv[i];
         size_t dashes = word.rfind("--", 0) == 0 ? 2 : 1;

@@ -118,9 +118,6 @@ __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t b
 }
 // Copies of the box of a tensor map at these coordinates, the innermost first. What lies outside the tensor is zero
 // when loaded, and left out when stored or added.
-__device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 __device__ __forceinline__ void tensor_load(void* to, const CUtensorMap* map, int x, int y, int z, int w,
                                             Barrier* bar) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "

@@ -15,7 +15,8 @@ TEXT = CODE | {".py", ".sh", ".md", ".yaml", ".yml", ".json", ".txt"}
 LONG = {"train_llama.cu", "attention_anchor.cuh", "layers/attention_mma.cuh", "layers/attention_hopper.cuh"}
 # A layer stands by itself, but for the ring, for one layer in several files, and for the small change all may use.
 LAYER_INCLUDES = {
-    "layers/ring.cuh": {"attention_anchor.cuh"},
+    "layers/ring.cuh": {"attention_anchor.cuh", "layers/ring_plan.cuh"},
+    "layers/ring_plan.cuh": {"attention_anchor.cuh"},
     "layers/update.cuh": {"layers/adamw.cuh"},
     "layers/grad_norm.cuh": {"layers/convert.cuh"},
     "layers/matmul.cuh": {"layers/matmul_gpu.cuh"},

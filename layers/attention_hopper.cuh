@@ -1137,16 +1137,21 @@ inline AttentionTiles attention_hopper_tiles(size_t D) {
             D == 128 ? hopper::pairs_from : 0};
 }
 
+// `tile`: of the map, of a block alone.
+template <class A> void attention_hopper_require(Gpu gpu, const A& a, int tile) {
+    REQUIRE(gpu.context->compute == 90, "use the portable kernel on a GPU that is not Hopper");
+    REQUIRE(attention_hopper_takes(a.D), "use the portable kernel for head sizes other than 64 and 128");
+    REQUIRE(a.K > 0 && a.H % a.K == 0, "the heads must be a multiple of the KV heads");
+    REQUIRE(a.q_stride % 8 == 0 && a.kv_stride % 8 == 0, "tokens must be a multiple of 16 bytes apart");
+    REQUIRE(a.map.count == 0 || a.map.tile == tile || (a.D == 128 && a.map.tile == 2 * tile),
+            "build the map with attention_hopper_tiles");
+}
+
 // See AttentionForward in attention_anchor.cuh; the map is built with attention_hopper_tiles.
 inline void attention_hopper_forward(Gpu gpu, const AttentionForward<bf16>& a) {
-    REQUIRE(gpu.context->compute == 90, "use the portable kernel on a GPU that is not Hopper");
-    REQUIRE(a.D == 64 || a.D == 128, "use the portable kernel for head sizes other than 64 and 128");
-    REQUIRE(a.K > 0 && a.H % a.K == 0, "the heads must be a multiple of the KV heads");
-    REQUIRE(a.q_stride % 8 == 0 && a.kv_stride % 8 == 0 && uintptr_t(a.anchor) % 16 == 0,
-            "tokens and the anchor must start on 16 bytes");
+    attention_hopper_require(gpu, a, hopper::forward_queries);
+    REQUIRE(uintptr_t(a.anchor) % 16 == 0, "the anchor must start on 16 bytes");
     if (a.map.count == 0) return;
-    REQUIRE(a.map.tile == hopper::forward_queries || (a.D == 128 && a.map.tile == 2 * hopper::forward_queries),
-            "build the map with attention_hopper_tiles");
     if (a.D == 64) hopper::forward_launch<64, false>(gpu, a);
     else if (a.map.tile == hopper::forward_queries) hopper::forward_launch<128, false>(gpu, a);
     else hopper::forward_launch<128, true>(gpu, a);
@@ -1155,14 +1160,9 @@ inline void attention_hopper_forward(Gpu gpu, const AttentionForward<bf16>& a) {
 // See AttentionBackward; dq, delta and danchor come from attention_backward_begin. The order of the additions to dq is
 // not fixed.
 inline void attention_hopper_backward(Gpu gpu, const AttentionBackward<bf16>& a) {
-    REQUIRE(gpu.context->compute == 90, "use the portable kernel on a GPU that is not Hopper");
-    REQUIRE(a.D == 64 || a.D == 128, "use the portable kernel for head sizes other than 64 and 128");
-    REQUIRE(a.K > 0 && a.H % a.K == 0, "the heads must be a multiple of the KV heads");
-    REQUIRE(a.q_stride % 8 == 0 && a.kv_stride % 8 == 0 && (!a.dkv_out || a.dkv_out_stride % 8 == 0),
-            "tokens must be a multiple of 16 bytes apart");
+    attention_hopper_require(gpu, a, hopper::backward_keys);
+    REQUIRE(!a.dkv_out || a.dkv_out_stride % 8 == 0, "tokens must be a multiple of 16 bytes apart");
     if (a.map.count == 0) return;
-    REQUIRE(a.map.tile == hopper::backward_keys || (a.D == 128 && a.map.tile == 2 * hopper::backward_keys),
-            "build the map with attention_hopper_tiles");
     if (a.D == 64) hopper::backward_launch<64, false>(gpu, a);
     else if (a.map.tile == hopper::backward_keys) hopper::backward_launch<128, false>(gpu, a);
     else hopper::backward_launch<128, true>(gpu, a);

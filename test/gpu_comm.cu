@@ -2,31 +2,22 @@
 // them, by both ways that data take. Ranks may share a GPU; NCCL is left out then, which wants one for each.
 #define DOCTEST_CONFIG_IMPLEMENT
 #include "comm_values.h"
-#include "gpu.h"
+#include "gpu_ranks.h"
 #include <csignal>
 
 namespace {
-Comm world;
-constexpr size_t shared_bytes = size_t(400) << 20;
-uint8_t* shared_memory = nullptr;
-
-// A group with all ranks, for each way.
-struct Way {
-    const char* name;
-    Comm comm;
-};
-std::vector<Way> ways;
+constexpr size_t peer_bytes = size_t(400) << 20;
 
 // Data in the shared memory, between guard words, at the same place on every rank: `most` elements have room, of which
 // `count` are used here. Poisoned, or with values.
 template <class E> struct Region {
     E* block;
     size_t count;
-    Region(size_t offset, const Buffer<E>& from) : block((E*)(shared_memory + offset)), count(from.count) { set(from); }
+    Region(size_t offset, const Buffer<E>& from) : block((E*)(peer_memory + offset)), count(from.count) { set(from); }
     Region(size_t offset, size_t n) : Region(offset, Buffer<E>(n)) {}
     E* data() { return block + Buffer<E>::guard; }
     void set(const Buffer<E>& from) {
-        CHECK(shared_memory + shared_bytes >= (uint8_t*)(block + from.store.size()));
+        CHECK(peer_memory + peer_bytes >= (uint8_t*)(block + from.store.size()));
         copy_to_device(the_gpu(), block, from.store.data(), from.store.size() * sizeof(E));
     }
     Buffer<E> host() { // fails the test when a guard word was touched
@@ -35,7 +26,7 @@ template <class E> struct Region {
         return to;
     }
 };
-constexpr size_t half = shared_bytes / 2;
+constexpr size_t half = peer_bytes / 2;
 
 template <class E> Buffer<E> filled(size_t n, int rank) {
     Buffer<E> data(n);
@@ -187,7 +178,7 @@ TEST_CASE("GPU: buffers are neither sent early nor overwritten late") {
     if (world.size == 1) return;
     constexpr size_t count = size_t(1) << 20, steps = 60;
     const Gpu gpu = the_gpu();
-    auto* memory = (int32_t*)shared_memory;
+    auto* memory = (int32_t*)peer_memory;
     int32_t *send = memory, *back_send = memory + count, *receive[2] = {memory + 2 * count, memory + 3 * count};
     int32_t* back_receive = memory + 4 * count;
     auto* wrong = (unsigned long long*)(memory + 5 * count);
@@ -237,7 +228,7 @@ TEST_CASE("GPU: what transfers cost is told") {
         std::vector<size_t> begin(world.size + 1);
         for (int r = 0; r <= world.size; r++) begin[r] = n / world.size * r;
         comm_barrier(world);
-        comm_all_gather(the_gpu(), way.comm, (float*)shared_memory, begin.data());
+        comm_all_gather(the_gpu(), way.comm, (float*)peer_memory, begin.data());
         device_wait(the_gpu());
         const CommTimes after = comm_times(the_gpu(), way.comm);
         const double moving = after.moving - before.moving, waiting = after.waiting - before.waiting;
@@ -258,24 +249,24 @@ void meet(void (*wrong)(), void (*right)(const Comm&)) {
     if (world.size != 2) return;
     Comm comm = comm_split(world, 0, world.rank);
     comm.timeout = 1;
-    comm_open(the_gpu(), comm, shared_memory, shared_bytes, Transport::automatic);
-    comm_sum(the_gpu(), comm, (float*)shared_memory, 1000);
+    comm_open(the_gpu(), comm, peer_memory, peer_bytes, Transport::automatic);
+    comm_sum(the_gpu(), comm, (float*)peer_memory, 1000);
     device_wait(the_gpu());
     comm_barrier(world);
     world.rank == 1 ? wrong() : right(comm);
     comm_barrier(world);
 }
 void sum_and_wait(const Comm& comm) {
-    comm_sum(the_gpu(), comm, (float*)shared_memory, 1000);
+    comm_sum(the_gpu(), comm, (float*)peer_memory, 1000);
     device_wait(the_gpu());
 }
 void receive_and_wait(const Comm& comm) {
-    Shift shift = shift_start(the_gpu(), comm, (const float*)shared_memory, 0, 0, (float*)shared_memory, 1000, 1);
+    Shift shift = shift_start(the_gpu(), comm, (const float*)peer_memory, 0, 0, (float*)peer_memory, 1000, 1);
     shift_wait(the_gpu(), shift);
     device_wait(the_gpu());
 }
 void send_and_wait(const Comm& comm) {
-    Shift shift = shift_start(the_gpu(), comm, (const float*)shared_memory, 1000, 1, (float*)nullptr, 0, 0);
+    Shift shift = shift_start(the_gpu(), comm, (const float*)peer_memory, 1000, 1, (float*)nullptr, 0, 0);
     shift_wait(the_gpu(), shift);
     device_wait(the_gpu());
 }
@@ -303,26 +294,6 @@ TEST_CASE("GPU: a rank that dies or hangs ends all ranks in time") {
 }
 
 int main(int argc, char** argv) {
-    world = comm_init(&argc, &argv);
-    world.timeout = 60;
-    int count = 0;
-    shared_memory = device_allocate(the_gpu(), shared_bytes);
-    CUDA_CHECK(cudaGetDeviceCount(&count));
-    std::vector<Transport> transports = {Transport::ipc};
-    if (count >= world.size && !getenv("WITHOUT_NCCL")) transports.push_back(Transport::nccl);
-    for (Transport transport : transports) {
-        const Comm comm = comm_split(world, 0, world.rank);
-        comm_open(the_gpu(), comm, shared_memory, shared_bytes, transport);
-        ways.push_back({transport == Transport::ipc ? "ipc" : "nccl", comm});
-        if (world.rank == 0 && world.size > 1)
-            printf("%d ranks, %s%s\n", world.size, comm_transport(the_gpu(), comm).c_str(),
-                   count < world.size ? "; NCCL is skipped, it wants a GPU a rank" : "");
-    }
-    doctest::Context context(argc, argv);
-    if (world.rank != 0) context.setOption("minimal", true);
-    int64_t failed = context.run();
-    comm_sum(Cpu(), world, &failed, 1);
-    comm_close(the_gpu());
-    comm_finalize(world);
-    return failed > 0;
+    open_ranks(argc, argv, peer_bytes, [] { return !getenv("WITHOUT_NCCL"); });
+    return run_ranks(world, argc, argv, [] { comm_close(the_gpu()); });
 }

@@ -1,33 +1,27 @@
 // The ring on GPUs, alone and under mpirun -np 2..4: forward and backward against the CPU's double reference on one
-// rank, by the 2x rule, in every mode and by both ways that data take. Ranks may share a GPU; NCCL is left out then.
+// rank, by the 2x rule, in every mode, by every exchange and by both ways that data take. Ranks may share a GPU; NCCL
+// is left out then.
 #define DOCTEST_CONFIG_IMPLEMENT
 #include "../core/arena.h"
-#include "gpu.h"
+#include "gpu_ranks.h"
 #include "ring_case.h"
 
 namespace {
-Comm world, alone;
-constexpr size_t shared_bytes = size_t(64) << 20;
-uint8_t* shared_memory = nullptr;
-struct Way {
-    const char* name;
-    Comm comm;
-};
-std::vector<Way> ways; // groups with all ranks
+Comm alone;
+constexpr size_t peer_bytes = size_t(64) << 20;
 
 // The scratch in the shared memory, at the same places on every rank; between guards, which the destructor looks at.
 template <class E> struct SharedScratch : RingScratch<E> {
     static constexpr int poison = 0xff; // NaN in float and bf16
     std::vector<uint8_t*> guards;
-    Arena arena{shared_memory, 0, {}};
+    Arena arena{peer_memory, 0, {}};
     explicit SharedScratch(const RingScratchSizes& n) {
-        CUDA_CHECK(cudaMemsetAsync(shared_memory, poison, shared_bytes, the_gpu().stream));
+        CUDA_CHECK(cudaMemsetAsync(peer_memory, poison, peer_bytes, the_gpu().stream));
         take(this->state, n.state), take(this->anchor, n.anchor), take(this->send, n.send);
-        for (E*& receive : this->receive) take(receive, n.receive);
+        take(this->receive, n.receive), take(this->gathered, n.gathered);
         take(this->delta, n.delta), take(this->dkv, n.dkv), take(this->danchor, n.danchor);
-        for (Acc<E>*& send : this->dkv_send) take(send, n.dkv_send);
-        take(this->dkv_receive, n.dkv_receive);
-        CHECK(arena.used <= shared_bytes);
+        take(this->dgathered, n.dgathered), take(this->dkv_send, n.dkv_send), take(this->dkv_receive, n.dkv_receive);
+        CHECK(arena.used <= peer_bytes);
     }
     template <class X> void take(X*& buffer, size_t count) {
         buffer = arena.take<X>("scratch", count);
@@ -54,13 +48,13 @@ Result<E> attend_gpu(const Comm& comm, const Case& c, RingPlan& plan, const Buff
     DeviceBuffer<float> lse(T * z.H);
     DeviceBuffer<uint8_t> memory(ring_plan_bytes(gpu, T, comm.size, B));
     ring_plan_upload(gpu, plan, memory.data(), memory.count);
-    SharedScratch<E> scratch(ring_scratch_sizes(gpu, T, comm.size, B, z.H, z.K, z.D));
+    SharedScratch<E> scratch(ring_scratch_sizes(gpu, {plan.backend, plan.held}, T, comm.size, B, z.H, z.K, z.D));
     ring_attention_forward(gpu, comm, plan, out.data(), lse.data(), local_qkv.data(), scratch, z.H, z.K, z.D);
     CUDA_CHECK(cudaMemsetAsync(scratch.state, SharedScratch<E>::poison, T * O * sizeof(float), gpu.stream));
     ring_attention_backward(gpu, comm, plan, dqkv.data(), local_dout.data(), out.data(), lse.data(), local_qkv.data(),
                             scratch, z.H, z.K, z.D);
     device_wait(gpu);
-    return {out.host(), dqkv.host(), by_token(lse.host(), z.H)};
+    return {out.host(), dqkv.host(), local_lse(comm, plan, lse.host(), z.H)};
 }
 
 // Columns [first, last) of rows of `width`.
@@ -95,19 +89,23 @@ template <class E> void check_ways(const Case& c) {
     const Result<double> truth = attend(alone, single, converted<double>(qkv), converted<double>(dout), c.S, c.z);
     const Result<E> one = attend(alone, single, qkv, dout, c.S, c.z);
     for (const Way& way : ways)
-        for (bool deterministic : {false, true}) {
-            CAPTURE(way.name);
-            the_gpu().context->deterministic = deterministic;
-            RingPlan plan = c.plan(way.comm, attention_tiles<E>(the_gpu(), c.z.D));
-            check(c, plan, attend_gpu<E>(way.comm, c, plan, qkv, dout), one, truth);
-        }
+        for (const RingExchange& exchange : exchanges)
+            for (bool deterministic : {false, true}) {
+                if (exchange.backend == RingBackend::ulysses && c.z.K % world.size) continue;
+                CAPTURE(way.name);
+                CAPTURE(int(exchange.backend));
+                CAPTURE(exchange.held);
+                the_gpu().context->deterministic = deterministic;
+                RingPlan plan = c.plan(way.comm, attention_tiles<E>(the_gpu(), c.z.D), exchange);
+                check(c, plan, attend_gpu<E>(way.comm, c, plan, qkv, dout), one, truth);
+            }
     the_gpu().context->deterministic = false;
 }
 } // namespace
 
 TEST_CASE_TEMPLATE("GPU ring: outputs and all gradients against double, in every mode", E, bf16, float) {
     for (Mode mode : modes)
-        for (Sizes z : {Sizes{4, 2, 32}, Sizes{2, 2, 128}, Sizes{4, 2, 6}})
+        for (Sizes z : {Sizes{8, 4, 32}, Sizes{4, 4, 128}, Sizes{4, 2, 6}})
             for (size_t length : {90, 700}) {
                 CAPTURE(int(mode));
                 CAPTURE(length);
@@ -116,9 +114,9 @@ TEST_CASE_TEMPLATE("GPU ring: outputs and all gradients against double, in every
 }
 
 TEST_CASE("GPU ring: a rank that has nothing to learn from, and one whose keys nobody sees") {
-    const Case masked(world.size, Mode::masked, 1, 2000, 0, {2, 1, 128}, 3);
+    const Case masked(world.size, Mode::masked, 1, 2000, 0, {8, 4, 128}, 3);
     check_ways<bf16>(masked);
-    Case apart(world.size, Mode::intra, 1, 2000, 50, {2, 1, 128}, 4);
+    Case apart(world.size, Mode::intra, 1, 2000, 50, {8, 4, 128}, 4);
     for (size_t i = 0; i < apart.S; i++) apart.doc[i] = 1 + int32_t(i / 50); // documents end where chunks do not
     check_ways<bf16>(apart);
     for (size_t i = 0; i < apart.S; i++) apart.doc[i] = 1 + int32_t(i * 16 / apart.S); // nothing moves
@@ -126,40 +124,29 @@ TEST_CASE("GPU ring: a rank that has nothing to learn from, and one whose keys n
 }
 
 TEST_CASE("GPU ring: the same run gives the same bits") {
-    const Case c(world.size, Mode::anchor, 2, 900, 100, {4, 2, 128}, 5);
-    const Buffer<bf16> qkv = converted<bf16>(c.qkv), dout = converted<bf16>(c.dout);
     the_gpu().context->deterministic = true;
-    for (const Way& way : ways) {
-        CAPTURE(way.name);
-        RingPlan plan = c.plan(way.comm, attention_tiles<bf16>(the_gpu(), c.z.D));
-        const Result<bf16> a = attend_gpu<bf16>(way.comm, c, plan, qkv, dout);
-        const Result<bf16> b = attend_gpu<bf16>(way.comm, c, plan, qkv, dout);
-        CHECK(memcmp(a.out.data(), b.out.data(), a.out.count * 2) == 0);
-        CHECK(memcmp(a.dqkv.data(), b.dqkv.data(), a.dqkv.count * 2) == 0);
-        CHECK(memcmp(a.lse.data(), b.lse.data(), a.lse.count * 4) == 0);
-    }
+    for (Mode mode : {Mode::full, Mode::anchor})
+        for (const RingExchange& exchange : exchanges) {
+            const Case c(world.size, mode, 2, 900, 100, {8, 4, 128}, 5);
+            if (exchange.backend == RingBackend::ulysses && c.z.K % world.size) continue;
+            const Buffer<bf16> qkv = converted<bf16>(c.qkv), dout = converted<bf16>(c.dout);
+            for (const Way& way : ways) {
+                CAPTURE(way.name);
+                CAPTURE(int(exchange.backend));
+                CAPTURE(exchange.held);
+                RingPlan plan = c.plan(way.comm, attention_tiles<bf16>(the_gpu(), c.z.D), exchange);
+                const Result<bf16> a = attend_gpu<bf16>(way.comm, c, plan, qkv, dout);
+                const Result<bf16> b = attend_gpu<bf16>(way.comm, c, plan, qkv, dout);
+                CHECK(memcmp(a.out.data(), b.out.data(), a.out.count * 2) == 0);
+                CHECK(memcmp(a.dqkv.data(), b.dqkv.data(), a.dqkv.count * 2) == 0);
+                CHECK(memcmp(a.lse.data(), b.lse.data(), a.lse.count * 4) == 0);
+            }
+        }
     the_gpu().context->deterministic = false;
 }
 
 int main(int argc, char** argv) {
-    world = comm_init(&argc, &argv);
-    world.timeout = 60;
+    open_ranks(argc, argv, peer_bytes, [] { return world.size > 1; });
     alone = comm_split(world, world.rank, 0);
-    int count = 0;
-    shared_memory = device_allocate(the_gpu(), shared_bytes);
-    CUDA_CHECK(cudaGetDeviceCount(&count));
-    std::vector<Transport> transports = {Transport::ipc};
-    if (count >= world.size && world.size > 1) transports.push_back(Transport::nccl);
-    for (Transport transport : transports) {
-        const Comm comm = comm_split(world, 0, world.rank);
-        comm_open(the_gpu(), comm, shared_memory, shared_bytes, transport);
-        ways.push_back({transport == Transport::ipc ? "ipc" : "nccl", comm});
-    }
-    doctest::Context context(argc, argv);
-    if (world.rank != 0) context.setOption("minimal", true);
-    int64_t failed = context.run();
-    comm_sum(Cpu(), world, &failed, 1);
-    comm_close(the_gpu());
-    comm_finalize(world);
-    return failed > 0;
+    return run_ranks(world, argc, argv, [] { comm_close(the_gpu()); });
 }

@@ -67,7 +67,7 @@ template <class E, class G, class Dev = Cpu> struct TestModel {
         for (size_t first = 0; first < rows.size(); first += batch) {
             const size_t last = std::min(first + batch, rows.size());
             Batch b = batch_make({rows.begin() + first, rows.begin() + last}, mode, ring,
-                                 attention_tiles<E>(m.dev, m.config.D));
+                                 attention_tiles<E>(m.dev, m.config.D), m.layout.exchange);
             model_forward(m, b);
             head_forward_backward(m, b, 1 / counted);
             model_backward(m, b);

@@ -3,6 +3,9 @@
 #include "../layers/ring.cuh"
 #include "check.h"
 
+constexpr RingExchange exchanges[] = {
+    {RingBackend::ring, 2}, {RingBackend::ring, 100}, {RingBackend::allgather}, {RingBackend::ulysses}};
+
 enum class Mode { full, intra, anchor, interleaved, padded, masked };
 constexpr Mode modes[] = {Mode::full, Mode::intra, Mode::anchor, Mode::interleaved, Mode::padded, Mode::masked};
 inline bool has_anchor(Mode m) { return m != Mode::intra; }
@@ -52,9 +55,10 @@ struct Case {
         for (size_t b = 0; b < B; b++) // what has no label has no gradient
             for (size_t i = (S / 3 + b) * z.H * z.D; i < S * z.H * z.D; i++) dout[b * S * z.H * z.D + i] = 0;
     }
-    RingPlan plan(const Comm& comm, const AttentionTiles& tiles = attention_tiles_cpu) const {
+    RingPlan plan(const Comm& comm, const AttentionTiles& tiles = attention_tiles_cpu,
+                  const RingExchange& exchange = {}) const {
         RingPlan p;
-        ring_plan_build(p, doc.data(), anchor, B, S, comm.rank, comm.size, tiles);
+        ring_plan_build(p, doc.data(), anchor, B, S, comm.rank, comm.size, tiles, exchange);
         return p;
     }
 };
@@ -87,14 +91,27 @@ template <class A> Buffer<A> by_token(const Buffer<A>& by_head, size_t H) {
     return to;
 }
 
+// The LSE as the backend leaves it to (T, H) of the local tokens: with ulysses other ranks have the other heads.
+template <class A> Buffer<A> local_lse(const Comm& comm, const RingPlan& plan, const Buffer<A>& lse, size_t H) {
+    if (plan.backend != RingBackend::ulysses) return by_token(lse, H);
+    const size_t T = plan.local.size(), all_tokens = plan.gathered.size();
+    Buffer<A> all(H * all_tokens), to(T * H);
+    comm_gather(Cpu(), comm, all.data(), lse.data(), lse.count);
+    size_t t = 0;
+    for (const TokenRange& range : plan.places[plan.rank])
+        for (int32_t i = range.begin; i < range.end; i++, t++)
+            for (size_t h = 0; h < H; h++) to[t * H + h] = all[h * all_tokens + i];
+    return to;
+}
+
 template <class E> struct Scratch {
-    Buffer<Acc<E>> state, delta, dkv, danchor, dkv_send0, dkv_send1, dkv_receive;
-    Buffer<E> anchor, send, receive0, receive1;
+    Buffer<Acc<E>> state, delta, dkv, danchor, dgathered, dkv_send, dkv_receive;
+    Buffer<E> anchor, send, receive, gathered;
     explicit Scratch(const RingScratchSizes& n)
-        : state(n.state), delta(n.delta), dkv(n.dkv), danchor(n.danchor), dkv_send0(n.dkv_send), dkv_send1(n.dkv_send),
-          dkv_receive(n.dkv_receive), anchor(n.anchor), send(n.send), receive0(n.receive), receive1(n.receive) {}
+        : state(n.state), delta(n.delta), dkv(n.dkv), danchor(n.danchor), dgathered(n.dgathered), dkv_send(n.dkv_send),
+          dkv_receive(n.dkv_receive), anchor(n.anchor), send(n.send), receive(n.receive), gathered(n.gathered) {}
     RingScratch<E> pointers() {
-        return {state, delta, dkv, anchor, danchor, send, {receive0, receive1}, {dkv_send0, dkv_send1}, dkv_receive};
+        return {state, delta, dkv, anchor, danchor, send, receive, gathered, dgathered, dkv_send, dkv_receive};
     }
 };
 
@@ -103,13 +120,13 @@ template <class E> Result<E> attend(const Comm& comm, const RingPlan& plan, cons
                                     size_t S, Sizes z) {
     const size_t T = plan.local.size(), B = plan.local.rows(), W = z.qkv(), O = z.H * z.D;
     const Buffer<E> local_qkv = local_rows(plan, qkv, S, W), local_dout = local_rows(plan, dout, S, O);
-    Scratch<E> scratch(ring_scratch_sizes(Cpu(), T, comm.size, B, z.H, z.K, z.D));
+    Scratch<E> scratch(ring_scratch_sizes(Cpu(), {plan.backend, plan.held}, T, comm.size, B, z.H, z.K, z.D));
     RingScratch<E> pointers = scratch.pointers();
     Result<E> r{Buffer<E>(T * O), Buffer<E>(T * W), Buffer<Acc<E>>(T * z.H)};
     ring_attention_forward(Cpu(), comm, plan, r.out.data(), r.lse.data(), local_qkv.data(), pointers, z.H, z.K, z.D);
-    for (Buffer<E>* x : {&scratch.anchor, &scratch.send, &scratch.receive0, &scratch.receive1}) x->poison();
-    for (auto* x : {&scratch.state, &scratch.delta, &scratch.dkv}) x->poison();
+    for (Buffer<E>* x : {&scratch.anchor, &scratch.send, &scratch.receive, &scratch.gathered}) x->poison();
+    for (auto* x : {&scratch.state, &scratch.delta, &scratch.dkv, &scratch.dgathered}) x->poison();
     ring_attention_backward(Cpu(), comm, plan, r.dqkv.data(), local_dout.data(), r.out.data(), r.lse.data(),
                             local_qkv.data(), pointers, z.H, z.K, z.D);
-    return {std::move(r.out), std::move(r.dqkv), by_token(r.lse, z.H)};
+    return {std::move(r.out), std::move(r.dqkv), local_lse(comm, plan, r.lse, z.H)};
 }

@@ -136,7 +136,7 @@ template <class Dev, class E> void experiment_place(Experiment<Dev, E>& x, Arena
     x.first = arena.take<A>("experiment", H * S);
     x.again = arena.take<A>("experiment", T * all);
     x.again_lse = arena.take<A>("experiment", H * T);
-    const RingScratchSizes n = ring_scratch_sizes(x.m.dev, S, 1, 1, H, K, D);
+    const RingScratchSizes n = ring_scratch_sizes(x.m.dev, {}, S, 1, 1, H, K, D);
     x.scratch.state = arena.take<A>("experiment", n.state);
     x.scratch.anchor = arena.take<A>("experiment", n.anchor);
     x.plan = arena.take<uint8_t>("experiment", ring_plan_bytes(x.m.dev, S, 1, 1));

@@ -46,8 +46,9 @@ struct RopeOptions {
 #undef FIELD
 };
 
-template <class F> void rope_options_visit(RopeOptions& o, F f) {
-#define VISIT(type, name, value, range, help) f(o.name, #name, range, help);
+// As the trainer's, with neither letters nor sections.
+template <class F, class S> void options_visit(RopeOptions& o, F f, S) {
+#define VISIT(type, name, value, range, help) f(o.name, #name, '\0', range, help);
     ROPE_OPTIONS(VISIT)
 #undef VISIT
 }
@@ -57,34 +58,14 @@ inline void rope_options_help() {
            "  ./test_rope                                               the model of `make demo`, or of run_rope.sh\n"
            "  ./test_rope --model llama2-7b.bin --data 'books_*.bin'    the paper's setting\n\n");
     RopeOptions defaults;
-    rope_options_visit(defaults, [](auto& field, const char* name, const char* range, const char* help) {
+    auto line = [](auto& field, const char* name, char, const char* range, const char* help) {
         const std::string value = option_text(field);
         printf("  --%-14s %s%s%s%s\n", name, help, strchr(range, '|') ? (" [" + std::string(range) + "]").c_str() : "",
                value.empty() ? "" : "; default ", value.c_str());
-    });
+    };
+    options_visit(defaults, line, [](const char*) {});
     printf("\nroundings of a variant:\n");
     for (const NamedRounding& named : named_roundings) printf("  %c  %s\n", named.letter, named.meaning);
-}
-
-inline RopeOptions rope_options_parse(int argc, char** argv) {
-    RopeOptions o;
-    for (int i = 1; i < argc; i++) {
-        const std::string word = argv[i];
-        if (word.rfind("--", 0) != 0) fail("'%s' is not an option; see --help", argv[i]);
-        const size_t equals = std::min(word.find('='), word.size());
-        const std::string name = word.substr(2, equals - 2);
-        bool found = false;
-        rope_options_visit(o, [&](auto& field, const char* option, const char* range, const char*) {
-            if (name != option) return;
-            found = true;
-            constexpr bool flag = std::is_same_v<std::decay_t<decltype(field)>, Flag>;
-            const char* text = equals < word.size() ? argv[i] + equals + 1 : flag ? "1" : i + 1 < argc ? argv[++i] : "";
-            if (!option_parse(field, text, range))
-                fail("option --%s takes %s%s, not '%s'", option, option_wants(field), range, text);
-        });
-        if (!found) fail("unknown option '%s'; see --help", argv[i]);
-    }
-    return o;
 }
 
 // The pieces of a comma list; every option that is one refuses an empty piece.
@@ -98,24 +79,15 @@ inline std::vector<std::string> split_list(const char* option, const std::string
     return items;
 }
 
-inline std::vector<int> parse_ints(const char* option, const std::string& list, const char* range) {
-    std::vector<int> values;
+// X: int or double.
+template <class X> std::vector<X> parse_numbers(const char* option, const std::string& list, const char* range) {
+    std::vector<X> values;
     for (const std::string& item : split_list(option, list)) {
-        Int value = 0;
+        std::conditional_t<std::is_integral_v<X>, Int, Real> value = 0;
         if (!option_parse(value, item.c_str(), range))
-            fail("option --%s takes integers in %s with commas between, not '%s'", option, range, item.c_str());
-        values.push_back(int(value));
-    }
-    return values;
-}
-
-inline std::vector<double> parse_reals(const char* option, const std::string& list, const char* range) {
-    std::vector<double> values;
-    for (const std::string& item : split_list(option, list)) {
-        Real value = 0;
-        if (!option_parse(value, item.c_str(), range))
-            fail("option --%s takes numbers in %s with commas between, not '%s'", option, range, item.c_str());
-        values.push_back(value);
+            fail("option --%s takes %s in %s with commas between, not '%s'", option,
+                 std::is_integral_v<X> ? "integers" : "numbers", range, item.c_str());
+        values.push_back(X(value));
     }
     return values;
 }

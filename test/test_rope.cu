@@ -331,7 +331,7 @@ bool read_study(Study& s) {
     s.T = o.length ? size_t(o.length) : std::min<size_t>(4096, context);
     if (s.T < 2) fail("option --length takes at least 2");
     s.layers = parse_layers(o.layers, s.config.L);
-    if (!o.lengths.empty()) s.lengths = parse_ints("lengths", o.lengths, "1..16777216");
+    if (!o.lengths.empty()) s.lengths = parse_numbers<int>("lengths", o.lengths, "1..16777216");
     for (size_t n = 64; o.lengths.empty() && n <= std::min<size_t>(8192, 2 * context); n *= 2)
         s.lengths.push_back(int(n));
     if (s.lengths.empty()) s.lengths.push_back(int(s.T));
@@ -352,7 +352,7 @@ void draw(const RopeOptions& o) {
 }
 
 int main(int argc, char** argv) {
-    const RopeOptions options = rope_options_parse(argc, argv);
+    const RopeOptions options = options_parse<RopeOptions>(argc, argv);
     if (options.help) return rope_options_help(), 0;
     Comm world = comm_init(&argc, &argv);
     set_threads(world);
@@ -366,8 +366,8 @@ int main(int argc, char** argv) {
             fail("options --label and --out go without commas and quotes");
     parse_variants("variants", options.variants, options);
     parse_variants("base_variants", options.base_variants, options);
-    s.shifts = parse_ints("shifts", options.shifts, "0..1000000");
-    s.bases = parse_reals("bases", options.bases, "2..1e15");
+    s.shifts = parse_numbers<int>("shifts", options.shifts, "0..1000000");
+    s.bases = parse_numbers<double>("bases", options.bases, "2..1e15");
     if (options.reference == options.other) fail("--reference and --other are to be two shifts");
     const std::string fault = gpu_fault(0);
     if (options.device == "gpu" && !fault.empty()) fail("%s; --device cpu runs without a GPU", fault.c_str());

@@ -147,7 +147,7 @@ TEST_CASE("at the trainer's precision the experiment's forward gives the trainer
 TEST_CASE("in exact arithmetic every shift leaves the attention of the whole network as it is") {
     const size_t T = 150;
     const std::vector<int32_t> text = some_text(T);
-    const std::vector<int> shifts = parse_ints("shifts", RopeOptions().shifts, "0..1000000");
+    const std::vector<int> shifts = parse_numbers<int>("shifts", RopeOptions().shifts, "0..1000000");
     auto deviations = [&]<class E>(E, const Rounding& r) {
         Small<E> s(T);
         std::vector<Deviation> pairs;

@@ -251,6 +251,24 @@ def test_ranks_train_alike(tmp_path, attention):
             assert abs(a["loss"] - b["loss"]) < near and abs(a["norm"] - b["norm"]) < 10 * near * a["norm"]
 
 
+@needs_ranks
+@pytest.mark.parametrize("attention", ["full", "anchor"])
+def test_every_ring_backend_trains_alike(tmp_path, attention):
+    """Differences as in test_ranks_train_alike."""
+    args = [*SMALL, "--attention", attention, "--steps", 3, "-b", 2, "--dtype", "float" if ON_GPU else "double"]
+    run(*args, "-o", tmp_path / "one")
+    for backend in ("auto", "ring", "allgather", "ulysses"):
+        run(*args, "--ring_backend", backend, "-o", tmp_path / backend, ranks=2)
+        for a, b in zip(events(tmp_path / "one"), events(tmp_path / backend), strict=True):
+            near = 1e-9 if not ON_GPU else 2e-5 if a["step"] == 1 else 1e-3
+            assert abs(a["loss"] - b["loss"]) < near and abs(a["norm"] - b["norm"]) < 10 * near * a["norm"]
+
+
+@pytest.mark.skipif(RANKS < 3, reason="fewer than three ranks")
+def test_ulysses_needs_kv_heads_for_all_ranks():
+    assert "--ring_backend ulysses" in run(*SMALL, "--ring_backend", "ulysses", ok=False, ranks=3)
+
+
 @pytest.mark.skipif(not ON_GPU or RANKS < 2, reason="not on two GPUs")
 def test_the_log_tells_what_transfers_cost(tmp_path):
     out = run(*SMALL, "--steps", 4, "-o", tmp_path / "run", ranks=2)
