@@ -188,15 +188,16 @@ struct Layout {
 // gradients that are kept whole lie in one flat array, slices at their places in it; of others the flat array holds
 // this rank's slices, one behind the other, and the parts in use take two buffers in turn.
 template <class E, class G> struct Part {
-    size_t begin = 0, end = 0;   // elements of the model
-    std::vector<size_t> shards;  // rank r updates [shards[r], shards[r + 1]) of the part
-    size_t at = 0;               // this rank's slice in its moments, on every rank alike
-    int buffer = 0;              // which one it takes
-    E *params, *params_shard;    // whole while it is in use; this rank's slice
-    G *grads, *grads_shard;      // likewise
-    size_t held_begin, held_end; // the weights that this rank always has: elements of the model,
-    E* held;                     // from here on
-    std::vector<Shift> fetching; // slices of other ranks on their way into params
+    size_t begin = 0, end = 0;      // elements of the model
+    std::vector<size_t> shards;     // rank r updates [shards[r], shards[r + 1]) of the part
+    size_t at = 0;                  // this rank's slice in its moments, on every rank alike
+    int buffer = 0;                 // which one it takes
+    E *params, *params_shard;       // whole while it is in use; this rank's slice
+    G *grads, *grads_shard;         // likewise
+    size_t held_begin, held_end;    // the weights that this rank always has: elements of the model,
+    E* held;                        // from here on
+    std::vector<Shift> fetching;    // slices of other ranks on their way into params
+    std::optional<Shift> reduction; // the sum of grads over all ranks, under way
 };
 
 template <class Dev, class E, class G> struct Model {
@@ -204,7 +205,7 @@ template <class Dev, class E, class G> struct Model {
     Dev dev;
     Config config;
     Layout layout;
-    Comm world, layers; // layers: the world again, for what goes on while layers are computed
+    Comm world, layers; // layers: the world again, for what goes on beside the layers: weights and sums of gradients
     RopePrecision precision = RopePrecision::exact;
 
     Params<E> params;
@@ -430,18 +431,36 @@ template <class Dev, class E, class G> void params_changed(Model<Dev, E, G>& m) 
     for (int& part : m.in_buffer) part = -1;
 }
 
-// ZeRO-2: a part's gradients begin at zero in every micro-batch, and are then added, summed over all ranks, to this
-// rank's slice. comm_reduce_scatter is in order with the stream; since neighbouring parts take different buffers, a sum
-// that went on beside the backward of the next part would have to be over only when the one after that begins.
+// Waits for the sum of a part's gradients, if one is under way.
+template <class Dev, class E, class G> void grads_wait(Model<Dev, E, G>& m, Part<E, G>& part) {
+    if (!part.reduction) return;
+    shift_wait(m.dev, *part.reduction);
+    part.reduction.reset();
+    if (m.layout.zero_level() < 2) return; // it was formed where this rank's slice is
+    add(m.dev, part.grads_shard, part.grads + m.shard_begin(part), m.shard_count(part));
+}
+
+// Before a part's backward. ZeRO-2: its gradients begin at zero in every micro-batch, in the buffer of the part before
+// the last, whose sum had the time of the last one's backward.
 template <class Dev, class E, class G> void grads_begin(Model<Dev, E, G>& m, size_t p) {
     const Part<E, G>& part = m.parts[p];
-    if (m.layout.zero_level() >= 2) fill_zero(m.dev, part.grads, (part.end - part.begin) * sizeof(G));
-}
-template <class Dev, class E, class G> void grads_end(Model<Dev, E, G>& m, size_t p) {
-    const Part<E, G>& part = m.parts[p];
     if (m.layout.zero_level() < 2) return;
-    comm_reduce_scatter(m.dev, m.layers, part.grads, part.shards.data());
-    add(m.dev, part.grads_shard, part.grads + m.shard_begin(part), m.shard_count(part));
+    for (Part<E, G>& other : m.parts)
+        if (other.buffer == part.buffer) grads_wait(m, other);
+    fill_zero(m.dev, part.grads, (part.end - part.begin) * sizeof(G));
+}
+
+// After it: has the gradients summed over all ranks, beside what is computed next. ZeRO-1: once, when they are those of
+// all micro-batches; ZeRO-2: in each, to be added to this rank's slice.
+template <class Dev, class E, class G> void grads_end(Model<Dev, E, G>& m, size_t p, bool last_batch) {
+    Part<E, G>& part = m.parts[p];
+    if (m.layout.world > 1 && (last_batch || m.layout.zero_level() >= 2))
+        part.reduction = comm_reduce_scatter_start(m.dev, m.layers, part.grads, part.shards.data());
+}
+
+// Afterwards this rank's slices hold the gradients of the whole update.
+template <class Dev, class E, class G> void grads_finish(Model<Dev, E, G>& m) {
+    for (size_t p = m.parts.size(); p-- > 0;) grads_wait(m, m.parts[p]); // in the order in which they were started
 }
 
 // Tokens to final_normed. Every line is one layer: outputs, inputs, sizes.
@@ -544,8 +563,9 @@ void head_forward(Model<Dev, E, G>& m, const Batch& b, Visit visit) {
 }
 
 // The forward's lines in reverse. Weight gradients are added to; the gradient of an activation is written over
-// that activation as soon as nothing needs it any more, so the feed-forward takes no memory of its own.
-template <class Dev, class E, class G> void model_backward(Model<Dev, E, G>& m, const Batch& b) {
+// that activation as soon as nothing needs it any more, so the feed-forward takes no memory of its own. last_batch: no
+// other micro-batch adds to these gradients; grads_finish then waits for their sums over all ranks.
+template <class Dev, class E, class G> void model_backward(Model<Dev, E, G>& m, const Batch& b, bool last_batch) {
     const auto [dev, c, T] = std::tuple(m.dev, m.config, b.T);
     const size_t L = c.L, C = c.C, H = c.H, K = c.K, D = c.D, N = m.layout.ffn_tokens();
     G* no_bias = nullptr;
@@ -554,9 +574,9 @@ template <class Dev, class E, class G> void model_backward(Model<Dev, E, G>& m, 
     E* dfinal = m.final_normed; // head_forward_backward left it there
     rmsnorm_backward(dev, dx, m.grads.final_norm, dfinal, m.x_last, m.params.final_norm, m.final_rstd,
                      (const E*)nullptr, T, C);
-    grads_end(m, L + 1);
+    grads_end(m, L + 1, last_batch);
     for (size_t l = L; l-- > 0;) {
-        params_use(m, l + 1, std::max<size_t>(l, 1));
+        params_use(m, l + 1, l > 0 ? l : last_batch ? 1 : 0); // the next micro-batch begins with the embedding
         grads_begin(m, l + 1);
         recompute_layer(m, b, int(l));
         const LayerParams<E>& w = m.params.layer[l];
@@ -573,18 +593,18 @@ template <class Dev, class E, class G> void model_backward(Model<Dev, E, G>& m, 
         matmul_backward_weight(dev, g.wqkv, g.bqkv, dqkv, a.att_normed, T, C, (H + 2 * K) * D);
         matmul_backward_input(dev, datt_normed, dqkv, w.wqkv, T, C, (H + 2 * K) * D);
         rmsnorm_backward(dev, dx, g.att_norm, datt_normed, a.x, w.att_norm, a.att_rstd, dx, T, C);
-        grads_end(m, l + 1);
+        grads_end(m, l + 1, last_batch);
     }
     if (!c.tied) grads_begin(m, 0);
     embedding_backward(dev, m.grads.embed, dx, m.token, T, C);
-    grads_end(m, 0);
+    grads_end(m, 0, last_batch);
 }
 
-// Sums the gradients over all ranks, each rank keeping its shard, where the backward has not done it (ZeRO-1), and the
-// square of their norm: part by part at every level, so that all come to the same bits.
-template <class Dev, class E, class G> void model_reduce(Model<Dev, E, G>& m) {
+// The square of the gradients' norm, of the slices of all ranks: part by part at every level of ZeRO, so that all come
+// to the same bits.
+template <class Dev, class E, class G> void model_norm(Model<Dev, E, G>& m) {
     for (const Part<E, G>& part : m.parts) {
-        if (m.layout.zero_level() < 2) comm_reduce_scatter(m.dev, m.world, part.grads, part.shards.data());
+        REQUIRE(!part.reduction, "call grads_finish before");
         grad_norm_squared(m.dev, &m.update->norm_squared, part.grads_shard, m.shard_count(part), &part != &m.parts[0]);
     }
     comm_sum(m.dev, m.world, &m.update->norm_squared, 1);
@@ -800,9 +820,9 @@ Arena measure(const Setup& s, const Layout& layout) {
     });
 }
 
-// GPU memory of the communicator's groups: the world and the ring, and the layers' when something is fetched for them.
+// GPU memory of the communicator's groups: the world, the layers', which has the same ranks, and the ring, which may.
 double transfer_bytes(const Setup& s, const Layout& layout) {
-    return comm_gpu_bytes(layout.world, s.transport, layout.zero_level() > 1 ? 3 : 2);
+    return comm_gpu_bytes(layout.world, s.transport, 3, layout.ring > 1 && layout.ring < layout.world ? 2 : 1);
 }
 
 // What a rank's memory must hold: the arena, and on a GPU what lies beside it.
@@ -991,7 +1011,7 @@ Setup setup_read(const Options& options, const Comm& world) {
              (long long)step_tokens);
     s.prompt = prompt_read(s);
     s.ring = comm_split(world, o.plan ? 0 : s.group(), world.rank);
-    s.layers = s.layout.zero_level() > 1 ? comm_split(world, 0, world.rank) : world;
+    s.layers = comm_split(world, 0, world.rank);
     setup_memory(s);
     return s;
 }
@@ -1134,7 +1154,8 @@ template <class E, class G> void model_tune(Model<Gpu, E, G>& m, const Setup& s,
     auto step = [&] {
         model_forward(m, b);
         head_forward_backward(m, b, 1.0 / double(std::max<int64_t>(b.counted, 1)));
-        model_backward(m, b);
+        model_backward(m, b, true);
+        grads_finish(m);
     };
     const int known = s.world.rank == 0 ? matmul_algos_read(m.dev, text_read(path)) : 0;
     if (known) log_note(log, "%d matrix products take the algorithms of %s", known, path.c_str());
@@ -1219,13 +1240,14 @@ StepResult step_gradients(Model<Dev, E, G>& m, const Setup& s, const TrainState&
                              attention_tiles<E>(m.dev, m.config.D), s.layout.exchange);
         model_forward(m, b);
         head_forward_backward(m, b, 1.0 / double(r.counted));
-        model_backward(m, b);
+        model_backward(m, b, first + s.layout.B >= rows.size());
         sum(m.dev, &m.update->loss_sum, m.loss, b.T, true);
         r.pairs += double(b.pairs) / s.layout.ring;
         r.imbalance = std::max(r.imbalance, b.plan.imbalance), r.moved = std::max(r.moved, b.plan.moved);
         by_step[0] += double(b.plan.own.forward.pairs);
         for (size_t i = 0; i < b.plan.steps.size(); i++) by_step[i + 1] += double(b.plan.steps[i].map.forward.pairs);
     }
+    grads_finish(m);
     r.step_imbalance = slowest_over_mean(s.ring, by_step);
     double sums[2] = {r.pairs, double(signal_caught)};
     comm_sum(Cpu{}, s.world, sums, 2);
@@ -1238,7 +1260,7 @@ template <class Dev, class E, class G>
 void step_update(Model<Dev, E, G>& m, const Setup& s, TrainState& state, StepResult& r) {
     const Options& o = s.o;
     mail_mark(m.dev, m.mail[(state.step + 1) % 2]);
-    model_reduce(m);
+    model_norm(m);
     comm_sum(m.dev, s.world, &m.update->loss_sum, 1);
     update_decide(m.dev, m.update, {double(r.counted), o.clip, o.max_z_loss, o.max_z_grad});
     r.lr = learning_rate(s, state.step);
@@ -1261,14 +1283,13 @@ struct Spent {
 };
 template <class Dev> Spent spent_so_far(Dev dev, const Setup& s) {
     Spent spent{comm_times(dev, s.ring), comm_times(dev, s.world)};
-    if (s.layout.zero_level() < 2) return spent;
     const CommTimes shards = comm_times(dev, s.layers);
     spent.layers.moving += shards.moving, spent.layers.waiting += shards.waiting;
     return spent;
 }
 
-// The shares of transfers in a finished step, those since the last one. What is over already of the next step counts
-// for this one. The world talks during the update, and only then.
+// The shares of transfers in a finished step, those since the last one that nothing hid. What is over already of the
+// next step counts for this one. The world talks during the update, and only then.
 void step_shares(StepResult& r, Spent& last, const Spent& now) {
     const double moving = now.update.moving - last.update.moving, waiting = now.update.waiting - last.update.waiting;
     r.moving = now.layers.moving - last.layers.moving + moving;
@@ -1619,8 +1640,7 @@ template <class Dev, class E, class G> int run(Dev dev, Setup& s) {
     arena = {device_allocate(dev, planned), 0, {}};
     model_place(m, arena);
     REQUIRE(arena.used == planned, "every rank must place what was measured");
-    for (const Comm& group : {s.world, s.ring}) comm_open(dev, group, arena.base, planned, s.transport);
-    if (s.layout.zero_level() > 1) comm_open(dev, s.layers, arena.base, planned, s.transport);
+    for (const Comm& group : {s.world, s.ring, s.layers}) comm_open(dev, group, arena.base, planned, s.transport);
     if (s.weights.empty()) model_init(m, uint64_t(s.o.seed));
     else weights_load(m, weights_open(s.weights));
     if (s.layout.train) return train(m, s);

@@ -60,7 +60,7 @@ template <class E, class G, class Dev = Cpu> struct TestModel {
                            (part.held_end - part.held_begin) * sizeof(E));
     }
 
-    // Summed loss over `counted`, gradients in m.grads.
+    // Summed loss over `counted`, gradients in m.grads, of several ranks in their slices.
     double gradients(const std::vector<Row>& rows, Attention mode, const Comm& ring, double counted, size_t batch) {
         double loss = 0;
         fill_zero(m.dev, m.grad_flat, m.grad_elements * sizeof(G));
@@ -70,9 +70,10 @@ template <class E, class G, class Dev = Cpu> struct TestModel {
                                  attention_tiles<E>(m.dev, m.config.D), m.layout.exchange);
             model_forward(m, b);
             head_forward_backward(m, b, 1 / counted);
-            model_backward(m, b);
+            model_backward(m, b, last == rows.size());
             for (Acc<E> x : to_host(m.dev, m.loss, b.T)) loss += double(x);
         }
+        grads_finish(m);
         return loss / counted;
     }
     double loss(const std::vector<Row>& rows, Attention mode) {

@@ -37,7 +37,7 @@ TEST_CASE("rings x groups against one rank") {
                 TestModel<double, double> spread(c, layout, world);
                 double sum = spread.gradients(mine, mode, ring, counted, 3);
                 comm_sum(Cpu{}, world, &sum, 1);
-                model_reduce(spread.m);
+                model_norm(spread.m);
                 double norm = std::sqrt(spread.m.update->norm_squared), squared = 0;
                 for (size_t i = 0; i < alone.m.elements; i++) squared += alone.m.grad_flat[i] * alone.m.grad_flat[i];
 
@@ -64,7 +64,7 @@ static std::vector<double> trained(const Config& c, int zero, size_t micro_batch
             mine.push_back(
                 make_row(Attention::anchor, layout.S, c.V, 10 * step + i * groups + world.rank / layout.ring, i % 2));
         t.gradients(mine, Attention::anchor, ring, 100, 2);
-        model_reduce(t.m);
+        model_norm(t.m);
         t.m.update->adamw = {step, 0.5, 0};
         model_update(t.m, AdamW{0.01, 0.9, 0.95, 1e-8, 0.1, 1});
     }
@@ -106,6 +106,63 @@ TEST_CASE("ZeRO 1, 2 and 3 train alike") {
         }
 }
 
+// Stored in bf16, with several micro-batches: loss and gradients of all ranks against those of one rank in double, by
+// the rule for kernels; the yardstick is one rank in bf16 that works on the same rows in micro-batches of two. The
+// smallest tensor has 64 elements: the largest error of a few would be a matter of luck.
+template <class G> static void check_levels_2x(bool tied) {
+    Config c = make_config(2, 64, 8, 2, 96, 67, 100, 64);
+    c.tied = tied, c.qkv_bias = true;
+    const size_t S = 29;
+    std::vector<Row> rows;
+    for (int i = 0; i < 12; i++) rows.push_back(make_row(Attention::anchor, S, c.V, 200 + i, i % 2));
+    double counted = 0;
+    for (const Row& row : rows) counted += double(row.counted);
+    TestModel<double, double> exact(c, small_layout(S, 2));
+    TestModel<bf16, G> alone(c, small_layout(S, 2));
+    for (size_t i = 0; i < exact.m.elements; i++) exact.m.param_flat[i] = double(alone.m.param_flat[i]);
+    const double loss = exact.gradients(rows, Attention::anchor, Comm{}, counted, 2);
+    alone.gradients(rows, Attention::anchor, Comm{}, counted, 2);
+    // A mean of losses is no further off than the furthest of them, which the last micro-batch stands for.
+    const double loss_error = largest_error(alone.m.loss, exact.m.loss, 2 * S);
+
+    for (int zero : {1, 2, 3})
+        for (int ring_size = 1; ring_size <= world.size; ring_size++) {
+            if (world.size % ring_size) continue;
+            CAPTURE(zero);
+            CAPTURE(ring_size);
+            Layout layout = small_layout(S, 2);
+            layout.ring = ring_size, layout.world = world.size, layout.zero = zero;
+            const int groups = world.size / ring_size, group = world.rank / ring_size;
+            std::vector<Row> mine;
+            for (size_t i = group; i < rows.size(); i += groups) mine.push_back(rows[i]);
+            TestModel<bf16, G> spread(c, layout, world);
+            double sum = spread.gradients(mine, Attention::anchor, comm_split(world, group, world.rank), counted, 2);
+            comm_sum(Cpu{}, world, &sum, 1);
+            CHECK(std::fabs(sum - loss) <= 2 * loss_error + 2 * ulp<float>(loss));
+            for (const ParamInfo& p : param_table(c)) {
+                CAPTURE(std::string(p.name) + " " + std::to_string(p.layer));
+                const Part<bf16, G>& part = spread.m.parts[part_of(p, c)];
+                const size_t begin = part.begin + spread.m.shard_begin(part), end = begin + spread.m.shard_count(part);
+                const size_t first = std::max(begin, p.offset), last = std::min(end, p.offset + p.count());
+                double largest = 0;
+                for (size_t i = 0; i < p.count(); i++)
+                    largest = std::max(largest, std::fabs(exact.m.grad_flat[p.offset + i]));
+                const double yardstick =
+                    largest_error(alone.m.grad_flat + p.offset, exact.m.grad_flat + p.offset, p.count());
+                if (first < last)
+                    CHECK(largest_error(part.grads_shard + (first - begin), exact.m.grad_flat + first, last - first) <=
+                          2 * yardstick + 2 * ulp<G>(largest));
+            }
+        }
+}
+TEST_CASE("loss and gradients of every level of ZeRO by the rule for kernels") {
+    for (bool tied : {false, true}) {
+        CAPTURE(tied);
+        check_levels_2x<bf16>(tied);
+        check_levels_2x<float>(tied);
+    }
+}
+
 TEST_CASE("ZeRO takes from every rank what it says it does not keep") {
     const Config c = make_config(8, 64, 4, 2, 96, 300, 10000, 64);
     auto part = [&](int zero, const std::string& name) {
@@ -144,7 +201,9 @@ TEST_CASE("after an update every rank holds the weights that one rank would hold
         Model<Cpu, double, double>& m = both[k]->m;
         for (int step = 1; step <= 3; step++) {
             for (size_t i = 0; i < m.elements; i++) m.grad_flat[i] = hash_normal(step, i) / (k ? world.size : 1);
-            model_reduce(m);
+            for (size_t p = m.parts.size(); p-- > 0;) grads_end(m, p, true);
+            grads_finish(m);
+            model_norm(m);
             m.update->adamw = {step, 1.0, 0};
             model_update(m, AdamW{0.01, 0.9, 0.95, 1e-8, 0.1, 1});
         }
