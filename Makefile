@@ -80,7 +80,7 @@ $(BUILD):
 
 # The trainer's layers once more, under an experiment; one process, on one GPU or the CPU.
 TEST_ROPE := $(if $(SAN),$(BUILD)/)test_rope
-$(TEST_ROPE): $(BUILD)/test_rope.o $(BUILD)/comm_serial.o build/flavour
+$(TEST_ROPE): $(BUILD)/test_rope.o $(BUILD)/comm_serial.o $(GPU_COMM) build/flavour
 	$(if $(filter 1,$(CUDA)),nvcc -Xcompiler=-fopenmp,$(CXX) $(CXXFLAGS)) $(filter %.o,$^) -o $@ $(CUDA_LIBS)
 $(BUILD)/test_rope.o: test/test_rope.cu train_llama.cu $(HEADERS) $(TEST_HEADERS) Makefile | $(BUILD)
 	$(COMPILE) -O$(if $(SAN),1,3) -c $< -o $@

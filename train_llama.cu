@@ -222,13 +222,14 @@ template <class Dev, class E, class G> struct Model {
     Mail mail[2];                    // copies of it on their way to the host, by the parity of the step
 
     std::vector<LayerActs<E>> acts;
-    int32_t *token, *pos, *label, *argmax; // (T)
-    A* angles;                             // (T, D / 2, 2) cos and sin
-    E *x_last, *final_normed;              // (T, C)
-    A* final_rstd;                         // (T)
-    E* logits;                             // (head_chunk, V)
-    A* loss;                               // (T)
-    E *dx, *datt, *dqkv;                   // (T, C), (T, H D), (T, (H + 2K) D)
+    void* token_order;             // the batch's in device memory
+    int32_t *pos, *label, *argmax; // (T)
+    A* angles;                     // (T, D / 2, 2) cos and sin
+    E *x_last, *final_normed;      // (T, C)
+    A* final_rstd;                 // (T)
+    E* logits;                     // (head_chunk, V)
+    A* loss;                       // (T)
+    E *dx, *datt, *dqkv;           // (T, C), (T, H D), (T, (H + 2K) D)
     RingScratch<E> scratch;
     void* plan; // the batch's plan in device memory
     size_t plan_bytes;
@@ -332,7 +333,7 @@ template <class Dev, class E, class G> void model_place(Model<Dev, E, G>& m, Are
                       m.scratch.dkv_receive = arena.take<A>("ring", train ? n.dkv_receive : 0);
                   });
 
-    m.token = arena.take<int32_t>("inputs", T);
+    m.token_order = arena.take<uint8_t>("inputs", token_order_bytes(m.dev, T));
     m.pos = arena.take<int32_t>("inputs", T);
     m.label = arena.take<int32_t>("inputs", T);
     m.argmax = arena.take<int32_t>("inputs", T);
@@ -351,8 +352,9 @@ struct Batch {
     Comm ring;
     RingPlan plan;
     size_t T = 0;
-    std::vector<int32_t> token, pos, label; // (T)
-    int64_t counted = 0, pairs = 0;         // labels that count and visible pairs, of the whole rows
+    TokenOrder order;
+    std::vector<int32_t> pos, label; // (T)
+    int64_t counted = 0, pairs = 0;  // labels that count and visible pairs, of the whole rows
 };
 
 // Rows shorter than the ring needs are padded: behind everything else, in a document of its own (in full mode causality
@@ -375,22 +377,24 @@ Batch batch_make(const std::vector<Row>& rows, Attention attention, const Comm& 
     bool anchored = attention == Attention::anchor || attention == Attention::full;
     ring_plan_build(b.plan, doc.data(), anchored, B, padded, ring.rank, ring.size, tiles, exchange);
     b.T = b.plan.local.index.size();
-    b.token.resize(b.T), b.pos.resize(b.T), b.label.resize(b.T);
+    b.pos.resize(b.T), b.label.resize(b.T);
+    std::vector<int32_t> token(b.T);
     for (size_t r = 0, t = 0; r < B; r++)
         for (; t < size_t(b.plan.local.row_begin[r + 1]); t++) {
             size_t i = b.plan.local.index[t];
             bool real = i < S;
-            b.token[t] = real ? rows[r].token[i] : 0;
+            token[t] = real ? rows[r].token[i] : 0;
             b.pos[t] = real ? rows[r].pos[i] : 0;
             b.label[t] = real ? rows[r].label[i] : -1;
         }
+    b.order = token_order(token);
     return b;
 }
 
 // Brings the batch's arrays to the device, and the angles of its positions: they serve every layer.
 template <class Dev, class E, class G> void model_input(Model<Dev, E, G>& m, Batch& b) {
     REQUIRE(b.T <= m.layout.tokens(), "the batch is larger than the layout that was placed");
-    copy_to_device(m.dev, m.token, b.token.data(), b.T * 4);
+    token_order_upload(m.dev, b.order, m.token_order);
     copy_to_device(m.dev, m.pos, b.pos.data(), b.T * 4);
     copy_to_device(m.dev, m.label, b.label.data(), b.T * 4);
     ring_plan_upload(m.dev, b.plan, m.plan, m.plan_bytes);
@@ -471,7 +475,7 @@ template <class Dev, class E, class G> void model_forward(Model<Dev, E, G>& m, B
 
     model_input(m, b);
     params_use(m, 0, 1);
-    embedding_forward(dev, m.acts[0].x, m.token, m.params.embed, T, C);
+    embedding_forward(dev, m.acts[0].x, b.order, m.params.embed, C);
     for (size_t l = 0; l < L; l++) {
         params_use(m, l + 1, l + 2);
         const LayerParams<E>& w = m.params.layer[l];
@@ -596,7 +600,7 @@ template <class Dev, class E, class G> void model_backward(Model<Dev, E, G>& m, 
         grads_end(m, l + 1, last_batch);
     }
     if (!c.tied) grads_begin(m, 0);
-    embedding_backward(dev, m.grads.embed, dx, m.token, T, C);
+    embedding_backward(dev, m.grads.embed, dx, b.order, C);
     grads_end(m, 0, last_batch);
 }
 

@@ -3,7 +3,7 @@
 //     make bench      or      nvcc -std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a -I. dev/bench_kernels.cu ...
 //
 // The bytes are what must move at least: every tensor read once and written once, of the embedding only the rows that
-// occur. What the kernels move beyond that (partial sums, the sorting of tokens, weights of norms) is their loss.
+// occur. What the kernels move beyond that (partial sums, the order of tokens, weights of norms) is their loss.
 #include "../layers/adamw.cuh"
 #include "../layers/embedding.cuh"
 #include "../layers/grad_norm.cuh"
@@ -64,21 +64,20 @@ void bench_embedding(Gpu gpu, double ceiling) {
     std::vector<int32_t> tokens(T);
     for (size_t t = 0; t < T; t++) tokens[t] = int32_t(std::pow(double(V), hash_uniform(9, t))) - 1;
     const double ids = double(std::set<int32_t>(tokens.begin(), tokens.end()).size()), rows = double(T), row = 2.0 * C;
-    int32_t* token = to_device(gpu, tokens);
+    TokenOrder order = token_order(tokens);
+    uint8_t* memory = device_allocate(gpu, token_order_bytes(gpu, T));
+    token_order_upload(gpu, order, memory);
     bf16 *weight = normal(gpu, V * C, 1), *out = normal(gpu, T * C, 2), *dweight = normal(gpu, V * C, 3);
     float* dweight_float = bench_normal<float>(gpu, V * C, 4);
     // Read: the rows of the ids that occur. Written: out.
-    double ms = mean_ms(gpu, [&] { embedding_forward(gpu, out, token, weight, T, C); });
+    double ms = mean_ms(gpu, [&] { embedding_forward(gpu, out, order, weight, C); });
     bench_row_bytes("embedding forward", ms, (ids + rows) * row, ceiling);
     // Read: dout. Read and written: the rows of the ids that occur.
-    ms = mean_ms(gpu, [&] { embedding_backward(gpu, dweight, out, token, T, C); });
+    ms = mean_ms(gpu, [&] { embedding_backward(gpu, dweight, out, order, C); });
     bench_row_bytes("embedding backward", ms, (2 * ids + rows) * row, ceiling);
-    ms = mean_ms(gpu, [&] { embedding_backward(gpu, dweight_float, out, token, T, C); });
+    ms = mean_ms(gpu, [&] { embedding_backward(gpu, dweight_float, out, order, C); });
     bench_row_bytes("embedding backward, float dweight", ms, (4 * ids + rows) * row, ceiling);
-    size_t used = 0;
-    ms = mean_ms(gpu, [&] { embedding_sort(gpu, &used, token, T, C); });
-    bench_row_bytes("  of which the sort", ms, 16.0 * T, ceiling);
-    release(token, weight, out, dweight, dweight_float);
+    release(memory, weight, out, dweight, dweight_float);
 }
 
 void bench_rmsnorm(Gpu gpu, double ceiling) {
@@ -206,6 +205,7 @@ int main() {
     bench_loss(gpu, 512, V, copy);
     bench_loss(gpu, 2048, V, copy);
     bench_loss(gpu, 512, 128256, copy);
+    bench_loss(gpu, 2048, 128256, copy);
     bench_adamw<bf16, bf16, bf16>(gpu, false, copy);
     bench_adamw<bf16, float, bf16>(gpu, true, copy);
     bench_adamw<bf16, float, float>(gpu, false, copy);

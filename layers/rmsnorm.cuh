@@ -138,6 +138,9 @@ void rmsnorm_forward(Gpu gpu, E* out, float* rstd, const E* in, const E* weight,
 }
 
 template <bool with_residual> constexpr int rmsnorm_backward_tensors = with_residual ? 3 : 2;
+// Packs a thread. With fewer, twice as many warps share the registers and a row: without the residual so little is read
+// a row that waiting for the row's sum shows.
+template <bool with_residual> constexpr int rmsnorm_backward_packs = with_residual ? 4 : 2;
 
 // What of a token the channels' gradients have in common: rstd and mean_c(g_tc n_tc).
 struct RmsnormRow {
@@ -163,8 +166,8 @@ template <class E, int W> __device__ void rmsnorm_backward_pack(E* din, float (&
 // computed the next is on its way to shared memory (2 tokens; dout, in and dresidual; P packs a thread, who copies and
 // reads its own). The sums of dweight stay in registers over all tokens and become the block's row of `partial`
 // (blocks, C) at the end. Channels beyond P packs a thread are read twice and summed in that row. Bound by memory: 89%
-// of a copy's bandwidth on H200, with the adding of the partial rows (5 us); without dresidual 81%.
-template <class E, int W, int P, bool with_residual> __global__ void __launch_bounds__(512)
+// of a copy's bandwidth on H200, with the adding of the partial rows.
+template <class E, int W, int P, bool with_residual> __global__ void __launch_bounds__(2048 / P)
     rmsnorm_backward_kernel(E* din, float* partial, const E* dout, const E* in, const E* weight, const float* rstd,
                             const E* dresidual, size_t T, size_t C) {
     constexpr int tensors = rmsnorm_backward_tensors<with_residual>;
@@ -175,7 +178,7 @@ template <class E, int W, int P, bool with_residual> __global__ void __launch_bo
     auto mine = [&](int stage, int tensor, int k) -> Pack<E, W>& {
         return ((Pack<E, W>*)rmsnorm_rows)[((stage * tensors + tensor) * P + k) * stride + first];
     };
-    auto fetch = [&](size_t t, int stage) {
+    auto fetch = [&](unsigned t, int stage) {
 #pragma unroll
         for (int k = 0; k < P; k++)
             if (t < T && first + k * stride < packs) {
@@ -196,7 +199,7 @@ template <class E, int W, int P, bool with_residual> __global__ void __launch_bo
 
     int stage = 0;
     float r_next = rstd[blockIdx.x];
-    for (size_t t = blockIdx.x; t < T; t += gridDim.x, stage ^= 1) {
+    for (unsigned t = blockIdx.x; t < T; t += gridDim.x, stage ^= 1) {
         const size_t row = t * C;
         const float r = r_next;
         fetch(t + gridDim.x, stage ^ 1);
@@ -240,27 +243,28 @@ template <class E, int W, int P, bool with_residual> __global__ void __launch_bo
         if (first + k * stride < packs) pack_store(sums + size_t(first + k * stride) * W, dweight[k]);
 }
 
-// Adds the blocks' rows: 32 channels a block, 16 threads a channel with every 16th row each. The rows were just written
-// and mostly come from L2.
-template <class G> __global__ void __launch_bounds__(512)
+// Adds the blocks' rows: 32 channels a block, 32 threads a channel with every 32nd row each, two rounds of loads for
+// the 528 blocks of an H200. The rows were just written and mostly come from L2.
+template <class G> __global__ void __launch_bounds__(1024)
     rmsnorm_dweight_kernel(G* dweight, const float* partial, unsigned rows, size_t C) {
-    __shared__ float slot[16][32];
+    constexpr unsigned parts = 32, batch = 9;
+    __shared__ float slot[parts][32];
     const unsigned lane = threadIdx.x % 32, part = threadIdx.x / 32;
     const size_t c = size_t(blockIdx.x) * 32 + lane;
     float sum = 0;
-    for (unsigned row = part; row < rows && c < C; row += 8 * 16) {
-        float x[8]; // in flight together
+    for (unsigned row = part; row < rows && c < C; row += batch * parts) {
+        float x[batch]; // in flight together
 #pragma unroll
-        for (unsigned k = 0; k < 8; k++) x[k] = row + k * 16 < rows ? partial[(row + k * 16) * C + c] : 0;
+        for (unsigned k = 0; k < batch; k++) x[k] = row + k * parts < rows ? partial[(row + k * parts) * C + c] : 0;
 #pragma unroll
-        for (unsigned k = 0; k < 8; k++) sum += x[k];
+        for (unsigned k = 0; k < batch; k++) sum += x[k];
     }
     slot[part][lane] = sum;
     __syncthreads();
     if (part > 0 || c >= C) return;
     float total = float(dweight[c]);
 #pragma unroll
-    for (int i = 0; i < 16; i++) total += slot[i][lane];
+    for (unsigned i = 0; i < parts; i++) total += slot[i][lane];
     dweight[c] = G(total);
 }
 
@@ -269,6 +273,7 @@ template <class E, class G> void rmsnorm_backward(Gpu gpu, E* din, G* dweight, c
                                                   size_t C) {
     REQUIRE(C > 0, "RMSNorm needs at least one channel");
     REQUIRE(C * sizeof(float) <= GpuContext::scratch_bytes, "a row of dweight must fit into the scratch memory");
+    REQUIRE(T < size_t(1) << 31, "take fewer tokens at once");
     if (T == 0) return;
     float* partial = (float*)gpu.context->scratch;
     const size_t rows_that_fit = GpuContext::scratch_bytes / (C * sizeof(float));
@@ -276,12 +281,12 @@ template <class E, class G> void rmsnorm_backward(Gpu gpu, E* din, G* dweight, c
     int shared = 0; // bytes that a block may have
     CUDA_CHECK(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, gpu.context->device));
     auto launch = [&](auto width, auto residual) {
-        constexpr int W = decltype(width)::value, P = 4;
         constexpr bool with_residual = decltype(residual)::value;
+        constexpr int W = decltype(width)::value, P = rmsnorm_backward_packs<with_residual>;
         constexpr size_t thread_bytes = 2 * rmsnorm_backward_tensors<with_residual> * P * sizeof(Pack<E, W>);
         auto kernel = rmsnorm_backward_kernel<E, W, P, with_residual>;
         const size_t threads_that_fit = (size_t(shared) - 1024) / thread_bytes / 32 * 32;
-        const unsigned threads = block_threads(C / W, P, unsigned(std::min<size_t>(512, threads_that_fit)));
+        const unsigned threads = block_threads(C / W, P, unsigned(std::min<size_t>(2048 / P, threads_that_fit)));
         const size_t bytes = threads * thread_bytes;
         CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
         blocks = unsigned(std::min({size_t(resident_blocks(gpu, kernel, threads, bytes)), rows_that_fit, T}));
@@ -294,7 +299,7 @@ template <class E, class G> void rmsnorm_backward(Gpu gpu, E* din, G* dweight, c
     if (packs_fit<E>(C, din, dout, in, weight, dresidual)) launch_for(std::integral_constant<int, pack_width<E>>());
     else launch_for(std::integral_constant<int, 1>());
     CUDA_CHECK(cudaGetLastError());
-    rmsnorm_dweight_kernel<<<grid_blocks((C + 31) / 32), 512, 0, gpu.stream>>>(dweight, partial, blocks, C);
+    rmsnorm_dweight_kernel<<<grid_blocks((C + 31) / 32), 1024, 0, gpu.stream>>>(dweight, partial, blocks, C);
     CUDA_CHECK(cudaGetLastError());
 }
 #endif

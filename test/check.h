@@ -104,6 +104,14 @@ void check_2x(const Buffer<E>& result, const Buffer<Y>& yardstick, const Buffer<
     CHECK(largest_error(result, truth) <= allowed);
 }
 
+// What roundings in fp32 must be expected to leave of attention's results, beyond the 2x rule: a yardstick can be
+// exact by chance. Of LSE, absolute, and with it of P and the gradients, relative: half an ulp of 1 for each of the D
+// products of a score, and of a sum over T tokens what T roundings of random sign add up to, twice.
+inline double score_rounding(size_t T, size_t D) { return (double(D) + 2 * std::sqrt(double(T))) * 0x1p-24; }
+// Of dQ and dK, absolute: where a query sees one key alone, dS = P (dP - delta) is the difference of two equal sums of
+// D products, an ulp for each. `largest`: of all gradients.
+inline double cancelled_sums(size_t D, double largest) { return double(D) * ulp<float>(largest); }
+
 // Central difference of a scalar function of x[i], in double. With step h the truncation error is
 // O(h^2) and the rounding error O(eps / h): h = 1e-5 balances them at about 1e-10 relative.
 template <class F> double finite_difference(F f, double* x, size_t i, double h = 1e-5) {

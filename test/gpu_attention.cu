@@ -140,17 +140,14 @@ template <class E> void part(Buffer<E>& to, const Buffer<E>& dqkv, Sizes z, size
     const size_t W = z.qkv(), width = (end - begin) * z.D;
     for (size_t i = 0; i < to.count; i++) to[i] = dqkv[i / width * W + begin * z.D + i % width];
 }
-// dQ, dK and dV differ in size, so each is held to its own bound. A yardstick can be exact by chance, so what roundings
-// in fp32 must be expected to leave is allowed on top. LSE, and with it P: half an ulp of 1 for each product of a
-// score, and of a sum over T keys what T roundings of random sign add up to, twice. dQ, dK: where a query sees one key
-// alone, dS = P (dP - delta) is the difference of two equal sums of D products, an ulp for each.
+// dQ, dK and dV differ in size, so each is held to its own bound.
 template <class E>
 void check_result(const Problem<E>& p, const Result<E>& r, const Result<E>& yardstick, const Result<double>& truth) {
     const size_t T = p.t.size(), ends[] = {0, p.z.H, p.z.H + p.z.K, p.z.H + 2 * p.z.K};
-    const double score_rounding = (double(p.z.D) + 2 * std::sqrt(double(T))) * 0x1p-24;
+    const double rounding = score_rounding(T, p.z.D);
     check_2x(r.out, yardstick.out, truth.out);
     CHECK(largest_error(r.lse, truth.lse) <=
-          2 * largest_error(yardstick.lse, truth.lse) + 2 * ulp<float>(largest_value(truth.lse)) + score_rounding);
+          2 * largest_error(yardstick.lse, truth.lse) + 2 * ulp<float>(largest_value(truth.lse)) + rounding);
     for (int i = 0; i < 3; i++) {
         const size_t count = T * (ends[i + 1] - ends[i]) * p.z.D;
         Buffer<E> x(count), y(count);
@@ -158,10 +155,9 @@ void check_result(const Problem<E>& p, const Result<E>& r, const Result<E>& yard
         part(x, r.dqkv, p.z, ends[i], ends[i + 1]), part(y, yardstick.dqkv, p.z, ends[i], ends[i + 1]);
         part(z, truth.dqkv, p.z, ends[i], ends[i + 1]);
         const double largest = largest_value(z);
-        const double cancelled = i < 2 ? double(p.z.D) * ulp<float>(largest_value(truth.dqkv)) : 0;
+        const double cancelled = i < 2 ? cancelled_sums(p.z.D, largest_value(truth.dqkv)) : 0;
         INFO((i == 0 ? "dQ" : i == 1 ? "dK" : "dV"));
-        CHECK(largest_error(x, z) <=
-              2 * largest_error(y, z) + 2 * ulp<E>(largest) + score_rounding * largest + cancelled);
+        CHECK(largest_error(x, z) <= 2 * largest_error(y, z) + 2 * ulp<E>(largest) + rounding * largest + cancelled);
     }
 }
 

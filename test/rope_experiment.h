@@ -181,7 +181,7 @@ void experiment_forward(Experiment<Dev, E>& x, const Row& row, const Rounding& r
     copy_to_device(dev, x.inv_freq, frequency.data(), D / 2 * sizeof(double));
     study_table(dev, x.table, m.pos, x.inv_freq, factor, r, T, D);
 
-    embedding_forward(dev, m.acts[0].x, m.token, m.params.embed, T, C);
+    embedding_forward(dev, m.acts[0].x, b.order, m.params.embed, C);
     for (int l = 0; l <= x.layers.back(); l++) {
         const LayerParams<E>& w = m.params.layer[l];
         const LayerActs<E>& a = m.acts[l];
