@@ -142,12 +142,18 @@ size_t param_count(const Config& c) {
     return count;
 }
 
-template <class E> Params<E> params_place(E* flat, const Config& c) {
+// What of the model comes and goes as one: part 0 is the embedding, 1 to L are the layers, L + 1 is what follows them.
+size_t part_of(const ParamInfo& p, const Config& c) {
+    return p.layer >= 0 ? size_t(p.layer) + 1 : p.offset > 0 ? size_t(c.L) + 1 : 0;
+}
+
+// where(info): the place of a tensor.
+template <class E, class Where> Params<E> params_place(const Config& c, Where where) {
     Params<E> p;
     p.layer.resize(c.L);
-    auto next = [flat, table = param_table(c), i = size_t(0)]() mutable {
+    auto next = [&, table = param_table(c), i = size_t(0)]() mutable {
         const ParamInfo& info = table[i++];
-        return info.count() ? flat + info.offset : nullptr;
+        return info.count() ? where(info) : nullptr;
     };
 #define PLACE(name, ...) p.name = next();
 #define PLACE_LAYER(name, ...) layer.name = next();
@@ -167,12 +173,31 @@ struct Layout {
     RingExchange exchange;
     size_t head_chunk = 512; // tokens whose logits exist at once
     size_t ffn_tile = 0;     // tokens whose feed-forward activations exist at once; 0: all
+    int zero = 1;            // what ranks share: 1 optimizer state, 2 gradients too, 3 weights too
     bool train = true, master = false;
     Type moments = Type::f32;
     Recompute recompute;
 
+    int zero_level() const { return world > 1 ? zero : 1; } // one rank has nothing to share
+
     size_t tokens() const { return B * (ring_padded_length(S, ring) / ring); }               // T
     size_t ffn_tokens() const { return ffn_tile ? std::min(ffn_tile, tokens()) : tokens(); } // N
+};
+
+// Where a part of the model is, with its gradients (ZeRO). Each rank updates a slice of every part. Weights and
+// gradients that are kept whole lie in one flat array, slices at their places in it; of others the flat array holds
+// this rank's slices, one behind the other, and the parts in use take two buffers in turn.
+template <class E, class G> struct Part {
+    size_t begin = 0, end = 0;      // elements of the model
+    std::vector<size_t> shards;     // rank r updates [shards[r], shards[r + 1]) of the part
+    size_t at = 0;                  // this rank's slice in its moments, on every rank alike
+    int buffer = 0;                 // which one it takes
+    E *params, *params_shard;       // whole while it is in use; this rank's slice
+    G *grads, *grads_shard;         // likewise
+    size_t held_begin, held_end;    // the weights that this rank always has: elements of the model,
+    E* held;                        // from here on
+    std::vector<Shift> fetching;    // slices of other ranks on their way into params
+    std::optional<Shift> reduction; // the sum of grads over all ranks, under way
 };
 
 template <class Dev, class E, class G> struct Model {
@@ -180,19 +205,21 @@ template <class Dev, class E, class G> struct Model {
     Dev dev;
     Config config;
     Layout layout;
-    Comm world;
+    Comm world, layers; // layers: the world again, for what goes on beside the layers: weights and sums of gradients
     RopePrecision precision = RopePrecision::exact;
 
     Params<E> params;
     Params<G> grads;
     E* param_flat;
     G* grad_flat;
-    size_t elements;            // of the flat buffers
-    std::vector<size_t> shards; // rank r updates [shards[r], shards[r + 1])
-    void *moment1, *moment2;    // this rank's shard, of layout.moments
-    A* master;                  // this rank's shard in full precision, or null
-    UpdateState* update;        // sums of the update under way, and what is decided on it
-    Mail mail[2];               // copies of it on their way to the host, by the parity of the step
+    size_t elements;                 // of the model
+    size_t grad_elements;            // of grad_flat, which is a shard from ZeRO-2 on
+    std::vector<Part<E, G>> parts;   // (L + 2)
+    int in_buffer[3] = {-1, -1, -1}; // ZeRO-3: the part whose weights each buffer holds
+    void *moment1, *moment2;         // this rank's shard, of layout.moments
+    A* master;                       // this rank's shard in full precision, or null
+    UpdateState* update;             // sums of the update under way, and what is decided on it
+    Mail mail[2];                    // copies of it on their way to the host, by the parity of the step
 
     std::vector<LayerActs<E>> acts;
     void* token_order;             // the batch's in device memory
@@ -207,9 +234,57 @@ template <class Dev, class E, class G> struct Model {
     void* plan; // the batch's plan in device memory
     size_t plan_bytes;
 
-    size_t shard_begin() const { return shards[world.rank]; }
-    size_t shard_count() const { return shards[world.rank + 1] - shards[world.rank]; }
+    size_t shard_begin(const Part<E, G>& part) const { return part.shards[world.rank]; }
+    size_t shard_count(const Part<E, G>& part) const { return part.shards[world.rank + 1] - part.shards[world.rank]; }
 };
+
+// Cuts the model into parts and every part into slices, and places weights, gradients and the optimizer's state.
+template <class Dev, class E, class G> void parts_place(Model<Dev, E, G>& m, Arena& arena) {
+    const Config& c = m.config;
+    const int level = m.layout.zero_level(), world = m.layout.world;
+    const bool train = m.layout.train;
+    m.elements = param_elements(c);
+    m.parts.assign(c.L + 2, {});
+    for (const ParamInfo& p : param_table(c)) {
+        Part<E, G>& part = m.parts[part_of(p, c)];
+        if (part.end == 0) part.begin = p.offset;
+        part.end = p.offset + p.padded();
+    }
+    size_t shard = 0, largest[3] = {};
+    for (Part<E, G>& part : m.parts) {
+        const size_t count = part.end - part.begin, index = &part - m.parts.data();
+        const size_t share = (count / param_alignment + world - 1) / world * param_alignment;
+        part.at = shard, shard += share;
+        for (int r = 0; r <= world; r++) part.shards.push_back(std::min(r * share, count));
+        part.buffer = c.tied && index == 0 ? 2 : index % 2; // a tied embedding is in use from first to last
+        largest[part.buffer] = std::max(largest[part.buffer], count);
+    }
+    E* params[3] = {};
+    G* grads[3] = {};
+    m.param_flat = arena.take<E>("weights", level < 3 ? m.elements : shard);
+    for (int i = 0; i < 3 && level == 3; i++) params[i] = arena.take<E>("weights in use", largest[i]);
+    m.grad_elements = !train ? 0 : level < 2 ? m.elements : shard;
+    m.grad_flat = arena.take<G>("gradients", m.grad_elements);
+    for (int i = 0; i < 3 && level >= 2 && train; i++) grads[i] = arena.take<G>("gradients in use", largest[i]);
+    const size_t mine = train ? shard : 0, moment_bytes = mine * type_size(m.layout.moments); // on every rank alike
+    m.moment1 = arena.take<uint8_t>("moments", moment_bytes);
+    m.moment2 = arena.take<uint8_t>("moments", moment_bytes);
+    m.master = arena.take<Acc<E>>("master weights", m.layout.master ? mine : 0);
+
+    for (Part<E, G>& part : m.parts) {
+        const size_t own = m.shard_begin(part);
+        part.params = level < 3 ? m.param_flat + part.begin : params[part.buffer];
+        part.params_shard = level < 3 ? part.params + own : m.param_flat + part.at;
+        part.grads = level < 2 ? m.grad_flat + part.begin : grads[part.buffer];
+        part.grads_shard = level < 2 ? part.grads + own : m.grad_flat + part.at;
+        part.held_begin = level < 3 ? part.begin : part.begin + own;
+        part.held_end = level < 3 ? part.end : part.held_begin + m.shard_count(part);
+        part.held = level < 3 ? part.params : part.params_shard;
+    }
+    auto part = [&](const ParamInfo& p) -> Part<E, G>& { return m.parts[part_of(p, c)]; };
+    m.params = params_place<E>(c, [&](const ParamInfo& p) { return part(p).params + (p.offset - part(p).begin); });
+    m.grads = params_place<G>(c, [&](const ParamInfo& p) { return part(p).grads + (p.offset - part(p).begin); });
+}
 
 // Hands out the memory; with an arena that has no base it only measures.
 template <class Dev, class E, class G> void model_place(Model<Dev, E, G>& m, Arena& arena) {
@@ -218,19 +293,7 @@ template <class Dev, class E, class G> void model_place(Model<Dev, E, G>& m, Are
     const size_t L = c.L, C = c.C, H = c.H, K = c.K, D = c.D, F = c.F, V = c.V, T = m.layout.tokens();
     const size_t N = m.layout.ffn_tokens();
     const bool train = m.layout.train;
-    m.elements = param_elements(c);
-    const size_t share = (m.elements / param_alignment + m.layout.world - 1) / m.layout.world * param_alignment;
-    m.shards.clear();
-    for (int r = 0; r <= m.layout.world; r++) m.shards.push_back(std::min(r * share, m.elements));
-
-    m.param_flat = arena.take<E>("weights", m.elements);
-    m.params = params_place(m.param_flat, c);
-    m.grad_flat = arena.take<G>("gradients", train ? m.elements : 0);
-    m.grads = params_place(m.grad_flat, c);
-    const size_t mine = train ? share : 0, moment_bytes = mine * type_size(m.layout.moments); // on every rank alike
-    m.moment1 = arena.take<uint8_t>("moments", moment_bytes);
-    m.moment2 = arena.take<uint8_t>("moments", moment_bytes);
-    m.master = arena.take<A>("master weights", m.layout.master ? mine : 0);
+    parts_place(m, arena);
     m.update = arena.take<UpdateState>("inputs", 1);
 
     // The policy's name is a field of Recompute: that many layers share one place. Without a backward all do, and x in
@@ -340,6 +403,70 @@ template <class Dev, class E, class G> void model_input(Model<Dev, E, G>& m, Bat
     rope_table<E>(m.dev, m.angles, m.pos, frequency.data(), factor, m.precision, b.T, m.config.D);
 }
 
+// ZeRO-3: has the slices of a part's weights sent by all ranks. The transfers go on beside what is computed.
+template <class Dev, class E, class G> void params_fetch(Model<Dev, E, G>& m, size_t p) {
+    if (m.layout.zero_level() < 3) return;
+    Part<E, G>& part = m.parts[p];
+    int& in_buffer = m.in_buffer[part.buffer];
+    if (in_buffer == int(p)) return;
+    REQUIRE(in_buffer < 0 || m.parts[in_buffer].fetching.empty(), "use what was fetched before its buffer is taken");
+    in_buffer = int(p);
+    const int rank = m.layers.rank, size = m.layers.size;
+    const size_t mine = m.shard_count(part);
+    copy_on_device(m.dev, part.params + m.shard_begin(part), part.params_shard, mine * sizeof(E));
+    for (int d = 1; d < size; d++) {
+        const int to = (rank + d) % size, from = (rank + size - d) % size;
+        part.fetching.push_back(shift_start(m.dev, m.layers, part.params_shard, mine, to,
+                                            part.params + part.shards[from], part.shards[from + 1] - part.shards[from],
+                                            from));
+    }
+}
+
+// Afterwards the weights of part p are whole, and those of `next`, the part after it, on their way.
+template <class Dev, class E, class G> void params_use(Model<Dev, E, G>& m, size_t p, size_t next) {
+    params_fetch(m, p);
+    for (Shift& shift : m.parts[p].fetching) shift_wait(m.dev, shift);
+    m.parts[p].fetching.clear();
+    params_fetch(m, next);
+}
+
+// What was fetched is out of date.
+template <class Dev, class E, class G> void params_changed(Model<Dev, E, G>& m) {
+    for (int& part : m.in_buffer) part = -1;
+}
+
+// Waits for the sum of a part's gradients, if one is under way.
+template <class Dev, class E, class G> void grads_wait(Model<Dev, E, G>& m, Part<E, G>& part) {
+    if (!part.reduction) return;
+    shift_wait(m.dev, *part.reduction);
+    part.reduction.reset();
+    if (m.layout.zero_level() < 2) return; // it was formed where this rank's slice is
+    add(m.dev, part.grads_shard, part.grads + m.shard_begin(part), m.shard_count(part));
+}
+
+// Before a part's backward. ZeRO-2: its gradients begin at zero in every micro-batch, in the buffer of the part before
+// the last, whose sum had the time of the last one's backward.
+template <class Dev, class E, class G> void grads_begin(Model<Dev, E, G>& m, size_t p) {
+    const Part<E, G>& part = m.parts[p];
+    if (m.layout.zero_level() < 2) return;
+    for (Part<E, G>& other : m.parts)
+        if (other.buffer == part.buffer) grads_wait(m, other);
+    fill_zero(m.dev, part.grads, (part.end - part.begin) * sizeof(G));
+}
+
+// After it: has the gradients summed over all ranks, beside what is computed next. ZeRO-1: once, when they are those of
+// all micro-batches; ZeRO-2: in each, to be added to this rank's slice.
+template <class Dev, class E, class G> void grads_end(Model<Dev, E, G>& m, size_t p, bool last_batch) {
+    Part<E, G>& part = m.parts[p];
+    if (m.layout.world > 1 && (last_batch || m.layout.zero_level() >= 2))
+        part.reduction = comm_reduce_scatter_start(m.dev, m.layers, part.grads, part.shards.data());
+}
+
+// Afterwards this rank's slices hold the gradients of the whole update.
+template <class Dev, class E, class G> void grads_finish(Model<Dev, E, G>& m) {
+    for (size_t p = m.parts.size(); p-- > 0;) grads_wait(m, m.parts[p]); // in the order in which they were started
+}
+
 // Tokens to final_normed. Every line is one layer: outputs, inputs, sizes.
 template <class Dev, class E, class G> void model_forward(Model<Dev, E, G>& m, Batch& b) {
     const auto [dev, c, T] = std::tuple(m.dev, m.config, b.T);
@@ -347,8 +474,10 @@ template <class Dev, class E, class G> void model_forward(Model<Dev, E, G>& m, B
     const E* none = nullptr;
 
     model_input(m, b);
+    params_use(m, 0, 1);
     embedding_forward(dev, m.acts[0].x, b.order, m.params.embed, C);
     for (size_t l = 0; l < L; l++) {
+        params_use(m, l + 1, l + 2);
         const LayerParams<E>& w = m.params.layer[l];
         const LayerActs<E>& a = m.acts[l];
         rmsnorm_forward(dev, a.att_normed, a.att_rstd, a.x, w.att_norm, T, C, c.eps);
@@ -364,6 +493,7 @@ template <class Dev, class E, class G> void model_forward(Model<Dev, E, G>& m, B
             matmul_forward(dev, a.out + t * C, a.act, w.wdown, none, a.h + t * C, n, F, C);
         }
     }
+    params_use(m, L + 1, L + 1);
     rmsnorm_forward(dev, m.final_normed, m.final_rstd, m.x_last, m.params.final_norm, T, C, c.eps);
 }
 
@@ -411,6 +541,8 @@ void feed_forward_backward(Model<Dev, E, G>& m, int l, size_t t, size_t n, const
 template <class Dev, class E, class G> void head_forward_backward(Model<Dev, E, G>& m, const Batch& b, double scale) {
     const size_t C = m.config.C, V = m.config.V;
     const E* none = nullptr;
+    grads_begin(m, m.config.L + 1);
+    if (m.config.tied) grads_begin(m, 0);
     for (size_t t = 0, n; t < b.T; t += n) {
         n = std::min(m.layout.head_chunk, b.T - t);
         E* normed = m.final_normed + t * C;
@@ -435,8 +567,9 @@ void head_forward(Model<Dev, E, G>& m, const Batch& b, Visit visit) {
 }
 
 // The forward's lines in reverse. Weight gradients are added to; the gradient of an activation is written over
-// that activation as soon as nothing needs it any more, so the feed-forward takes no memory of its own.
-template <class Dev, class E, class G> void model_backward(Model<Dev, E, G>& m, const Batch& b) {
+// that activation as soon as nothing needs it any more, so the feed-forward takes no memory of its own. last_batch: no
+// other micro-batch adds to these gradients; grads_finish then waits for their sums over all ranks.
+template <class Dev, class E, class G> void model_backward(Model<Dev, E, G>& m, const Batch& b, bool last_batch) {
     const auto [dev, c, T] = std::tuple(m.dev, m.config, b.T);
     const size_t L = c.L, C = c.C, H = c.H, K = c.K, D = c.D, N = m.layout.ffn_tokens();
     G* no_bias = nullptr;
@@ -445,7 +578,10 @@ template <class Dev, class E, class G> void model_backward(Model<Dev, E, G>& m, 
     E* dfinal = m.final_normed; // head_forward_backward left it there
     rmsnorm_backward(dev, dx, m.grads.final_norm, dfinal, m.x_last, m.params.final_norm, m.final_rstd,
                      (const E*)nullptr, T, C);
+    grads_end(m, L + 1, last_batch);
     for (size_t l = L; l-- > 0;) {
+        params_use(m, l + 1, l > 0 ? l : last_batch ? 1 : 0); // the next micro-batch begins with the embedding
+        grads_begin(m, l + 1);
         recompute_layer(m, b, int(l));
         const LayerParams<E>& w = m.params.layer[l];
         const LayerParams<G>& g = m.grads.layer[l];
@@ -461,32 +597,40 @@ template <class Dev, class E, class G> void model_backward(Model<Dev, E, G>& m, 
         matmul_backward_weight(dev, g.wqkv, g.bqkv, dqkv, a.att_normed, T, C, (H + 2 * K) * D);
         matmul_backward_input(dev, datt_normed, dqkv, w.wqkv, T, C, (H + 2 * K) * D);
         rmsnorm_backward(dev, dx, g.att_norm, datt_normed, a.x, w.att_norm, a.att_rstd, dx, T, C);
+        grads_end(m, l + 1, last_batch);
     }
+    if (!c.tied) grads_begin(m, 0);
     embedding_backward(dev, m.grads.embed, dx, b.order, C);
+    grads_end(m, 0, last_batch);
 }
 
-// Sums the gradients over all ranks, each rank keeping its shard (ZeRO-1), and the square of their norm.
-template <class Dev, class E, class G> void model_reduce(Model<Dev, E, G>& m) {
-    comm_reduce_scatter(m.dev, m.world, m.grad_flat, m.shards.data());
-    grad_norm_squared(m.dev, &m.update->norm_squared, m.grad_flat + m.shard_begin(), m.shard_count());
+// The square of the gradients' norm, of the slices of all ranks: part by part at every level of ZeRO, so that all come
+// to the same bits.
+template <class Dev, class E, class G> void model_norm(Model<Dev, E, G>& m) {
+    for (const Part<E, G>& part : m.parts) {
+        REQUIRE(!part.reduction, "call grads_finish before");
+        grad_norm_squared(m.dev, &m.update->norm_squared, part.grads_shard, m.shard_count(part), &part != &m.parts[0]);
+    }
     comm_sum(m.dev, m.world, &m.update->norm_squared, 1);
 }
 
-// AdamW on this rank's shard, tensor by tensor because only matrices decay; then everyone gets every shard. Nothing
-// happens when m.update says so.
+// AdamW on this rank's shard, tensor by tensor because only matrices decay; then everyone gets every shard, if it keeps
+// them. Nothing happens when m.update says so.
 template <class Dev, class E, class G, class M> void model_update_as(Model<Dev, E, G>& m, AdamW adamw) {
-    const size_t begin = m.shard_begin(), end = begin + m.shard_count();
     const double decay = adamw.weight_decay;
     for (const ParamInfo& p : param_table(m.config)) {
-        size_t first = std::max(begin, p.offset), last = std::min(end, p.offset + p.count());
+        const Part<E, G>& part = m.parts[part_of(p, m.config)];
+        const size_t begin = part.begin + m.shard_begin(part), end = begin + m.shard_count(part);
+        const size_t first = std::max(begin, p.offset), last = std::min(end, p.offset + p.count());
         if (first >= last) continue;
         adamw.weight_decay = p.decay ? decay : 0;
-        auto* master = m.master ? m.master + (first - begin) : nullptr;
-        adamw_update(m.dev, m.param_flat + first, master, (M*)m.moment1 + (first - begin),
-                     (M*)m.moment2 + (first - begin), m.grad_flat + first, last - first, first, adamw,
-                     &m.update->adamw);
+        const size_t i = first - begin, j = part.at + i;
+        adamw_update(m.dev, part.params_shard + i, m.master ? m.master + j : nullptr, (M*)m.moment1 + j,
+                     (M*)m.moment2 + j, part.grads_shard + i, last - first, first, adamw, &m.update->adamw);
     }
-    comm_all_gather(m.dev, m.world, m.param_flat, m.shards.data());
+    params_changed(m);
+    if (m.layout.zero_level() < 3)
+        for (const Part<E, G>& part : m.parts) comm_all_gather(m.dev, m.world, part.params, part.shards.data());
 }
 
 template <class Dev, class E, class G> void model_update(Model<Dev, E, G>& m, const AdamW& adamw) {
@@ -500,16 +644,19 @@ template <class Dev, class E, class G> void model_init(Model<Dev, E, G>& m, uint
     for (const ParamInfo& p : param_table(m.config)) {
         const double deviation = p.start == Start::scaled ? 0.02 / std::sqrt(2.0 * m.config.L) : 0.02;
         const bool random = p.start == Start::normal || p.start == Start::scaled;
-        E* x = m.param_flat + p.offset;
-        if (random) random_normal(m.dev, x, p.count(), seed, p.offset, deviation);
-        else fill(m.dev, x, p.count(), p.start == Start::ones ? 1.0 : 0.0);
+        const Part<E, G>& part = m.parts[part_of(p, m.config)];
+        const size_t first = std::max(part.held_begin, p.offset), last = std::min(part.held_end, p.offset + p.count());
+        if (first >= last) continue;
+        E* x = part.held + (first - part.held_begin);
+        if (random) random_normal(m.dev, x, last - first, seed, first, deviation);
+        else fill(m.dev, x, last - first, p.start == Start::ones ? 1.0 : 0.0);
     }
 }
 
 // What a command line means: the model, its layout in memory, the numbers of the run.
 struct Setup {
     Options o;
-    Comm world, ring;
+    Comm world, ring, layers;
     Config config;
     Layout layout;
     std::string weights; // file to start from; empty: random weights
@@ -677,9 +824,14 @@ Arena measure(const Setup& s, const Layout& layout) {
     });
 }
 
+// GPU memory of the communicator's groups: the world, the layers', which has the same ranks, and the ring, which may.
+double transfer_bytes(const Setup& s, const Layout& layout) {
+    return comm_gpu_bytes(layout.world, s.transport, 3, layout.ring > 1 && layout.ring < layout.world ? 2 : 1);
+}
+
 // What a rank's memory must hold: the arena, and on a GPU what lies beside it.
 double memory_needed(const Setup& s, const Layout& layout) {
-    const double beside = s.gpu ? gpu_overhead_bytes + comm_gpu_bytes(layout.world, s.transport) : 0;
+    const double beside = s.gpu ? gpu_overhead_bytes + transfer_bytes(s, layout) : 0;
     return double(measure(s, layout).used) + beside;
 }
 // What of it a run may take. A GPU's is ours; a machine's is also the system's and the messages'.
@@ -747,6 +899,13 @@ std::string what_fits(Setup s) {
         return choose_layout(s);
     };
     if (s.o.recompute != "auto" && (s.o.recompute = "auto", change("--recompute auto"))) return changes;
+    for (int level : {2, 3})
+        if (s.layout.zero_level() == level - 1 && s.layout.world > 1) {
+            s.layout.zero = level;
+            const std::string before = changes;
+            if (change("--zero " + std::to_string(level))) return changes;
+            if (level == 2) changes = before; // --zero 3 goes further
+        }
     if (s.o.master == "float" && (s.o.master = "none", change("--master none"))) return changes;
     if (s.dtype == Type::bf16 && (s.grad_dtype == Type::f32 || s.layout.moments == Type::f32)) {
         s.o.grad_dtype = s.o.opt_dtype = "bf16";
@@ -768,14 +927,15 @@ std::string what_fits(Setup s) {
 void print_plan(const Setup& s) {
     Arena arena = measure(s, s.layout);
     const Config& c = s.config;
-    printf("%s: %.2fB parameters, context %zu, %zu x %d rank%s in rings of %d, %s, recompute %s\n\n", s.o.model.c_str(),
-           double(param_count(c)) / 1e9, s.layout.S, s.layout.B, s.layout.world, s.layout.world > 1 ? "s" : "",
-           s.layout.ring, type_name(s.dtype), recompute_text(s.layout.recompute, c.L).c_str());
+    printf("%s: %.2fB parameters, context %zu, %zu x %d rank%s in rings of %d, ZeRO-%d, %s, recompute %s\n\n",
+           s.o.model.c_str(), double(param_count(c)) / 1e9, s.layout.S, s.layout.B, s.layout.world,
+           s.layout.world > 1 ? "s" : "", s.layout.ring, s.layout.zero_level(), type_name(s.dtype),
+           recompute_text(s.layout.recompute, c.L).c_str());
     printf("  memory of a rank         GiB\n");
     for (const Arena::Part& part : arena.parts)
         printf("  %-20s %8.3f\n", part.name.c_str(), double(part.bytes) / (1 << 30));
     if (s.gpu) printf("  %-20s %8.3f\n", "CUDA, cuBLASLt", gpu_overhead_bytes / (1 << 30));
-    if (const double transfers = comm_gpu_bytes(s.layout.world, s.transport); s.gpu && transfers > 0)
+    if (const double transfers = transfer_bytes(s, s.layout); s.gpu && transfers > 0)
         printf("  %-20s %8.3f\n", "transfers", transfers / (1 << 30));
     const double needed = memory_needed(s, s.layout);
     printf("  %-20s %8.3f of %.1f\n", "all", needed / (1 << 30), s.memory / (1 << 30));
@@ -842,7 +1002,7 @@ Setup setup_read(const Options& options, const Comm& world) {
     s.layout.S = o.context ? size_t(o.context) : size_t(s.config.rope.max_context);
     if (s.layout.S < 2) fail("--context must be at least 2: a row holds the anchor and something to predict");
     s.layout.B = size_t(o.batch), s.layout.head_chunk = o.head_chunk ? size_t(o.head_chunk) : s.gpu ? 2048 : 512;
-    s.layout.ffn_tile = size_t(o.ffn_tile);
+    s.layout.ffn_tile = size_t(o.ffn_tile), s.layout.zero = int(o.zero);
     s.layout.train = o.eval.empty() && o.dump_logits.empty() && o.generate == 0;
     setup_rope(s);
     fault = config_fault(s.config);
@@ -855,6 +1015,7 @@ Setup setup_read(const Options& options, const Comm& world) {
              (long long)step_tokens);
     s.prompt = prompt_read(s);
     s.ring = comm_split(world, o.plan ? 0 : s.group(), world.rank);
+    s.layers = comm_split(world, 0, world.rank);
     setup_memory(s);
     return s;
 }
@@ -876,12 +1037,13 @@ template <class Dev, class E, class G> void weights_load(Model<Dev, E, G>& m, co
         const size_t piece = 1 << 22;
         std::vector<X> buffer(std::min(piece, m.elements));
         std::vector<E> rounded(buffer.size());
-        for (size_t i = 0; i < m.elements; i += piece) {
-            size_t n = std::min(piece, m.elements - i);
-            weights_read(file, i, n, buffer.data());
-            convert(Cpu{}, rounded.data(), buffer.data(), n);
-            copy_to_device(m.dev, m.param_flat + i, rounded.data(), n * sizeof(E));
-        }
+        for (const Part<E, G>& part : m.parts)
+            for (size_t i = part.held_begin, n; i < part.held_end; i += n) {
+                n = std::min(piece, part.held_end - i);
+                weights_read(file, i, n, buffer.data());
+                convert(Cpu{}, rounded.data(), buffer.data(), n);
+                copy_to_device(m.dev, part.held + (i - part.held_begin), rounded.data(), n * sizeof(E));
+            }
     };
     if (file.dtype == Type::f32) read_as.template operator()<float>();
     if (file.dtype == Type::bf16) read_as.template operator()<bf16>();
@@ -889,7 +1051,8 @@ template <class Dev, class E, class G> void weights_load(Model<Dev, E, G>& m, co
 }
 
 template <class Dev, class E, class G> void master_from_params(Model<Dev, E, G>& m) {
-    if (m.master) convert(m.dev, m.master, m.param_flat + m.shard_begin(), m.shard_count());
+    for (const Part<E, G>& part : m.parts)
+        if (m.master) convert(m.dev, m.master + part.at, part.params_shard, m.shard_count(part));
 }
 
 // Ranks wait longer for a disk than for each other.
@@ -898,19 +1061,33 @@ Comm patient(Comm world) {
     return world;
 }
 
-// Every rank writes its optimizer shard, rank 0 the weights and the state as well.
+// Every rank writes its optimizer shard, rank 0 the weights and the state as well. The others read the weights with it
+// and write nothing: with ZeRO-3 they are fetched part by part, from all ranks.
 template <class Dev, class E, class G> void save(Model<Dev, E, G>& m, const Setup& s, TrainState& state) {
     if (s.o.out.empty()) return;
     const Fetch fetch = [&](void* to, const void* from, size_t bytes) { copy_to_host(m.dev, to, from, bytes); };
     fetch(&state.update, m.update, sizeof state.update);
-    const size_t begin = m.shard_begin(), end = begin + m.shard_count();
     WeightsHeader header = header_from_config(m.config, type_of<E>(), m.elements);
-    ShardHeader shard = shard_header(begin, end, m.layout.moments, m.layout.moments, m.master);
-    std::vector<CheckpointFile> files = {shard_file(m.world.rank, shard, m.moment1, m.moment2, m.master, fetch)};
-    if (m.world.rank == 0) {
-        files.push_back({"weights.bin", {{&header, sizeof header}, {m.param_flat, m.elements * sizeof(E), fetch}}});
-        files.push_back({"state.bin", {{&state, sizeof state}}});
+    std::vector<ShardHeader> shards;
+    for (const Part<E, G>& part : m.parts)
+        shards.push_back(shard_header(part.begin + m.shard_begin(part),
+                                      part.begin + m.shard_begin(part) + m.shard_count(part), m.layout.moments,
+                                      m.layout.moments, m.master));
+    CheckpointFile weights{m.world.rank == 0 ? "weights.bin" : "", {{&header, sizeof header}}};
+    CheckpointFile shard{shard_name(m.world.rank), {}};
+    for (size_t p = 0; p < m.parts.size(); p++) {
+        const Part<E, G>& part = m.parts[p];
+        auto fetch_weights = [&m, p, fetch](void* to, const void* from, size_t bytes) {
+            params_use(m, p, std::min(p + 1, m.parts.size() - 1));
+            if (m.world.rank == 0) fetch(to, from, bytes);
+        };
+        weights.pieces.push_back({part.params, (part.end - part.begin) * sizeof(E), fetch_weights});
+        const size_t moment = part.at * type_size(m.layout.moments);
+        shard_add(shard, shards[p], (uint8_t*)m.moment1 + moment, (uint8_t*)m.moment2 + moment,
+                  m.master ? m.master + part.at : nullptr, fetch);
     }
+    std::vector<CheckpointFile> files = {weights, shard};
+    if (m.world.rank == 0) files.push_back({"state.bin", {{&state, sizeof state}}});
     checkpoint_save(patient(m.world), s.o.out, state.step, files, int(s.o.keep));
 }
 
@@ -928,18 +1105,22 @@ template <class Dev, class E, class G> bool resume(Model<Dev, E, G>& m, const Se
     weights_load(m, weights);
     checkpoint_read(from, "state.bin", 0, &state, sizeof state);
     copy_to_device(m.dev, m.update, &state.update, sizeof state.update);
+    const std::vector<OptimizerShard> shards = shards_open(from);
     auto read = [&](ShardField field, Type type, void* to) {
-        const size_t piece = 1 << 24, bytes = type_size(type), end = m.shard_begin() + m.shard_count();
-        std::vector<uint8_t> buffer(std::min(piece, m.shard_count()) * bytes);
-        for (size_t i = m.shard_begin(), n; i < end; i += n, to = (uint8_t*)to + n * bytes) {
-            n = std::min(piece, end - i);
-            shard_read(from, field, type, i, i + n, buffer.data());
-            copy_to_device(m.dev, to, buffer.data(), n * bytes);
-        }
+        const size_t piece = 1 << 24, bytes = type_size(type);
+        std::vector<uint8_t> buffer;
+        for (const Part<E, G>& part : m.parts)
+            for (size_t i = 0, n; i < m.shard_count(part); i += n) {
+                n = std::min(piece, m.shard_count(part) - i);
+                buffer.resize(n * bytes);
+                const size_t first = part.begin + m.shard_begin(part) + i;
+                shard_read(shards, field, type, first, first + n, buffer.data());
+                copy_to_device(m.dev, (uint8_t*)to + (part.at + i) * bytes, buffer.data(), n * bytes);
+            }
     };
     read(ShardField::m, m.layout.moments, m.moment1);
     read(ShardField::v, m.layout.moments, m.moment2);
-    const bool had_master = shard_open(file_open(from.path + "/optimizer_00000.bin")).type[2] >= 0;
+    const bool had_master = shards[0].header.type[2] >= 0;
     if (had_master && !m.master) fail("%s has master weights: resume with --master float", from.path.c_str());
     if (m.master) read(ShardField::master, type_of<Acc<E>>(), m.master);
     return true;
@@ -977,7 +1158,8 @@ template <class E, class G> void model_tune(Model<Gpu, E, G>& m, const Setup& s,
     auto step = [&] {
         model_forward(m, b);
         head_forward_backward(m, b, 1.0 / double(std::max<int64_t>(b.counted, 1)));
-        model_backward(m, b);
+        model_backward(m, b, true);
+        grads_finish(m);
     };
     const int known = s.world.rank == 0 ? matmul_algos_read(m.dev, text_read(path)) : 0;
     if (known) log_note(log, "%d matrix products take the algorithms of %s", known, path.c_str());
@@ -1055,20 +1237,21 @@ StepResult step_gradients(Model<Dev, E, G>& m, const Setup& s, const TrainState&
     r.counted = counts[0] / s.layout.ring, r.inputs = counts[1] / s.layout.ring;
 
     std::vector<double> by_step(s.layout.ring);
-    fill_zero(m.dev, m.grad_flat, m.elements * sizeof(G));
+    fill_zero(m.dev, m.grad_flat, m.grad_elements * sizeof(G));
     fill_zero(m.dev, &m.update->loss_sum, sizeof m.update->loss_sum);
     for (size_t first = 0; first < rows.size() && r.counted; first += s.layout.B) {
         Batch b = batch_make({rows.begin() + first, rows.begin() + first + s.layout.B}, s.attention, s.ring,
                              attention_tiles<E>(m.dev, m.config.D), s.layout.exchange);
         model_forward(m, b);
         head_forward_backward(m, b, 1.0 / double(r.counted));
-        model_backward(m, b);
+        model_backward(m, b, first + s.layout.B >= rows.size());
         sum(m.dev, &m.update->loss_sum, m.loss, b.T, true);
         r.pairs += double(b.pairs) / s.layout.ring;
         r.imbalance = std::max(r.imbalance, b.plan.imbalance), r.moved = std::max(r.moved, b.plan.moved);
         by_step[0] += double(b.plan.own.forward.pairs);
         for (size_t i = 0; i < b.plan.steps.size(); i++) by_step[i + 1] += double(b.plan.steps[i].map.forward.pairs);
     }
+    grads_finish(m);
     r.step_imbalance = slowest_over_mean(s.ring, by_step);
     double sums[2] = {r.pairs, double(signal_caught)};
     comm_sum(Cpu{}, s.world, sums, 2);
@@ -1081,7 +1264,7 @@ template <class Dev, class E, class G>
 void step_update(Model<Dev, E, G>& m, const Setup& s, TrainState& state, StepResult& r) {
     const Options& o = s.o;
     mail_mark(m.dev, m.mail[(state.step + 1) % 2]);
-    model_reduce(m);
+    model_norm(m);
     comm_sum(m.dev, s.world, &m.update->loss_sum, 1);
     update_decide(m.dev, m.update, {double(r.counted), o.clip, o.max_z_loss, o.max_z_grad});
     r.lr = learning_rate(s, state.step);
@@ -1098,20 +1281,23 @@ template <class Dev, class E, class G> void step_finish(Model<Dev, E, G>& m, Ste
     r.seconds = mail.seconds, r.optimizer = mail.since_mark;
 }
 
-// What this rank's transfers have cost so far.
+// What this rank's transfers have cost so far, while layers were computed and in the update.
 struct Spent {
-    CommTimes ring, world;
+    CommTimes layers, update;
 };
 template <class Dev> Spent spent_so_far(Dev dev, const Setup& s) {
-    return {comm_times(dev, s.ring), comm_times(dev, s.world)};
+    Spent spent{comm_times(dev, s.ring), comm_times(dev, s.world)};
+    const CommTimes shards = comm_times(dev, s.layers);
+    spent.layers.moving += shards.moving, spent.layers.waiting += shards.waiting;
+    return spent;
 }
 
-// The shares of transfers in a finished step, those since the last one. What is over already of the next step counts
-// for this one. All ranks talk during the update, and only then.
+// The shares of transfers in a finished step, those since the last one that nothing hid. What is over already of the
+// next step counts for this one. The world talks during the update, and only then.
 void step_shares(StepResult& r, Spent& last, const Spent& now) {
-    const double moving = now.world.moving - last.world.moving, waiting = now.world.waiting - last.world.waiting;
-    r.moving = now.ring.moving - last.ring.moving + moving;
-    r.waiting = now.ring.waiting - last.ring.waiting + waiting;
+    const double moving = now.update.moving - last.update.moving, waiting = now.update.waiting - last.update.waiting;
+    r.moving = now.layers.moving - last.layers.moving + moving;
+    r.waiting = now.layers.waiting - last.layers.waiting + waiting;
     r.optimizer -= moving + waiting;
     last = now;
 }
@@ -1128,6 +1314,13 @@ struct Score {
     float loss;
 };
 
+// One document without a label.
+Row blank_row(size_t S) {
+    Row row;
+    row.token.assign(S, 0), row.doc.assign(S, 0), row.pos.assign(S, 0), row.label.assign(S, -1);
+    return row;
+}
+
 // Scores up to `count` rows of the loader, fewer when the data ends before (its last row is filled up from the
 // beginning), spread over the rings; each rank returns its own tokens.
 template <class Dev, class E, class G>
@@ -1137,14 +1330,15 @@ std::vector<Score> score_rows(Model<Dev, E, G>& m, const Setup& s, Loader& loade
     for (int64_t first = 0; first < count && loader.cursor.epoch == 0; first += at_once) {
         const int64_t start = loader.cursor.rows;
         std::vector<Row> rows = take_rows(loader, s, std::min(at_once, count - first));
-        if (rows.empty()) continue;
+        const bool none = rows.empty(); // at the data's end: then a blank row, since all rings fetch weights together
+        if (none) rows.push_back(blank_row(s.layout.S));
         Batch b = batch_make(rows, s.attention, s.ring, attention_tiles<E>(m.dev, m.config.D), s.layout.exchange);
         model_forward(m, b);
         head_forward(m, b, [](size_t, size_t) {});
         std::vector<int32_t> argmax = to_host(m.dev, m.argmax, b.T);
         std::vector<Acc<E>> loss = to_host(m.dev, m.loss, b.T);
         const Tokens& local = b.plan.local;
-        for (size_t r = 0; r < rows.size(); r++) {
+        for (size_t r = 0; r < rows.size() && !none; r++) {
             const int64_t number = start + int64_t(r) * s.groups() + s.group(); // as take_rows deals them
             for (size_t t = local.row_begin[r]; t < size_t(local.row_begin[r + 1]); t++)
                 if (b.label[t] >= 0)
@@ -1439,7 +1633,8 @@ template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setu
 
 template <class Dev, class E, class G> int run(Dev dev, Setup& s) {
     Model<Dev, E, G> m;
-    m.dev = dev, m.config = s.config, m.layout = s.layout, m.world = s.world, m.precision = s.precision;
+    m.dev = dev, m.config = s.config, m.layout = s.layout, m.precision = s.precision;
+    m.world = s.world, m.layers = s.layers;
     Arena arena = measure(s, s.layout);
     if (memory_needed(s, s.layout) > s.memory) {
         if (s.world.rank == 0) print_plan(s);
@@ -1449,7 +1644,7 @@ template <class Dev, class E, class G> int run(Dev dev, Setup& s) {
     arena = {device_allocate(dev, planned), 0, {}};
     model_place(m, arena);
     REQUIRE(arena.used == planned, "every rank must place what was measured");
-    for (const Comm& group : {s.world, s.ring}) comm_open(dev, group, arena.base, planned, s.transport);
+    for (const Comm& group : {s.world, s.ring, s.layers}) comm_open(dev, group, arena.base, planned, s.transport);
     if (s.weights.empty()) model_init(m, uint64_t(s.o.seed));
     else weights_load(m, weights_open(s.weights));
     if (s.layout.train) return train(m, s);

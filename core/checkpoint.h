@@ -117,7 +117,7 @@ struct Piece {
     Fetch fetch = nullptr;
 };
 struct CheckpointFile {
-    std::string name;
+    std::string name; // none: nothing is written, only the fetches are called, in which another rank may need this one
     std::vector<Piece> pieces;
 };
 
@@ -198,13 +198,11 @@ inline int64_t step_from_name(const std::string& name, const std::string& tail =
     return "/" + name == checkpoint_path("", step) + tail ? step : -1;
 }
 
-inline CheckpointEntry write_pieces(const std::string& folder, const CheckpointFile& from) {
-    REQUIRE(checkpoint_name_is_plain(from.name), "name the file with letters, digits, '.', '_' and '-'");
-    CheckpointEntry entry{from.name};
-    File file = file_create(folder + "/" + from.name);
+// Calls use(data, bytes) for all that a file holds, a block after the other, in host memory.
+template <class Use> void visit_pieces(const CheckpointFile& file, Use use) {
     constexpr size_t block = size_t(4) << 20; // stays in cache between checksum and write
     std::vector<char> fetched;
-    for (const Piece& piece : from.pieces)
+    for (const Piece& piece : file.pieces)
         for (size_t at = 0; at < piece.bytes; at += block) {
             size_t n = std::min(block, piece.bytes - at);
             const char* data = (const char*)piece.data + at;
@@ -213,10 +211,19 @@ inline CheckpointEntry write_pieces(const std::string& folder, const CheckpointF
                 piece.fetch(fetched.data(), data, n);
                 data = fetched.data();
             }
-            entry.crc = crc32c(entry.crc, data, n);
-            entry.bytes += n;
-            file_write(file, data, n);
+            use(data, n);
         }
+}
+
+inline CheckpointEntry write_pieces(const std::string& folder, const CheckpointFile& from) {
+    REQUIRE(checkpoint_name_is_plain(from.name), "name the file with letters, digits, '.', '_' and '-'");
+    CheckpointEntry entry{from.name};
+    File file = file_create(folder + "/" + from.name);
+    visit_pieces(from, [&](const char* data, size_t n) {
+        entry.crc = crc32c(entry.crc, data, n);
+        entry.bytes += n;
+        file_write(file, data, n);
+    });
     file_finish(file);
     return entry;
 }
@@ -267,7 +274,9 @@ inline void checkpoint_save(const Comm& world, const std::string& dir, int64_t s
     }
     comm_barrier(world);
     std::string lines;
-    for (const CheckpointFile& file : mine) lines += entry_line(write_pieces(tmp, file));
+    for (const CheckpointFile& file : mine)
+        if (file.name.empty()) visit_pieces(file, [](const char*, size_t) {});
+        else lines += entry_line(write_pieces(tmp, file));
     // A rank's lines arrive after its files are on the disk, so they are the barrier as well.
     std::vector<std::string> all = gather_text(world, lines);
     if (world.rank == 0) {
@@ -367,9 +376,9 @@ inline void checkpoint_read(const Checkpoint& checkpoint, const std::string& nam
     file_read_at(file_open(checkpoint.path + "/" + name), offset, data, bytes);
 }
 
-// Optimizer state, sharded: the file of rank r holds the elements [begin, end) of the flat parameter array, first
-// m, then v, then the fp32 master copy if there is one. A run with another number of ranks reads its own range from
-// whichever shards hold it.
+// Optimizer state, sharded: a shard holds the elements [begin, end) of the flat parameter array, first m, then v, then
+// the fp32 master copy if there is one. A rank's file is one shard or several, one after the other. A run with another
+// number of ranks reads its own ranges from whichever shards hold them.
 enum class ShardField { m = 0, v = 1, master = 2 };
 constexpr int32_t shard_magic = 0x54504F4C; // "LOPT"
 constexpr int32_t shard_version = 1;
@@ -391,61 +400,77 @@ inline size_t shard_bytes(const ShardHeader& h, int field) {
     return h.type[field] < 0 ? 0 : size_t(h.end - h.begin) * type_size(Type(h.type[field]));
 }
 
-// The file that a rank passes to checkpoint_save. `header` and the arrays must live until then.
-inline CheckpointFile shard_file(int rank, const ShardHeader& header, const void* m, const void* v, const void* master,
-                                 const Fetch& fetch = nullptr) {
+inline std::string shard_name(int rank) {
     char name[40];
     snprintf(name, sizeof name, "optimizer_%05d.bin", rank);
-    CheckpointFile file{name, {{&header, sizeof header}}};
+    return name;
+}
+// One more shard in a file that a rank passes to checkpoint_save. `header` and the arrays must live until then.
+inline void shard_add(CheckpointFile& file, const ShardHeader& header, const void* m, const void* v, const void* master,
+                      const Fetch& fetch = nullptr) {
+    file.pieces.push_back({&header, sizeof header});
     const void* arrays[] = {m, v, master};
     for (int field = 0; field < 3; field++) file.pieces.push_back({arrays[field], shard_bytes(header, field), fetch});
-    return file;
 }
 
-// Reads and checks the header of one shard.
-inline ShardHeader shard_open(const File& file) {
-    ShardHeader h;
-    file_read_at(file, 0, &h, sizeof h);
+struct OptimizerShard {
+    std::string path;
+    uint64_t offset = 0; // of its header in the file
+    ShardHeader header;
+};
+
+// Reads and checks the headers of a file's shards.
+inline std::vector<OptimizerShard> shards_open(const File& file) {
     const char* path = file.path.c_str();
-    if (h.magic != shard_magic) fail("%s: not an optimizer shard (magic %08x)", path, h.magic);
-    if (h.version != shard_version) fail("%s: version %d, this program reads %d", path, h.version, shard_version);
-    bool sound = h.begin <= h.end && h.end <= uint64_t(1) << 48;
-    for (int32_t type : h.type) sound = sound && type >= -1 && type <= int32_t(Type::f64);
-    uint64_t bytes = sizeof h;
-    for (int field = 0; sound && field < 3; field++) bytes += shard_bytes(h, field);
-    if (!sound || bytes != file_size(file)) fail("%s: its header and its size do not agree", path);
-    return h;
+    const uint64_t size = file_size(file);
+    std::vector<OptimizerShard> shards;
+    for (uint64_t at = 0, bytes; at < size || at == 0; at += bytes) {
+        ShardHeader h;
+        if (at > 0 && size - at < sizeof h) fail("%s: its headers and its size do not agree", path);
+        file_read_at(file, at, &h, sizeof h);
+        if (h.magic != shard_magic) fail("%s: not an optimizer shard (magic %08x)", path, h.magic);
+        if (h.version != shard_version) fail("%s: version %d, this program reads %d", path, h.version, shard_version);
+        bool sound = h.begin <= h.end && h.end <= uint64_t(1) << 48;
+        for (int32_t type : h.type) sound = sound && type >= -1 && type <= int32_t(Type::f64);
+        bytes = sizeof h;
+        for (int field = 0; sound && field < 3; field++) bytes += shard_bytes(h, field);
+        if (!sound || bytes > size - at) fail("%s: its headers and its size do not agree", path);
+        shards.push_back({file.path, at, h});
+    }
+    return shards;
+}
+
+// All shards of a checkpoint.
+inline std::vector<OptimizerShard> shards_open(const Checkpoint& checkpoint) {
+    std::vector<OptimizerShard> shards;
+    for (const CheckpointEntry& entry : checkpoint.files) {
+        if (entry.name.rfind("optimizer_", 0) != 0) continue;
+        for (OptimizerShard& shard : shards_open(file_open(checkpoint.path + "/" + entry.name)))
+            shards.push_back(shard);
+    }
+    if (shards.empty()) fail("%s: no optimizer shards", checkpoint.path.c_str());
+    return shards;
 }
 
 // Fills dst with elements [begin, end) of one field, from as many shards as it takes.
-inline void shard_read(const Checkpoint& checkpoint, ShardField field, Type expected, size_t begin, size_t end,
-                       void* dst) {
+inline void shard_read(const std::vector<OptimizerShard>& shards, ShardField field, Type expected, size_t begin,
+                       size_t end, void* dst) {
     const struct {
         const char *name, *option;
     } names[] = {{"m", "--opt_dtype"}, {"v", "--opt_dtype"}, {"master", "--master"}};
     const int index = int(field);
-    struct Shard {
-        std::string path;
-        ShardHeader header;
-    };
-    std::vector<Shard> shards;
-    for (const CheckpointEntry& entry : checkpoint.files) {
-        if (entry.name.rfind("optimizer_", 0) != 0) continue;
-        std::string path = checkpoint.path + "/" + entry.name;
-        shards.push_back({path, shard_open(file_open(path))});
-    }
     for (size_t at = begin; at < end;) {
-        auto holds = [&](const Shard& s) { return s.header.begin <= at && at < s.header.end; };
+        auto holds = [&](const OptimizerShard& s) { return s.header.begin <= at && at < s.header.end; };
         auto shard = std::find_if(shards.begin(), shards.end(), holds);
         if (shard == shards.end())
             fail("%s: no optimizer shard holds element %zu: the checkpoint is of another model",
-                 checkpoint.path.c_str(), at);
+                 shards[0].path.substr(0, shards[0].path.rfind('/')).c_str(), at);
         const ShardHeader& h = shard->header;
         if (h.type[index] != int32_t(expected))
             fail("%s: %s is %s in the checkpoint and %s in this run; change %s", shard->path.c_str(), names[index].name,
                  h.type[index] < 0 ? "missing" : type_name(Type(h.type[index])), type_name(expected),
                  names[index].option);
-        uint64_t offset = sizeof h + (at - h.begin) * type_size(expected);
+        uint64_t offset = shard->offset + sizeof h + (at - h.begin) * type_size(expected);
         for (int before = 0; before < index; before++) offset += shard_bytes(h, before);
         size_t n = std::min<size_t>(end, h.end) - at;
         char* to = (char*)dst + (at - begin) * type_size(expected);

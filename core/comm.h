@@ -5,7 +5,8 @@
 // this rank's GPU, in order with its stream; only the stream waits, never the host. Call comm_open before.
 //
 // Every function but shift_start and shift_wait is collective: all ranks of the group call it, in the same order,
-// with the same sizes. A wait that sees no progress for `timeout` seconds ends all ranks and names the operation.
+// with the same sizes; ranks that are together in several groups, one order for all of these. A wait that sees no
+// progress for `timeout` seconds ends all ranks and names the operation.
 // Sums are formed in rank order, ((x0 + x1) + x2) + ..., in Acc<E> and rounded once (integers: in themselves), so
 // every rank gets the same bits in every run.
 #pragma once
@@ -45,16 +46,21 @@ void comm_reduce_scatter(Dev, const Comm& comm, E* data, const size_t* begin /*(
 // Rank r's data[begin[r] .. begin[r+1]) everywhere, in place.
 template <class Dev, class E> void comm_all_gather(Dev, const Comm& comm, E* data, const size_t* begin /*(size + 1)*/);
 
-// A transfer under way: both buffers belong to it until shift_wait. Either count may be 0, then nothing is sent
-// (or received) and that rank number is not looked at; both ends must know. The far end must not be this rank.
-// Several may be under way; between two ranks they match in the order in which they were started.
+// A transfer under way.
 struct Shift {
     Comm comm;
     void* backend = nullptr; // null: nothing under way
 };
+// Sends and receives: both buffers belong to the transfer until shift_wait. Either count may be 0, then nothing is sent
+// (or received) and that rank number is not looked at; both ends must know. The far end must not be this rank.
+// Several may be under way; between two ranks they match in the order in which they were started.
 template <class Dev, class E> Shift shift_start(Dev, const Comm& comm, const E* send, size_t send_count, int to,
                                                 E* receive, size_t receive_count, int from);
-// Afterwards `receive` is filled, `send` is free, and a second wait does nothing.
+// comm_reduce_scatter behind the work that was given so far and beside what follows, transfers included; `data` belongs
+// to it until shift_wait. Several may be under way. The CPU's is over when it returns.
+template <class Dev, class E>
+Shift comm_reduce_scatter_start(Dev, const Comm& comm, E* data, const size_t* begin /*(size + 1)*/);
+// Afterwards `receive` is filled or the sum is formed, what was sent is free, and a second wait does nothing.
 void shift_wait(Cpu, Shift& shift);
 void shift_wait(Gpu, Shift& shift);
 
@@ -71,8 +77,9 @@ inline void comm_open(Cpu, const Comm&, void*, size_t, Transport) {}
 void comm_close(Gpu); // waits for the stream, then ends what comm_open has begun
 inline void comm_close(Cpu) {}
 
-// What transfers of this group have cost the stream since comm_open, in seconds: while data moved, and while they had
-// not begun to, since another rank was late. NCCL does not tell the two apart: there all counts as moving.
+// What transfers of this group have cost the stream since comm_open, in seconds that it stood still: while data moved,
+// and while they had not begun to, since another rank was late. NCCL does not tell the two apart: there all counts as
+// moving. What went on beside the stream's work has cost nothing.
 struct CommTimes {
     double moving = 0, waiting = 0;
 };
@@ -81,12 +88,14 @@ inline CommTimes comm_times(Cpu, const Comm&) { return {}; }
 std::string comm_transport(Gpu, const Comm& comm); // in words
 inline std::string comm_transport(Cpu, const Comm&) { return comm_backend(); }
 
-// GPU memory that transfers take beside the data, of a group and of one split from it. NCCL's share is an estimate.
+// GPU memory that transfers take beside the data, for so many groups, of which `rank_sets` differ in their ranks: NCCL
+// connects those once. Its share is an estimate.
 constexpr size_t comm_scratch_bytes = size_t(128) << 20, comm_flag_bytes = size_t(2) << 20;
 constexpr size_t comm_nccl_bytes = size_t(512) << 20;
-inline double comm_gpu_bytes(int ranks, Transport transport) {
+inline double comm_gpu_bytes(int ranks, Transport transport, int groups, int rank_sets) {
     const bool nccl = transport == Transport::nccl || (transport == Transport::automatic && ranks > 8); // hosts of 8
-    return ranks == 1 ? 0 : double(comm_scratch_bytes) + 2.0 * double(comm_flag_bytes + (nccl ? comm_nccl_bytes : 0));
+    if (ranks == 1) return 0;
+    return double(comm_scratch_bytes + groups * comm_flag_bytes + (nccl ? rank_sets * comm_nccl_bytes : 0));
 }
 
 // How many ranks the launcher says it started (mpirun, srun): a backend that sees fewer would train the same model
@@ -116,6 +125,11 @@ void comm_sum(Cpu, const Comm& comm, Type type, void* data, size_t count);
 void comm_sum(Gpu, const Comm& comm, Type type, void* data, size_t count);
 void comm_reduce_scatter(Cpu, const Comm& comm, Type type, void* data, const size_t* begin);
 void comm_reduce_scatter(Gpu, const Comm& comm, Type type, void* data, const size_t* begin);
+Shift comm_reduce_scatter_start(Gpu, const Comm& comm, Type type, void* data, const size_t* begin);
+inline Shift comm_reduce_scatter_start(Cpu cpu, const Comm& comm, Type type, void* data, const size_t* begin) {
+    comm_reduce_scatter(cpu, comm, type, data, begin);
+    return {comm, nullptr};
+}
 void comm_all_gather(Cpu, const Comm& comm, Type type, void* data, const size_t* begin);
 void comm_all_gather(Gpu, const Comm& comm, Type type, void* data, const size_t* begin);
 Shift shift_start(Cpu, const Comm& comm, Type type, const void* send, size_t send_count, int to, void* receive,
@@ -134,6 +148,9 @@ template <class E> void comm_gather(Cpu cpu, const Comm& comm, E* all, const E* 
 }
 template <class Dev, class E> void comm_reduce_scatter(Dev dev, const Comm& comm, E* data, const size_t* begin) {
     comm_reduce_scatter(dev, comm, type_of<E>(), data, begin);
+}
+template <class Dev, class E> Shift comm_reduce_scatter_start(Dev dev, const Comm& comm, E* data, const size_t* begin) {
+    return comm_reduce_scatter_start(dev, comm, type_of<E>(), data, begin);
 }
 template <class Dev, class E> void comm_all_gather(Dev dev, const Comm& comm, E* data, const size_t* begin) {
     comm_all_gather(dev, comm, type_of<E>(), data, begin);

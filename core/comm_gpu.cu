@@ -1,7 +1,8 @@
 // The communicator for data in the memory of GPUs, one rank a GPU, upon the host's (the Cpu functions of core/comm.h).
 //
-// All of it is built of exchanges: messages between this rank and others, started behind the stream's work, moved while
-// the stream goes on, and waited for by the stream. A message takes one of two ways:
+// All of it is built of exchanges: messages between this rank and others, started behind a stream's work, moved while
+// the stream goes on, and waited for by the stream. That stream is the device's, or, for sums over ranks that go on
+// beside the device's work, another one of this rank, `beside`. A message takes one of two ways:
 //
 //   ipc    The sender writes the message's number into the receiver's flags. A stream of the receiver waits for that
 //          number, copies the data out of the sender's memory, which is mapped here, and writes the number back; the
@@ -11,19 +12,25 @@
 //   nccl   All messages of an exchange that cannot go by ipc are one group of NCCL's sends and receives.
 //
 // No deadlock: each rank starts and waits in the order of its program, and what a wait waits for is started by the
-// others at the same place of theirs, behind waits that come before it alone. So it holds even if the driver puts
-// several streams into one queue.
+// others at the same place of theirs, behind waits that come before it alone, on whichever stream they are. Of all that
+// is not over yet, what comes first in the program can therefore go on. So it holds even if the driver puts several
+// streams into one queue.
+//
+// NCCL's kernels need multiprocessors until their peers' run too: two of them that wait on different streams could take
+// each other's place, here one, on another rank the other. So the groups share one stream for them: each rank runs one
+// at a time, in the order of its program. Computations wait for nobody and always make room.
 //
 // A watchdog thread looks at what the stream waits for. When that goes on for the group's timeout it ends all ranks and
 // names the operation and the ranks that are missing; the host itself may be blocked meanwhile, also inside NCCL.
 #include "comm.h"
 #include "comm_nccl.h"
-#include "kernel.h"
+#include "comm_sum.h"
 #include <condition_variable>
 #include <cuda.h>
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -45,10 +52,11 @@ struct Group {
     uint8_t* memory = nullptr;
     size_t bytes = 0;
     uint32_t* flags = nullptr;
-    std::vector<Peer> peers; // (size)
-    cudaStream_t announce = nullptr, nccl_stream = nullptr;
+    std::vector<Peer> peers;    // (size)
+    std::vector<int32_t> ranks; // of the world
+    cudaStream_t announce = nullptr;
     cudaEvent_t start = nullptr; // where the stream was at the latest exchange_start
-    Nccl* nccl = nullptr;
+    Nccl* nccl = nullptr;        // shared by groups of the same ranks
     CommTimes times;
 
     uint32_t* flag(uint32_t* of, Line line, int rank) const {
@@ -72,7 +80,8 @@ struct Exchange {
     std::string operation;
     std::vector<Fetch> fetches;
     std::vector<Announced> sends;
-    cudaEvent_t nccl_done = nullptr;
+    std::vector<cudaEvent_t> nccl_done;
+    cudaEvent_t joined = nullptr;                  // of several that went on beside the stream: when all were over
     cudaEvent_t before = nullptr, after = nullptr; // where the stream waits
 };
 } // namespace
@@ -81,7 +90,8 @@ struct CommGpu {
     int device = 0;
     decltype(&cuStreamWriteValue32) write_value = nullptr;
     decltype(&cuStreamWaitValue32) wait_value = nullptr;
-    uint8_t* scratch = nullptr;
+    uint8_t* scratch = nullptr; // first what comm_sum uses, on the device's stream, then what is used beside it
+    cudaStream_t beside = nullptr, nccl_stream = nullptr;
     std::thread watchdog;
 
     std::mutex mutex; // of what follows, which the watchdog shares
@@ -118,26 +128,30 @@ void settle(CommGpu& c) {
     for (; !c.waited.empty() && is_done(c.waited.front()->after); c.waited.pop_front(), c.settled++) {
         Exchange& x = *c.waited.front();
         const double all = seconds_between(x.before, x.after);
-        double moving = x.nccl_done ? all : 0;
+        std::vector<double> moving(x.group->comm.size); // from each of the others, side by side
         for (Exchange::Fetch& f : x.fetches) {
-            moving = std::max(moving, seconds_between(f.begun, f.done));
+            moving[f.peer] += seconds_between(f.begun, f.done);
             c.events.insert(c.events.end(), {f.begun, f.done});
         }
-        moving = std::min(moving, all);
-        x.group->times.moving += moving, x.group->times.waiting += all - moving;
+        const double longest = *std::max_element(moving.begin(), moving.end());
+        const double moved = x.nccl_done.empty() ? std::min(longest, all) : all;
+        x.group->times.moving += moved, x.group->times.waiting += all - moved;
         c.events.insert(c.events.end(), {x.before, x.after});
-        if (x.nccl_done) c.events.push_back(x.nccl_done);
+        c.events.insert(c.events.end(), x.nccl_done.begin(), x.nccl_done.end());
+        if (x.joined) c.events.push_back(x.joined);
     }
 }
 
 // The ranks of the group that an exchange still waits for.
 std::string missing(const Exchange& x) {
-    std::string ranks;
+    std::set<int> ranks;
     for (const Exchange::Fetch& f : x.fetches)
-        if (!is_done(f.done)) ranks += " " + std::to_string(f.peer);
+        if (!is_done(f.done)) ranks.insert(f.peer);
     for (const Exchange::Announced& s : x.sends)
-        if (x.fetches.empty()) ranks += " " + std::to_string(s.peer);
-    return ranks.empty() ? "" : ", waiting for rank" + ranks;
+        if (x.fetches.empty()) ranks.insert(s.peer);
+    std::string text;
+    for (int rank : ranks) text += " " + std::to_string(rank);
+    return text.empty() ? "" : ", waiting for rank" + text;
 }
 
 // A gap between two looks counts 1 s at most: a job that was stopped and continued has not waited. Ending the process
@@ -235,7 +249,7 @@ void fetch_start(Exchange& x, CommGpu& c, const Message& m) {
 std::unique_ptr<Exchange> exchange_start(Gpu gpu, Group& g, const std::string& operation,
                                          const std::vector<Message>& messages) {
     CommGpu& c = *gpu.context->comm;
-    auto x = std::make_unique<Exchange>(Exchange{&g, operation, {}, {}});
+    auto x = std::make_unique<Exchange>(Exchange{&g, operation, {}, {}, {}});
     std::vector<Message> by_nccl;
     CUDA_CHECK(cudaEventRecord(g.start, gpu.stream));
     CUDA_CHECK(cudaStreamWaitEvent(g.announce, g.start, 0));
@@ -246,22 +260,29 @@ std::unique_ptr<Exchange> exchange_start(Gpu gpu, Group& g, const std::string& o
         if (g.peers[m.peer].memory && m.receive_bytes) fetch_start(*x, c, m);
     if (std::any_of(by_nccl.begin(), by_nccl.end(), [](const Message& m) { return m.send_bytes + m.receive_bytes; })) {
         const HostCall call(c, "NCCL's sends and receives", g.comm.timeout); // the first ones connect the ranks
-        CUDA_CHECK(cudaStreamWaitEvent(g.nccl_stream, g.start, 0));
-        nccl_exchange(g.nccl, by_nccl.data(), by_nccl.size(), g.nccl_stream);
-        event_record(c, x->nccl_done, g.nccl_stream);
+        CUDA_CHECK(cudaStreamWaitEvent(c.nccl_stream, g.start, 0));
+        nccl_exchange(g.nccl, by_nccl.data(), by_nccl.size(), c.nccl_stream);
+        event_record(c, x->nccl_done.emplace_back(), c.nccl_stream);
     }
-    return x->fetches.empty() && x->sends.empty() && !x->nccl_done ? nullptr : std::move(x);
+    return x->fetches.empty() && x->sends.empty() && x->nccl_done.empty() ? nullptr : std::move(x);
 }
 
 // The stream goes on when all data have come and all of this rank's have been fetched.
+void exchange_join(Gpu gpu, const Exchange& x) {
+    CommGpu& c = *gpu.context->comm;
+    Group& g = *x.group;
+    for (const Exchange::Fetch& f : x.fetches) CUDA_CHECK(cudaStreamWaitEvent(gpu.stream, f.done, 0));
+    for (cudaEvent_t done : x.nccl_done) CUDA_CHECK(cudaStreamWaitEvent(gpu.stream, done, 0));
+    for (const Exchange::Announced& s : x.sends) flag_wait(c, gpu.stream, g.flag(g.flags, fetched, s.peer), s.number);
+}
+
+// The same for the device's stream; what it costs is counted, and the watchdog looks at it.
 void exchange_wait(Gpu gpu, std::unique_ptr<Exchange> x) {
     if (!x) return;
     CommGpu& c = *gpu.context->comm;
-    Group& g = *x->group;
     event_record(c, x->before, gpu.stream);
-    for (const Exchange::Fetch& f : x->fetches) CUDA_CHECK(cudaStreamWaitEvent(gpu.stream, f.done, 0));
-    if (x->nccl_done) CUDA_CHECK(cudaStreamWaitEvent(gpu.stream, x->nccl_done, 0));
-    for (const Exchange::Announced& s : x->sends) flag_wait(c, gpu.stream, g.flag(g.flags, fetched, s.peer), s.number);
+    if (x->joined) CUDA_CHECK(cudaStreamWaitEvent(gpu.stream, x->joined, 0));
+    else exchange_join(gpu, *x);
     event_record(c, x->after, gpu.stream);
     std::lock_guard<std::mutex> lock(c.mutex);
     c.waited.push_back(std::move(x));
@@ -281,71 +302,22 @@ template <class F> std::vector<Message> with_others(const Comm& comm, F message)
     return messages;
 }
 
-// data (count) = the sum over ranks, in their order: this rank's values stand in data, the others' in `received`, one
-// after the other without this rank, `stride` elements apart. Bound by memory.
-template <class E, int W> __global__ void __launch_bounds__(256)
-    sum_in_order_kernel(E* data, const E* received, size_t stride, size_t count, int rank, int size) {
-    using A = std::conditional_t<std::is_integral_v<E>, E, Acc<E>>;
-    const size_t i = (blockIdx.x * size_t(256) + threadIdx.x) * W;
-    if (i >= count) return;
-    A sum[W];
-    for (int r = 0; r < size; r++) {
-        const E* from = (r == rank ? data : received + (r - (r > rank)) * stride) + i;
-        if constexpr (W == 1) {
-            sum[0] = r == 0 ? A(*from) : A(sum[0] + A(*from));
-        } else {
-            const Pack<E, W> x = pack_load<W>(from);
-#pragma unroll
-            for (int j = 0; j < W; j++) sum[j] = r == 0 ? x[j] : sum[j] + x[j];
-        }
-    }
-    if constexpr (W == 1) data[i] = E(sum[0]);
-    else pack_store<E, W>(data + i, sum);
-}
-
-template <class E>
-void sum_in_order(Gpu gpu, E* data, const E* received, size_t stride, size_t count, int rank, int size) {
-    if (count == 0) return;
-    auto launch = [&]<int W>() {
-        sum_in_order_kernel<E, W>
-            <<<grid_blocks((count / W + 255) / 256), 256, 0, gpu.stream>>>(data, received, stride, count, rank, size);
-        CUDA_CHECK(cudaGetLastError());
-    };
-    if constexpr (std::is_same_v<E, bf16> || std::is_same_v<E, float>)
-        if (packs_fit<E>(count, data, received)) return launch.template operator()<pack_width<E>>();
-    launch.template operator()<1>();
-}
-
-// Calls f.operator()<E>() for the type.
-template <class F> void with_type(Type type, F f) {
-    switch (type) {
-        case Type::f32:
-            return f.template operator()<float>();
-        case Type::bf16:
-            return f.template operator()<bf16>();
-        case Type::f64:
-            return f.template operator()<double>();
-        case Type::i32:
-            return f.template operator()<int32_t>();
-        case Type::i64:
-            return f.template operator()<int64_t>();
-        case Type::u8:
-            return f.template operator()<uint8_t>();
-    }
-}
-
 // Elements that fit into `bytes` of the scratch from each of the other ranks, on boundaries of 64.
 template <class E> size_t scratch_part(const Comm& comm, size_t bytes) {
     return bytes / sizeof(E) / size_t(comm.size - 1) / 64 * 64;
 }
 int slot_of(const Comm& comm, int rank) { return rank - (rank > comm.rank); }
 
+// Of the scratch: what comm_sum takes, which is on the device's stream, and each half of the rest.
+constexpr size_t sum_bytes = comm_scratch_bytes / 4, half_bytes = (comm_scratch_bytes - sum_bytes) / 2;
+
 // Each rank fetches its own slice from all others, a part at a time, and sums it; the next part is on its way
-// meanwhile, into the other half of the scratch.
-template <class E> void reduce_scatter(Gpu gpu, Group& g, E* data, const size_t* begin) {
+// meanwhile, into the other half of the scratch. What was exchanged is added to `all`.
+template <class E> void reduce_scatter(Gpu gpu, Group& g, E* data, const size_t* begin, Exchange& all) {
     const Comm& comm = g.comm;
-    const size_t half = comm_scratch_bytes / 2, part = scratch_part<E>(comm, half);
-    E* const scratch[2] = {(E*)gpu.context->comm->scratch, (E*)(gpu.context->comm->scratch + half)};
+    const size_t part = scratch_part<E>(comm, half_bytes);
+    uint8_t* const first = gpu.context->comm->scratch + sum_bytes;
+    E* const scratch[2] = {(E*)first, (E*)(first + half_bytes)};
     auto length_at = [&](int rank, size_t at) {
         const size_t length = begin[rank + 1] - begin[rank];
         return length > at ? std::min(part, length - at) : 0;
@@ -367,7 +339,12 @@ template <class E> void reduce_scatter(Gpu gpu, Group& g, E* data, const size_t*
     for (size_t at = 0; at < longest; at += part) {
         std::unique_ptr<Exchange> now = std::move(next);
         if (at + part < longest) next = start(at + part);
-        exchange_wait(gpu, std::move(now));
+        if (now) {
+            exchange_join(gpu, *now);
+            all.fetches.insert(all.fetches.end(), now->fetches.begin(), now->fetches.end());
+            all.sends.insert(all.sends.end(), now->sends.begin(), now->sends.end());
+            all.nccl_done.insert(all.nccl_done.end(), now->nccl_done.begin(), now->nccl_done.end());
+        }
         sum_in_order(gpu, data + begin[comm.rank] + at, scratch[at / part % 2], part, length_at(comm.rank, at),
                      comm.rank, comm.size);
     }
@@ -388,7 +365,7 @@ void comm_sum(Gpu gpu, const Comm& comm, Type type, void* data, size_t count) {
     if (comm.size == 1) return;
     Group& g = group_of(gpu, comm);
     with_type(type, [&]<class E>() {
-        const size_t part = scratch_part<E>(comm, comm_scratch_bytes);
+        const size_t part = scratch_part<E>(comm, sum_bytes);
         E* const scratch = (E*)gpu.context->comm->scratch;
         for (size_t at = 0; at < count; at += part) {
             const size_t n = std::min(part, count - at), bytes = n * sizeof(E);
@@ -402,11 +379,24 @@ void comm_sum(Gpu gpu, const Comm& comm, Type type, void* data, size_t count) {
     });
 }
 
-void comm_reduce_scatter(Gpu gpu, const Comm& comm, Type type, void* data, const size_t* begin) {
+Shift comm_reduce_scatter_start(Gpu gpu, const Comm& comm, Type type, void* data, const size_t* begin) {
     for (int r = 0; r < comm.size; r++) REQUIRE(begin[r] <= begin[r + 1], "slices must not run backwards");
-    if (comm.size == 1) return;
+    if (comm.size == 1) return {comm, nullptr};
     Group& g = group_of(gpu, comm);
-    with_type(type, [&]<class E>() { reduce_scatter(gpu, g, (E*)data, begin); });
+    CommGpu& c = *gpu.context->comm;
+    auto all = std::make_unique<Exchange>(Exchange{&g, "reduce-scatter", {}, {}, {}});
+    Gpu beside = gpu;
+    beside.stream = c.beside;
+    CUDA_CHECK(cudaEventRecord(g.start, gpu.stream)); // what it sums is there
+    CUDA_CHECK(cudaStreamWaitEvent(beside.stream, g.start, 0));
+    with_type(type, [&]<class E>() { reduce_scatter(beside, g, (E*)data, begin, *all); });
+    event_record(c, all->joined, beside.stream);
+    return {comm, all.release()};
+}
+
+void comm_reduce_scatter(Gpu gpu, const Comm& comm, Type type, void* data, const size_t* begin) {
+    Shift sum = comm_reduce_scatter_start(gpu, comm, type, data, begin);
+    shift_wait(gpu, sum);
 }
 
 void comm_all_gather(Gpu gpu, const Comm& comm, Type type, void* data, const size_t* begin) {
@@ -499,12 +489,20 @@ void map_peers(CommGpu& c, Group& g) {
         if (!all[rank * size + r] || !all[r * size + rank]) g.peers[r].memory = nullptr;
 }
 
+// Transfers go first wherever there is a choice: NCCL's kernels, and sums, wherever a multiprocessor gets free.
+void open_stream(cudaStream_t& stream) {
+    int least = 0, greatest = 0;
+    CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    CUDA_CHECK(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest));
+}
+
 CommGpu* comm_gpu_open(Gpu gpu) {
     auto* c = new CommGpu;
     c->device = gpu.context->device;
     driver_function(c->write_value, "cuStreamWriteValue32");
     driver_function(c->wait_value, "cuStreamWaitValue32");
     c->scratch = device_allocate(gpu, comm_scratch_bytes);
+    open_stream(c->beside), open_stream(c->nccl_stream);
     c->watchdog = std::thread([c] { watch(*c); });
     return c;
 }
@@ -519,11 +517,9 @@ void comm_open(Gpu gpu, const Comm& comm, void* memory, size_t bytes, Transport 
     g.comm = comm, g.memory = (uint8_t*)memory, g.bytes = bytes, g.peers.resize(comm.size);
     REQUIRE(size_t(lines) * comm.size * flag_words * sizeof(uint32_t) <= comm_flag_bytes, "use fewer ranks");
     g.flags = (uint32_t*)device_allocate(gpu, comm_flag_bytes);
-    int least = 0, greatest = 0;
-    CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
-    auto open_stream = [&](cudaStream_t& stream) { // NCCL's kernels first, wherever a multiprocessor gets free
-        CUDA_CHECK(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest));
-    };
+    const int32_t rank = world_rank();
+    g.ranks.resize(comm.size);
+    comm_gather(Cpu(), comm, g.ranks.data(), &rank, 1);
     open_stream(g.announce);
     CUDA_CHECK(cudaEventCreateWithFlags(&g.start, cudaEventDisableTiming));
     if (transport != Transport::nccl) map_peers(c, g);
@@ -538,8 +534,9 @@ void comm_open(Gpu gpu, const Comm& comm, void* memory, size_t bytes, Transport 
              (long long)here);
     if (unmapped) {
         const HostCall call(c, "opening NCCL", comm.timeout);
-        g.nccl = nccl_open(comm);
-        open_stream(g.nccl_stream);
+        for (const std::unique_ptr<Group>& other : c.groups)
+            if (other->nccl && other->ranks == g.ranks) g.nccl = other->nccl;
+        if (!g.nccl) g.nccl = nccl_open(comm);
     }
     std::lock_guard<std::mutex> lock(c.mutex);
     c.groups.push_back(std::move(opened));

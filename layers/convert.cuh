@@ -10,6 +10,12 @@ template <class To, class From> void convert(Cpu, To* to, const From* from, size
     for (size_t i = 0; i < count; i++) to[i] = To(from[i]);
 }
 
+// to (count) += from (count), rounded once.
+template <class E> void add(Cpu, E* to, const E* from, size_t count) {
+#pragma omp parallel for schedule(static)
+    for (size_t i = 0; i < count; i++) to[i] = E(Acc<E>(to[i]) + Acc<E>(from[i]));
+}
+
 // x_i = deviation times a standard normal value, the one at first + i in the order that `seed` chooses: a pure function
 // of both, so that any part of a model can be started by itself.
 template <class E> void random_normal(Cpu, E* x, size_t count, uint64_t seed, size_t first, double deviation) {
@@ -60,6 +66,33 @@ template <class To, class From> void convert(Gpu gpu, To* to, const From* from, 
         convert_kernel<To, From, W><<<blocks, threads, 0, gpu.stream>>>(to, from, count);
     };
     if (packs_fit<float>(0, to, from)) launch(std::integral_constant<int, 4>());
+    else launch(std::integral_constant<int, 1>());
+    CUDA_CHECK(cudaGetLastError());
+}
+
+// A thread takes W neighbours; thread 0 of the grid also what is left of the last W. Bound by memory.
+template <class E, int W> __global__ void __launch_bounds__(256) add_kernel(E* to, const E* from, size_t count) {
+    const size_t i = (size_t(blockIdx.x) * blockDim.x + threadIdx.x) * W;
+    if (i + W <= count) {
+        const Pack<E, W> a = pack_load<W>(to + i), b = pack_load<W>(from + i);
+        float y[W];
+#pragma unroll
+        for (int j = 0; j < W; j++) y[j] = a[j] + b[j];
+        pack_store(to + i, y);
+    }
+    if (i == 0)
+        for (size_t j = count - count % W; j < count; j++) to[j] = E(float(to[j]) + float(from[j]));
+}
+
+template <class E> void add(Gpu gpu, E* to, const E* from, size_t count) {
+    constexpr unsigned threads = 256;
+    if (count == 0) return;
+    auto launch = [&](auto width) {
+        constexpr int W = decltype(width)::value;
+        const unsigned blocks = grid_blocks((count + W * threads - 1) / (W * threads));
+        add_kernel<E, W><<<blocks, threads, 0, gpu.stream>>>(to, from, count);
+    };
+    if (packs_fit<E>(0, to, from)) launch(std::integral_constant<int, pack_width<E>>());
     else launch(std::integral_constant<int, 1>());
     CUDA_CHECK(cudaGetLastError());
 }

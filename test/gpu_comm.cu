@@ -85,8 +85,8 @@ TEST_CASE_TEMPLATE("GPU: reduce-scatter, then all-gather, of ragged slices", E, 
             }
 }
 
-// More than one round of the reduce-scatter and of the sum, whose scratch takes 2^26 elements of bf16 from each rank of
-// two; and the kernel that takes packs. All sums are integers of at most 8 bits.
+// More than one round of the reduce-scatter and of the sum, whose scratch takes 48 and 32 MiB at once from all other
+// ranks; and the kernel that takes packs. All sums are integers of at most 8 bits.
 TEST_CASE_TEMPLATE("GPU: long data (large)", E, bf16, double) {
     const size_t n = (sizeof(E) == 2 ? 68'000'000 : 17'000'000) + 64;
     auto mine = [](int rank, size_t i) { return E(double((rank + 1) * (i % 23))); };
@@ -216,6 +216,107 @@ TEST_CASE("GPU: buffers are neither sent early nor overwritten late") {
         unsigned long long found = 1;
         copy_to_host(gpu, &found, wrong, sizeof found);
         CHECK(found == 0);
+    }
+}
+
+namespace {
+// Of the sum over `size` ranks of what late_write gives, element first + i: how many are not there.
+__global__ void late_check_sum(unsigned long long* wrong, const int32_t* from, size_t first, size_t count,
+                               uint32_t size, uint32_t round, int64_t clocks) {
+    const int64_t begin = clock64();
+    while (clock64() - begin < clocks) {}
+    const uint32_t ranks = size * (size - 1) / 2 * 1000003u;
+    for (size_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += size_t(gridDim.x) * blockDim.x)
+        if (uint32_t(from[i]) != ranks + size * (round * 7919u + uint32_t(first + i))) atomicAdd(wrong, 1ull);
+}
+} // namespace
+
+// A backward's pattern, many times, without the host ever waiting: gradients in two buffers in turn, summed beside what
+// follows; beside that a ring's shifts of another group, weights fetched in the sums' own group, and the anchor's small
+// sums on the device's stream; ranks that are late at random. A sum is waited for when its buffer is needed again.
+TEST_CASE("GPU: sums go on beside the ring and the weights") {
+    if (world.size == 1) return;
+    constexpr size_t count = size_t(1) << 22, steps = 40;
+    const Gpu gpu = the_gpu();
+    auto* memory = (int32_t*)peer_memory;
+    int32_t* grads[2] = {memory, memory + count};
+    int32_t *send = memory + 2 * count, *receive = memory + 3 * count, *weights = memory + 4 * count;
+    int32_t* fetched[2] = {memory + 5 * count, memory + 6 * count};
+    int32_t* small = memory + 7 * count;
+    auto* wrong = (unsigned long long*)(memory + 8 * count);
+    const int to = (world.rank + 1) % world.size, from = (world.rank + world.size - 1) % world.size;
+    for (const Way& way : ways) {
+        CAPTURE(way.name);
+        const Comm ring = comm_split(world, 0, world.rank);
+        comm_open(gpu, ring, peer_memory, peer_bytes,
+                  way.name == std::string("ipc") ? Transport::ipc : Transport::nccl);
+        fill_zero(gpu, wrong, sizeof *wrong);
+        auto late = [&](uint64_t what, size_t step) {
+            const uint64_t h = hash64(1000 * what + world.rank, step);
+            return h % 3 ? int64_t(0) : int64_t(h % 1000000); // up to half a millisecond
+        };
+        std::vector<size_t> begin[2];
+        Shift sum[2];
+        auto finish = [&](size_t step) { // of the sum that began in this step
+            const std::vector<size_t>& slices = begin[step % 2];
+            const size_t first = slices[world.rank], n = slices[world.rank + 1] - first;
+            shift_wait(gpu, sum[step % 2]);
+            late_check_sum<<<64, 256, 0, gpu.stream>>>(wrong, grads[step % 2] + first, first, n, world.size, step,
+                                                       late(1, step));
+        };
+        auto fetch = [&](size_t step) {
+            return shift_start(gpu, way.comm, (const int32_t*)weights, count, to, fetched[step % 2], count, from);
+        };
+        late_write<<<64, 256, 0, gpu.stream>>>(weights, count, world.rank, 5000, 0);
+        Shift next = fetch(0);
+        for (size_t step = 0; step < steps; step++) {
+            shift_wait(gpu, next);
+            late_check<<<64, 256, 0, gpu.stream>>>(wrong, fetched[step % 2], count, from, 5000, 0);
+            if (step + 1 < steps) next = fetch(step + 1);
+            if (step > 1) finish(step - 2);
+            late_write<<<64, 256, 0, gpu.stream>>>(send, count, world.rank, 1000 + step, late(2, step));
+            Shift keys = shift_start(gpu, ring, (const int32_t*)send, count, to, receive, count, from);
+            late_write<<<64, 256, 0, gpu.stream>>>(grads[step % 2], count, world.rank, step, late(3, step));
+            shift_wait(gpu, keys);
+            late_check<<<64, 256, 0, gpu.stream>>>(wrong, receive, count, from, 1000 + step, 0);
+            late_write<<<1, 256, 0, gpu.stream>>>(small, 1000, world.rank, 2000 + step, 0);
+            comm_sum(gpu, ring, small, 1000);
+            late_check_sum<<<1, 256, 0, gpu.stream>>>(wrong, small, 0, 1000, world.size, 2000 + step, 0);
+            begin[step % 2] = ragged(step, world.size, count);
+            sum[step % 2] = comm_reduce_scatter_start(gpu, way.comm, grads[step % 2], begin[step % 2].data());
+        }
+        finish(steps - 2), finish(steps - 1);
+        unsigned long long found = 1;
+        copy_to_host(gpu, &found, wrong, sizeof found);
+        CHECK(found == 0);
+    }
+}
+
+// Twice the same sum: waited for at once it is exposed, and behind work that takes longer it is not.
+TEST_CASE("GPU: a sum that is hidden costs nothing") {
+    if (world.size == 1) return;
+    constexpr size_t count = size_t(1) << 24;
+    const Gpu gpu = the_gpu();
+    auto* data = (int32_t*)peer_memory;
+    std::vector<size_t> begin(world.size + 1);
+    for (int r = 0; r <= world.size; r++) begin[r] = count / world.size * r;
+    for (const Way& way : ways) {
+        CAPTURE(way.name);
+        auto cost = [&](int64_t clocks) {
+            device_wait(gpu);
+            comm_barrier(world);
+            const CommTimes before = comm_times(gpu, way.comm);
+            Shift sum = comm_reduce_scatter_start(gpu, way.comm, data, begin.data());
+            late_write<<<1, 1, 0, gpu.stream>>>(data + count, 1, 0, 0, clocks);
+            shift_wait(gpu, sum);
+            device_wait(gpu);
+            const CommTimes after = comm_times(gpu, way.comm);
+            return after.moving - before.moving + after.waiting - before.waiting;
+        };
+        cost(0);                                                         // NCCL connects the ranks
+        const double exposed = cost(0), hidden = cost(int64_t(1) << 31); // a second or so
+        CHECK(exposed > 0);
+        CHECK(hidden < exposed / 2);
     }
 }
 

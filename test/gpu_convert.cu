@@ -40,6 +40,25 @@ TEST_CASE("gpu convert: the CPU's bits at every size, on 16 bytes or not (small)
         }
 }
 
+template <class E> static void check_add(const Buffer<E>& x, const Buffer<E>& y, size_t shift) {
+    Buffer<E> cpu = converted<E>(x);
+    add(Cpu(), cpu.data() + shift, y.data() + shift, x.count - shift);
+    DeviceBuffer<E> sum(x), from(y);
+    add(the_gpu(), sum.data() + shift, from.data() + shift, x.count - shift);
+    CHECK(same_bits(sum.host(), cpu));
+}
+
+TEST_CASE("gpu add: the CPU's bits at every size, on 16 bytes or not (small)") {
+    for (size_t count : counts)
+        for (size_t shift : {0, 1}) {
+            if (count < shift) continue;
+            CAPTURE(count);
+            CAPTURE(shift);
+            const Buffer<float> x(count, 1), y(count, 2);
+            check_add(x, y, shift), check_add(converted<bf16>(x), converted<bf16>(y), shift);
+        }
+}
+
 TEST_CASE("gpu convert: a NaN stays one") {
     Buffer<float> x(16);
     for (size_t i = 0; i < 16; i++) {

@@ -71,3 +71,14 @@ TEST_CASE("gpu grad_norm: beyond 2^32 elements (large)") {
     grad_norm_squared(the_gpu(), squared.data(), grad.data(), count);
     CHECK(squared.host()[0] == (double(count) - 3) * 95 * 95 / (512 * 512) + 3 * 4);
 }
+
+TEST_CASE("gpu grad_norm: added to what is there") {
+    Buffer<float> grad(70001);
+    grad.fill(2);
+    DeviceBuffer<float> grad_gpu(grad);
+    DeviceBuffer<double> squared(1);
+    grad_norm_squared(the_gpu(), squared.data(), grad_gpu.data(), grad.count);
+    grad_norm_squared(the_gpu(), squared.data(), grad_gpu.data(), 0, true);
+    grad_norm_squared(the_gpu(), squared.data(), grad_gpu.data(), 1000, true);
+    CHECK(squared.host()[0] == 4 * 71001.0);
+}

@@ -41,7 +41,7 @@ template <class E, class G, class Dev = Cpu> struct TestModel {
     std::vector<uint8_t> memory;
 
     TestModel(const Config& c, const Layout& layout, const Comm& world = {}, Dev dev = {}) {
-        m.dev = dev, m.config = c, m.layout = layout, m.world = world;
+        m.dev = dev, m.config = c, m.layout = layout, m.world = m.layers = world;
         Arena arena;
         model_place(m, arena);
         if constexpr (std::is_same_v<Dev, Cpu>) {
@@ -55,22 +55,25 @@ template <class E, class G, class Dev = Cpu> struct TestModel {
         for (const ParamInfo& p : param_table(c))
             for (size_t i = p.offset; i < p.offset + p.count(); i++)
                 weights[i] = E((p.start == Start::ones ? 1.0 : 0.0) + 0.3 * hash_normal(7, i));
-        copy_to_device(dev, m.param_flat, weights.data(), m.elements * sizeof(E));
+        for (const auto& part : m.parts)
+            copy_to_device(dev, part.held, weights.data() + part.held_begin,
+                           (part.held_end - part.held_begin) * sizeof(E));
     }
 
-    // Summed loss over `counted`, gradients in m.grads.
+    // Summed loss over `counted`, gradients in m.grads, of several ranks in their slices.
     double gradients(const std::vector<Row>& rows, Attention mode, const Comm& ring, double counted, size_t batch) {
         double loss = 0;
-        fill_zero(m.dev, m.grad_flat, m.elements * sizeof(G));
+        fill_zero(m.dev, m.grad_flat, m.grad_elements * sizeof(G));
         for (size_t first = 0; first < rows.size(); first += batch) {
             const size_t last = std::min(first + batch, rows.size());
             Batch b = batch_make({rows.begin() + first, rows.begin() + last}, mode, ring,
                                  attention_tiles<E>(m.dev, m.config.D), m.layout.exchange);
             model_forward(m, b);
             head_forward_backward(m, b, 1 / counted);
-            model_backward(m, b);
+            model_backward(m, b, last == rows.size());
             for (Acc<E> x : to_host(m.dev, m.loss, b.T)) loss += double(x);
         }
+        grads_finish(m);
         return loss / counted;
     }
     double loss(const std::vector<Row>& rows, Attention mode) {

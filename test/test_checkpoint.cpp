@@ -75,9 +75,16 @@ static std::vector<size_t> shard_begin(int ranks) {
     for (int r = 0; r <= ranks; r++) begin[r] = elements * r / ranks;
     return begin;
 }
-static void save(const Comm& comm, const std::string& dir, int64_t step, int keep, int shards = 0) {
+static CheckpointFile shard_file(int rank, const ShardHeader& header, const void* m, const void* v,
+                                 const void* master) {
+    CheckpointFile file{shard_name(rank), {}};
+    shard_add(file, header, m, v, master);
+    return file;
+}
+// `rounds`: shards of a file, each far from the next.
+static void save(const Comm& comm, const std::string& dir, int64_t step, int keep, int shards = 0, int rounds = 1) {
     if (shards == 0) shards = comm.size;
-    std::vector<size_t> begin = shard_begin(shards);
+    std::vector<size_t> begin = shard_begin(shards * rounds);
     std::vector<float> weights(elements), m(elements), master(elements);
     std::vector<bf16> v(elements);
     for (size_t i = 0; i < elements; i++) {
@@ -85,11 +92,14 @@ static void save(const Comm& comm, const std::string& dir, int64_t step, int kee
         v[i] = bf16(value(step, 2, i)), master[i] = value(step, 3, i);
     }
     std::vector<CheckpointFile> files;
-    std::vector<ShardHeader> headers(shards);
+    std::vector<ShardHeader> headers(shards * rounds);
     if (comm.rank == 0) files.push_back({"weights.bin", {{&step, 8}, {weights.data(), elements * sizeof(float)}}});
     for (int r = comm.rank; r < shards; r += comm.size) {
-        headers[r] = shard_header(begin[r], begin[r + 1], Type::f32, Type::bf16, true);
-        files.push_back(shard_file(r, headers[r], &m[begin[r]], &v[begin[r]], &master[begin[r]]));
+        files.push_back({shard_name(r), {}});
+        for (int i = r; i < shards * rounds; i += shards) {
+            headers[i] = shard_header(begin[i], begin[i + 1], Type::f32, Type::bf16, true);
+            shard_add(files.back(), headers[i], &m[begin[i]], &v[begin[i]], &master[begin[i]]);
+        }
     }
     checkpoint_save(comm, dir, step, files, keep);
 }
@@ -100,9 +110,10 @@ static size_t wrong_values(const Checkpoint& c, size_t begin, size_t end) {
     int64_t step = -1;
     checkpoint_read(c, "weights.bin", 0, &step, 8);
     checkpoint_read(c, "weights.bin", 8 + begin * sizeof(float), weights.data(), n * sizeof(float));
-    shard_read(c, ShardField::m, Type::f32, begin, end, m.data());
-    shard_read(c, ShardField::v, Type::bf16, begin, end, v.data());
-    shard_read(c, ShardField::master, Type::f32, begin, end, master.data());
+    const std::vector<OptimizerShard> shards = shards_open(c);
+    shard_read(shards, ShardField::m, Type::f32, begin, end, m.data());
+    shard_read(shards, ShardField::v, Type::bf16, begin, end, v.data());
+    shard_read(shards, ShardField::master, Type::f32, begin, end, master.data());
     for (size_t i = 0; i < n; i++)
         wrong += weights[i] != value(c.step, 0, begin + i) || m[i] != value(c.step, 1, begin + i) ||
                  v[i].bits != bf16(value(c.step, 2, begin + i)).bits || master[i] != value(c.step, 3, begin + i);
@@ -179,10 +190,16 @@ TEST_CASE("resume on another number of ranks: three shards, any range") {
         size_t a = hash64(2, i) % (elements + 1), b = hash64(3, i) % (elements + 1);
         CHECK(wrong_values(c, std::min(a, b), std::max(a, b)) == 0);
     }
+    save(world(), folder / "several", 5, 0, 3, 4);
+    const Checkpoint several = newest(folder / "several");
+    for (uint64_t i = 0; i < 50; i++) {
+        size_t a = hash64(2, i) % (elements + 1), b = hash64(3, i) % (elements + 1);
+        CHECK(wrong_values(several, std::min(a, b), std::max(a, b)) == 0);
+    }
     if (!alone()) return;
     std::vector<float> to(elements + 1);
     auto read = [&](ShardField field, Type type, size_t begin, size_t end) {
-        return fails_with([&] { shard_read(c, field, type, begin, end, to.data()); });
+        return fails_with([&] { shard_read(shards_open(c), field, type, begin, end, to.data()); });
     };
     check_contains(read(ShardField::m, Type::bf16, 0, 10), "m is float in the checkpoint and bf16 in this run");
     check_contains(read(ShardField::v, Type::f32, 0, 10), "change --opt_dtype");
@@ -421,10 +438,11 @@ TEST_CASE("shards with a damaged header are refused") {
     auto opens = [&](ShardHeader h, size_t floats) {
         std::string text((const char*)&h, sizeof h);
         write_file(folder / "shard", text.append((const char*)x, floats * sizeof(float)));
-        return fails_with([&] { shard_open(file_open(folder / "shard")); });
+        return fails_with([&] { shards_open(file_open(folder / "shard")); });
     };
     ShardHeader sound = shard_header(5, 7, Type::f32, Type::f32, false), bad = sound;
     CHECK(opens(sound, 4) == "");
+    check_contains(opens(sound, 5), "do not agree"); // a second header, cut off
     check_contains(opens(sound, 3), "do not agree");
     bad.magic = 1;
     check_contains(opens(bad, 4), "not an optimizer shard");
@@ -437,7 +455,7 @@ TEST_CASE("shards with a damaged header are refused") {
     bad = sound, bad.type[1] = 77;
     check_contains(opens(bad, 4), "do not agree");
     write_file(folder / "shard", "short");
-    check_contains(fails_with([&] { shard_open(file_open(folder / "shard")); }), "truncated");
+    check_contains(fails_with([&] { shards_open(file_open(folder / "shard")); }), "truncated");
 }
 
 TEST_CASE("weights files: read, and refused") {

@@ -92,6 +92,32 @@ TEST_CASE_TEMPLATE("reduce-scatter, then all-gather, of ragged slices", E, ALL_T
         }
 }
 
+// As a backward does it: two buffers in turn, a sum under way in one while the other is filled and other things are
+// exchanged, waited for when its buffer is needed again.
+TEST_CASE_TEMPLATE("sums of slices, several under way", E, float, bf16, double) {
+    Comm w = world();
+    const size_t n = 4099;
+    Buffer<E> buffer[2] = {Buffer<E>(n), Buffer<E>(n)}, other(n);
+    std::vector<size_t> begin[2];
+    Shift sum[2];
+    size_t wrong = 0;
+    for (uint64_t round = 0; round < 8; round++) {
+        const int b = round % 2;
+        shift_wait(Cpu(), sum[b]); // the first ones: nothing is under way
+        if (round > 1)
+            for (size_t i = begin[b][w.rank]; i < begin[b][w.rank + 1]; i++)
+                wrong += !same(buffer[b][i], sum_over_ranks<E>(w.size, i));
+        fill(buffer[b], w.rank);
+        begin[b] = ragged(round, w.size, n);
+        sum[b] = comm_reduce_scatter_start(Cpu(), w, buffer[b].data(), begin[b].data());
+        fill(other, w.rank);
+        comm_sum(Cpu(), w, other.data(), n);
+        for (size_t i = 0; i < n; i++) wrong += !same(other[i], sum_over_ranks<E>(w.size, i));
+    }
+    for (Shift& s : sum) shift_wait(Cpu(), s);
+    CHECK(wrong == 0);
+}
+
 // More than one message (16 MiB) and more than one round of the reduce-scatter (4M elements over the ranks).
 TEST_CASE("long data") {
     Comm w = world();

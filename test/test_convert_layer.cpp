@@ -24,6 +24,15 @@ TEST_CASE("convert: to the nearest value, exact where the type can hold it") {
     convert(Cpu(), back.data(), y.data(), 0);
 }
 
+TEST_CASE("add: rounded once, at every size") {
+    for (size_t count : {0, 1, 17, 4097}) {
+        Buffer<float> x(count, 1), y(count, 2);
+        Buffer<bf16> a = converted<bf16>(x), b = converted<bf16>(y), sum = converted<bf16>(x);
+        add(Cpu(), sum.data(), b.data(), count);
+        for (size_t i = 0; i < count; i++) CHECK(float(sum[i]) == float(bf16(float(a[i]) + float(b[i]))));
+    }
+}
+
 TEST_CASE("random_normal: a function of seed and place alone, with the deviation that was asked for") {
     const size_t count = 40000;
     Buffer<double> whole(count), parts(count), other(count);

@@ -59,3 +59,13 @@ TEST_CASE("grad_norm: the threads do not change a bit") {
     CHECK(one == many);
     CHECK(one == doctest::Approx(300001).epsilon(0.02)); // chi squared: 300001 +- 775
 }
+
+TEST_CASE("grad_norm: added to what is there") {
+    Buffer<float> grad(70001);
+    grad.fill(2);
+    Buffer<double> squared(1);
+    grad_norm_squared(Cpu(), squared.data(), grad.data(), grad.count);
+    grad_norm_squared(Cpu(), squared.data(), grad.data(), 0, true);
+    grad_norm_squared(Cpu(), squared.data(), grad.data(), 1000, true);
+    CHECK(squared[0] == 4 * 71001.0);
+}

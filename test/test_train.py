@@ -156,13 +156,78 @@ def test_resume_with_another_model_is_refused(tmp_path):
 def test_resume_on_another_number_of_ranks(tmp_path):
     args = [*SMALL, "-c", 72, "--total_batch", 288, "--save_every", 4]
     run(*args, "--steps", 16, "-o", tmp_path / "whole")
-    for steps, ranks in ((4, 4), (8, 2), (12, 1), (16, 4)):
+    for steps, ranks, zero in ((4, 4, 1), (8, 2, 2), (10, 4, 3), (12, 1, 1), (16, 4, 2)):
         ranks = min(ranks, RANKS)
-        run(*args, "--steps", steps, "--ring", min(ranks, 2), "-o", tmp_path / "cut", "--resume", ranks=ranks)
+        run(*args, "--steps", steps, "--ring", min(ranks, 2), "--zero", zero, "-o", tmp_path / "cut", "--resume",
+            ranks=ranks)
     whole, cut = events(tmp_path / "whole"), events(tmp_path / "cut")
     for a, b in zip(whole, cut, strict=True):
         assert a["tokens"] == b["tokens"] and a["counted"] == b["counted"]
         assert abs(a["loss"] - b["loss"]) < 1e-3
+
+
+@needs_ranks
+@pytest.mark.parametrize("extra", [[], ["--tied"], ["--dtype", "bf16", "--master", "none", "--ring", 1],
+                                   ["--dtype", "bf16", "--master", "float", "--recompute", "all"]])
+def test_zero_levels_write_the_same_checkpoints(tmp_path, extra):
+    """One micro-batch an update: the same sums in the same order, so the same bits, also when the level changes."""
+    args, ranks = [*SMALL, "--layers", 3, *extra, "--save_every", 3, "--keep", 0], min(RANKS, 3)
+    for zero in (1, 2, 3):
+        run(*args, "--steps", 9, "--zero", zero, "-o", tmp_path / str(zero), ranks=ranks)
+        run(*args, "--steps", 3 * zero, "--zero", zero, "-o", tmp_path / "changing", "--resume", ranks=ranks)
+    for folder in ("2", "3", "changing"):
+        for step in ("step_00000003", "step_00000009"):
+            assert digest(tmp_path / "1" / step) == digest(tmp_path / folder / step)
+
+
+@needs_ranks
+def test_zero_levels_with_micro_batches_differ_by_rounding(tmp_path):
+    """Ranks are then summed before micro-batches: as in test_ranks_train_alike."""
+    args = [*SMALL, "--steps", 4, "--total_batch", 256, "--dtype", "float" if ON_GPU else "double"]
+    for zero in (1, 2, 3):
+        run(*args, "--zero", zero, "-o", tmp_path / str(zero), ranks=2)
+    assert digest(newest(tmp_path / "2")) == digest(newest(tmp_path / "3"))
+    for a, b in zip(events(tmp_path / "1"), events(tmp_path / "2"), strict=True):
+        near = 1e-9 if not ON_GPU else 2e-5 if a["step"] == 1 else 1e-3
+        assert abs(a["loss"] - b["loss"]) < near and abs(a["norm"] - b["norm"]) < 10 * near * a["norm"]
+
+
+@needs_ranks
+def test_sharded_weights_serve_validation_scores_and_samples(tmp_path):
+    """Also when the last rows are fewer than the rings: then some of these have none, and their weights are needed."""
+    ranks = min(RANKS, 3)
+    documents = [[62, *np.random.default_rng(i).integers(0, 60, size=10 + i)] for i in range(30)]
+    write_tokens(tmp_path / "val.bin", documents, 64, bos=62)
+    outputs = []
+    for zero in (1, 3):
+        shards = ["--zero", zero]
+        outputs.append([
+            run(*SMALL, *shards, "-j", tmp_path / "val.bin", "--eval", tmp_path / f"{zero}.csv", "--val_rows", 3 * ranks + 1,
+                "--ring", 1, ranks=ranks).split("->")[0],
+            (tmp_path / f"{zero}.csv").read_text(),
+            run(*SMALL, *shards, "--generate", 8, "--prompt", "5,9,11", "-c", 72, ranks=ranks),
+            re.findall(r"validation loss.*|^[\d ]+$", run(
+                *SMALL, *shards, "-i", tmp_path / "val.bin", "-j", tmp_path / "val.bin", "--steps", 4, "--val_every", 2,
+                "--val_rows", ranks + 1, "--ring", 1, "--sample_every", 3, ranks=ranks), re.M)])
+    assert outputs[0] == outputs[1] and len(outputs[0][3]) == 4
+
+
+def test_the_plan_counts_what_zero_shares():
+    def parts(*args):
+        out = run("-e", "llama2-7b", "-c", 65536, "--device", "gpu", "--plan", "--ranks", 8, *args)
+        return {name: float(gib) for name, gib in re.findall(r"^  (\w[\w ,]*?) +([\d.]+)(?: of.*)?$", out, re.M)}, out
+
+    (one, _), (two, _), (three, _) = (parts("--zero", zero) for zero in (1, 2, 3))
+    for plan in (two, three):
+        assert abs(plan["gradients"] - one["gradients"] / 8) < 0.01 and plan["moments"] == one["moments"]
+        assert 0.7 < plan["gradients in use"] < 0.8  # two buffers of a layer's 202 million elements
+    assert two["weights"] == one["weights"] and abs(three["weights"] - one["weights"] / 8) < 0.01
+    assert one["all"] - 10.3 < two["all"] < one["all"] - 10.1 and two["all"] - 10.3 < three["all"] < two["all"] - 10.1
+    # Less is recomputed with what is saved, and a run that does not fit is told to share more.
+    _, whole = parts("--memory", 50)
+    _, shared = parts("--memory", 50, "--zero", 3)
+    assert "recompute none" not in whole and "recompute none" in shared
+    assert "this would: --zero 2\n" in parts("--memory", 24)[1] and "this would: --zero 3\n" in parts("--memory", 16)[1]
 
 
 @needs_ranks
