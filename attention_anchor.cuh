@@ -68,11 +68,16 @@ struct QueryTile {
     int32_t row, begin, end;         // queries
     int32_t first_range, last_range; // ranges [first_range, last_range)
 };
+// The keys that a query sees, or the queries that see a key.
+struct TokenInterval {
+    int32_t begin, end;
+};
 struct TileMap {
     std::vector<QueryTile> tiles; // most work first
     std::vector<KeyRange> ranges;
-    int64_t pairs = 0; // visible pairs, the anchor's column excluded
-    int32_t tile = 0;  // tokens of a tile, but for a row's last one
+    std::vector<TokenInterval> seen; // of every query (by keys: key), where it is one interval for all; else empty
+    int64_t pairs = 0;               // visible pairs, the anchor's column excluded
+    int32_t tile = 0;                // tokens of a tile, but for a row's last one
 };
 
 // A tile's documents, each with its smallest and largest index, decide exactly whether it sees another tile.
@@ -149,6 +154,52 @@ inline bool tokens_in_order(const Tokens& t) {
     return t.row_begin.back() == int32_t(t.size()) && t.doc.size() == t.size();
 }
 
+// Where each document of a row stands; false if it stands in pieces.
+inline bool document_runs(std::vector<TokenInterval>& runs, const Tokens& t, size_t row) {
+    std::fill(runs.begin(), runs.end(), TokenInterval{0, 0});
+    for (int32_t i = t.row_begin[row]; i < t.row_begin[row + 1]; i++) {
+        if (is_anchor(t.index[i], t.doc[i])) continue;
+        if (size_t(t.doc[i]) >= runs.size()) runs.resize(t.doc[i] + 1, {0, 0});
+        TokenInterval& run = runs[t.doc[i]];
+        if (run.begin == run.end) run.begin = i;
+        else if (run.end != i) return false;
+        run.end = i + 1;
+    }
+    return true;
+}
+
+constexpr int32_t hidden_doc = -2; // of the anchor among keys: the column that no tile computes
+
+// The keys that each query sees, or with by_keys the queries that see each key (of the anchor: hidden_doc twice), as
+// intervals. Empty if some are no interval: documents in pieces, or an anchor of several tokens before other documents.
+inline std::vector<TokenInterval> seen_intervals(const Tokens& q, const Tokens& k, bool by_keys) {
+    const Tokens &own = by_keys ? k : q, &other = by_keys ? q : k;
+    std::vector<TokenInterval> seen(own.size()), runs(1);
+    for (size_t row = 0; row < own.rows(); row++) {
+        if (!document_runs(runs, other, row)) return {};
+        const int32_t end = other.row_begin[row + 1];
+        for (int32_t i = own.row_begin[row], j = other.row_begin[row]; i < own.row_begin[row + 1]; i++) {
+            const int32_t index = own.index[i], doc = own.doc[i];
+            while (j < end && other.index[j] < index + !by_keys) j++;
+            TokenInterval run = size_t(doc) < runs.size() ? runs[doc] : TokenInterval{0, 0};
+            if (by_keys) {
+                if (doc == 0) run = {j, end};
+                run.begin = std::max(run.begin, j);
+                seen[i] = run.begin < run.end ? run : TokenInterval{0, 0};
+                if (is_anchor(index, doc)) seen[i] = {hidden_doc, hidden_doc};
+                continue;
+            }
+            TokenInterval shared = runs[0];
+            run.end = std::min(run.end, j), shared.end = std::min(shared.end, j);
+            const bool sees = run.begin < run.end, sees_shared = doc != 0 && shared.begin < shared.end;
+            if (sees && sees_shared && shared.end != run.begin) return {};
+            seen[i] = {sees_shared ? shared.begin : run.begin, sees ? run.end : shared.end};
+            if (!sees && !sees_shared) seen[i] = {0, 0};
+        }
+    }
+    return seen;
+}
+
 // A tile keeps at most this many ranges, which bounds the memory of a map. The last one then reaches to the end of all
 // that is left, and is masked.
 constexpr size_t tile_ranges_most = 64;
@@ -166,6 +217,7 @@ inline void tile_map_build(TileMap& map, const Tokens& q, const Tokens& k, int t
     REQUIRE(tile_q > 0 && tile_k > 0 && q.rows() == k.rows(), "pass the same rows of queries and keys");
     REQUIRE(tokens_in_order(q) && tokens_in_order(k), "order each row's tokens by index, documents from 0");
     map.tiles.clear(), map.ranges.clear(), map.pairs = 0, map.tile = options.by_keys ? tile_k : tile_q;
+    map.seen = seen_intervals(q, k, options.by_keys);
     std::vector<int64_t> work;
     for (size_t row = 0; row < q.rows(); row++) {
         map.pairs += pairs_between(q, k, row);
@@ -209,12 +261,12 @@ struct AttentionTiles {
 struct TokenLabel {
     int32_t index, doc;
 };
-constexpr int32_t hidden_doc = -2; // of the anchor among keys: the column that no tile computes
 struct DeviceMap {
     const QueryTile* tiles = nullptr;
     const KeyRange* ranges = nullptr;
-    int32_t count = 0; // of tiles
-    int32_t tile = 0;  // as in TileMap
+    int32_t count = 0;                   // of tiles
+    int32_t tile = 0;                    // as in TileMap
+    const TokenInterval* seen = nullptr; // likewise; null: by labels
 };
 struct AttentionMap {
     TileMap forward, backward;           // tiles of queries, tiles of keys

@@ -177,6 +177,12 @@ __device__ __forceinline__ float exp2(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+// The lowest `count` bits, 0 to 32 of them.
+__device__ __forceinline__ uint32_t bits_below(int count) {
+    uint32_t bits;
+    asm("bmsk.clamp.b32 %0, 0, %1;" : "=r"(bits) : "r"(count));
+    return bits;
+}
 __device__ __forceinline__ uint32_t pair(float low, float high) {
     uint32_t both;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));

@@ -49,7 +49,8 @@ struct Arrays {
         return to;
     }
     DeviceMap upload(const TileMap& map) {
-        return {upload(map.tiles), upload(map.ranges), int32_t(map.tiles.size()), map.tile};
+        return {upload(map.tiles), upload(map.ranges), int32_t(map.tiles.size()), map.tile,
+                map.seen.empty() ? nullptr : upload(map.seen)};
     }
     ~Arrays() {
         for (void* x : all) CUDA_CHECK(cudaFree(x));

@@ -69,13 +69,20 @@ struct ItemSlots {
     }
 };
 
+// A token's index and document, or begin and end of the interval that it sees.
+using Label = int2;
+// Labels of the tokens whose rows a map's tiles are, and of those that the tiles visit.
+template <class A> __device__ __forceinline__ const Label* row_labels(const A& a, const TokenLabel* label) {
+    return a.map.seen ? (const Label*)a.map.seen : (const Label*)label;
+}
+
 // What the loading warp tells the others of a tile, and of one of its steps.
 struct ForwardTile {
     int32_t row, begin, end, head; // head < 0: there are no more
     bool any;                      // it has steps
 };
 struct ForwardStep {
-    int32_t keys; // as many of the tile's keys count (more: all)
+    int32_t begin, keys; // first key; as many of the tile's keys count (more: all)
     bool masked, last;
 };
 
@@ -86,7 +93,7 @@ template <int D> struct alignas(1024) ForwardShared {
     bf16 v[slots][forward_keys * D];
     bf16 anchor_key[slots][D / 64 * 512]; // row 0 of a tile of 8 rows; the others do not matter
     bf16 anchor_value[slots][D];
-    TokenLabel q_label[slots][forward_queries], k_label[slots][forward_keys];
+    Label q_label[slots][forward_queries], k_label[slots][forward_keys];
     ForwardTile tile[slots];
     ForwardStep step[slots];
     ItemSlots items;
@@ -183,7 +190,7 @@ template <int D, bool PAIR> __device__ __forceinline__ void forward_load(const A
         item = next_item(worker, schedule, s.items, number, lane);
         ptx::Barrier* full = &s.q_full[q.slot];
         ptx::barrier_wait(&s.q_empty[q.slot], q.phase ^ 1);
-        copy_row<forward_queries>(s.q_label[q.slot], a.q_label, tile.begin, a.T, lane);
+        copy_row<forward_queries>(s.q_label[q.slot], row_labels(a, a.q_label), tile.begin, a.T, lane);
         ptx::barrier_arrive_copies(full);
         if (lane == 0) {
             s.tile[q.slot] = {tile.row, tile.begin, tile.end, head, tile.first_range < tile.last_range};
@@ -206,10 +213,11 @@ template <int D, bool PAIR> __device__ __forceinline__ void forward_load(const A
                 const bool masked = range.masked || begin + forward_keys > range.end;
                 full = &s.k_full[k.slot];
                 ptx::barrier_wait(&s.k_empty[k.slot], k.phase ^ 1);
-                if (masked) copy_row<forward_keys>(s.k_label[k.slot], a.k_label, begin, a.Tk, lane);
+                if (masked && !a.map.seen)
+                    copy_row<forward_keys>(s.k_label[k.slot], (const Label*)a.k_label, begin, a.Tk, lane);
                 ptx::barrier_arrive_copies(full);
                 if (lane == 0) {
-                    s.step[k.slot] = {range.end - begin, masked,
+                    s.step[k.slot] = {begin, range.end - begin, masked,
                                       r + 1 == tile.last_range && begin + forward_keys >= range.end};
                     ptx::barrier_arrive_expect(full, sizeof s.k[0]);
                     worker.load(s.k[k.slot], maps.k, forward_keys, begin, kv_head, full);
@@ -315,10 +323,35 @@ template <int D> __device__ __forceinline__ void forward_start(const AttentionFo
     }
 }
 
+// Of the columns 8 j + 2 t + e, counted by 2 j + e: bits of those in [begin, end).
+__device__ __forceinline__ uint32_t columns_between(int begin, int end, int t) {
+    auto count = [t](int columns) { // of those below
+        const int x = min(max(columns - 2 * t, 0), 128);
+        return 2 * (x / 8) + min(x % 8, 2);
+    };
+    return ptx::bits_below(count(end)) & ~ptx::bits_below(count(begin));
+}
+
+// s = hidden where rows g and g + 8 do not see the column. Rows see intervals of tokens; column 0 is token `begin`, and
+// `columns` of them count.
+template <int N> __device__ __forceinline__ void interval_mask(float (&s)[N], const Label* seen, int begin, int columns,
+                                                               int t, float hidden) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const Label row = seen[8 * i];
+        const uint32_t bits = columns_between(row.x - begin, min(row.y - begin, columns), t);
+#pragma unroll
+        for (int j = 0; j < N / 4; j++)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                if (!(bits >> (2 * j + e) & 1)) s[4 * j + 2 * i + e] = hidden;
+    }
+}
+
 // s = -inf where the query does not see the key, and from column `keys` on.
-__device__ __forceinline__ void forward_mask(float (&s)[forward_keys / 2], const TokenLabel* q_label,
-                                             const TokenLabel* k_label, int keys, int t) {
-    const TokenLabel q[2] = {q_label[0], q_label[8]};
+__device__ __forceinline__ void forward_mask(float (&s)[forward_keys / 2], const Label* q_label, const Label* k_label,
+                                             int keys, int t) {
+    const Label q[2] = {q_label[0], q_label[8]};
 #pragma unroll
     for (int j = 0; j < forward_keys / 8; j++) {
         const int4 two = ((const int4*)k_label)[4 * j + t];
@@ -327,7 +360,7 @@ __device__ __forceinline__ void forward_mask(float (&s)[forward_keys / 2], const
             const int index = e ? two.z : two.x, doc = 8 * j + 2 * t + e < keys ? (e ? two.w : two.y) : hidden_doc;
 #pragma unroll
             for (int i = 0; i < 2; i++)
-                if (!visible(q[i].index, q[i].doc, index, doc)) s[4 * j + 2 * i + e] = minus_infinity<float>;
+                if (!visible(q[i].x, q[i].y, index, doc)) s[4 * j + 2 * i + e] = minus_infinity<float>;
         }
     }
 }
@@ -436,6 +469,7 @@ template <int D> __device__ __forceinline__ void forward_finish(const AttentionF
 
 // A warpgroup's place in the rings, and what it carries from step to step.
 template <int D, bool PAIR> struct ForwardGroup {
+    const AttentionForward<bf16>& a;
     ForwardShared<D>& s;
     const Worker<PAIR> worker;
     const Place at;
@@ -444,7 +478,8 @@ template <int D, bool PAIR> struct ForwardGroup {
     float o[D / 2], scores[forward_keys / 2], m[2], l[2], alpha[2];
     bool risen, last; // the step's m rose, by alpha; the step was the tile's last
 
-    __device__ __forceinline__ ForwardGroup(ForwardShared<D>& s, int group) : s(s), at(group) {}
+    __device__ __forceinline__ ForwardGroup(const AttentionForward<bf16>& a, ForwardShared<D>& s, int group)
+        : a(a), s(s), at(group) {}
 
     __device__ __forceinline__ void issue_scores() {
         issue_rows<D, forward_keys, forward_queries, forward_keys>(scores, queries,
@@ -461,8 +496,9 @@ template <int D, bool PAIR> struct ForwardGroup {
         const ForwardStep step = s.step[k.slot];
         ptx::settle(scores);
         if (step.masked) {
-            const TokenLabel* q_label = s.q_label[q.slot] + rows_of_group * at.group + 16 * at.warp + at.g;
-            forward_mask(scores, q_label, s.k_label[k.slot], step.keys, at.t);
+            const Label* q_label = s.q_label[q.slot] + rows_of_group * at.group + 16 * at.warp + at.g;
+            if (a.map.seen) interval_mask(scores, q_label, step.begin, step.keys, at.t, minus_infinity<float>);
+            else forward_mask(scores, q_label, s.k_label[k.slot], step.keys, at.t);
             __syncwarp();
         }
         worker.release(&s.k_empty[k.slot], at.lane);
@@ -496,7 +532,7 @@ template <int D, bool PAIR> struct ForwardGroup {
 // A warpgroup of queries.
 template <int D, bool PAIR> __device__ __forceinline__ void
 forward_compute(const AttentionForward<bf16>& a, const ForwardMaps& maps, ForwardShared<D>& s, int group) {
-    ForwardGroup<D, PAIR> w(s, group);
+    ForwardGroup<D, PAIR> w(a, s, group);
     bool storing = false; // Q of the tile before still has its output, which may be on its way out
     for (;; w.q.next()) {
         ptx::barrier_wait(&s.q_full[w.q.slot], w.q.phase);
@@ -591,7 +627,7 @@ template <int D> struct alignas(1024) BackwardShared {
     bf16 dout[2][backward_queries * D];
     bf16 ds[2][backward_queries * backward_keys]; // (queries, keys): the halves are the two warpgroups' keys
     float out[8][16 * 64];                        // a warp's part of dQ, later of dK and dV, on its way out
-    TokenLabel q_label[q_slots][backward_queries], k_label[backward_keys];
+    Label q_label[q_slots][backward_queries], k_label[backward_keys];
     float lse[q_slots][backward_queries], delta[2][backward_queries]; // times -log2(e), times -1 / sqrt(D)
     BackwardItem item;
     BackwardStep step[q_slots];
@@ -618,7 +654,7 @@ __device__ __forceinline__ void backward_load(const AttentionBackward<bf16>& a, 
         QueryTile tile = a.map.tiles[schedule.tile(item)];
         tile.begin += worker.rank * backward_keys;
         const int kv_head = schedule.head(item), heads_end = (kv_head + 1) * schedule.group;
-        copy_row<backward_keys>(s.k_label, a.k_label, tile.begin, a.Tk, lane);
+        copy_row<backward_keys>(s.k_label, row_labels(a, a.k_label), tile.begin, a.Tk, lane);
         ptx::barrier_arrive_copies(&s.kv_full);
         if (lane != 0) continue;
         s.item = {tile.row, tile.begin, tile.end, kv_head, tile.first_range < tile.last_range};
@@ -665,7 +701,8 @@ __device__ __forceinline__ void backward_load_rows(const AttentionBackward<bf16>
         ptx::barrier_wait(&s.posted[q.slot], q.phase);
         const BackwardStep step = s.step[q.slot];
         if (step.head < 0) return;
-        if (step.masked) copy_row<backward_queries>(s.q_label[q.slot], a.q_label, step.begin, a.T, lane);
+        if (step.masked && !a.map.seen)
+            copy_row<backward_queries>(s.q_label[q.slot], (const Label*)a.q_label, step.begin, a.T, lane);
         ptx::barrier_arrive_copies(&s.q_full[q.slot]);
         float2 row[backward_queries / 32]; // LSE, delta
 #pragma unroll
@@ -700,13 +737,13 @@ __device__ __forceinline__ void probabilities(float (&s)[backward_queries / 2], 
 
 // P^T = 0 where the query does not see the key, for keys from number `keys` on, and from column `queries` on. What
 // stood there may be infinite: queries that see nothing have LSE = -inf.
-__device__ __forceinline__ void backward_mask(float (&p)[backward_queries / 2], const TokenLabel* q_label, int queries,
-                                              const TokenLabel* k_label, int first_key, int keys, int t) {
-    TokenLabel k[2];
+__device__ __forceinline__ void backward_mask(float (&p)[backward_queries / 2], const Label* q_label, int queries,
+                                              const Label* k_label, int first_key, int keys, int t) {
+    Label k[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         k[i] = k_label[first_key + 8 * i];
-        if (first_key + 8 * i >= keys) k[i].doc = hidden_doc;
+        if (first_key + 8 * i >= keys) k[i].y = hidden_doc;
     }
 #pragma unroll
     for (int j = 0; j < backward_queries / 8; j++) {
@@ -716,7 +753,7 @@ __device__ __forceinline__ void backward_mask(float (&p)[backward_queries / 2], 
             const int index = 8 * j + 2 * t + e < queries ? (e ? two.z : two.x) : -1, doc = e ? two.w : two.y;
 #pragma unroll
             for (int i = 0; i < 2; i++)
-                if (!visible(index, doc, k[i].index, k[i].doc)) p[4 * j + 2 * i + e] = 0;
+                if (!visible(index, doc, k[i].x, k[i].y)) p[4 * j + 2 * i + e] = 0;
         }
     }
 }
@@ -905,11 +942,12 @@ template <int D, bool PAIR> struct BackwardGroup {
     }
     __device__ __forceinline__ void soften(float (&p)[backward_queries / 2]) {
         ptx::settle(p);
-        const BackwardStep step = s.step[q.slot];
+        const BackwardStep& step = s.step[q.slot];
         probabilities<D>(p, s.lse[q.slot], at.t);
-        if (step.masked)
-            backward_mask(p, s.q_label[q.slot], step.queries, s.k_label, rows_of_group * at.group + 16 * at.warp + at.g,
-                          s.item.end - s.item.begin, at.t);
+        const int row = rows_of_group * at.group + 16 * at.warp + at.g;
+        if (step.masked && a.map.seen) interval_mask(p, s.k_label + row, step.begin, step.queries, at.t, 0.f);
+        else if (step.masked)
+            backward_mask(p, s.q_label[q.slot], step.queries, s.k_label, row, s.item.end - s.item.begin, at.t);
     }
     // dS^T of this step, rounded, to shared memory as (queries, keys).
     __device__ __forceinline__ void store_ds(const float (&x)[backward_queries / 2]) {
@@ -979,7 +1017,7 @@ template <int D, bool PAIR> struct BackwardGroup {
         bool own[2];
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            own[i] = s.k_label[row + 8 * i + at.g].doc == hidden_doc && token + 8 * i + at.g < item.end;
+            own[i] = s.k_label[row + 8 * i + at.g].y == hidden_doc && token + 8 * i + at.g < item.end;
         __syncwarp();
         if (at.lane == 0) ptx::barrier_arrive(&s.kv_empty);
         if (!a.dkv_out) {

@@ -328,7 +328,8 @@ inline void ring_plan_build(RingPlan& plan, const int32_t* doc /*(B, S)*/, bool 
 // Bytes of device memory that a plan takes at most, with tiles of at least 32 tokens; the CPU reads the plan itself.
 template <class Dev> size_t ring_plan_bytes(Dev, size_t T, size_t ring, size_t B) {
     const size_t map = (T / 32 + B) * (sizeof(QueryTile) + tile_ranges_most * sizeof(KeyRange));
-    return std::is_same_v<Dev, Gpu> ? ring * (2 * map + 2 * T * sizeof(TokenLabel) + 1024) : 0;
+    const size_t step = 2 * map + 2 * T * (sizeof(TokenLabel) + sizeof(TokenInterval)) + 1024;
+    return std::is_same_v<Dev, Gpu> ? ring * step : 0;
 }
 inline void ring_plan_upload(Cpu, RingPlan&, void*, size_t) {}
 
@@ -346,7 +347,10 @@ struct RingUpload {
         memory += padded, left -= padded;
         return to;
     }
-    DeviceMap put(const TileMap& map) { return {put(map.tiles), put(map.ranges), int32_t(map.tiles.size()), map.tile}; }
+    DeviceMap put(const TileMap& map) {
+        return {put(map.tiles), put(map.ranges), int32_t(map.tiles.size()), map.tile,
+                map.seen.empty() ? nullptr : put(map.seen)};
+    }
 };
 
 // Brings the plan to the GPU: `bytes` of its memory, as ring_plan_bytes says.

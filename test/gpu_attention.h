@@ -57,6 +57,7 @@ struct MapOnGpu {
     Uploaded<TokenLabel> q, k;
     Uploaded<QueryTile> forward_tiles, backward_tiles;
     Uploaded<KeyRange> forward_ranges, backward_ranges;
+    Uploaded<TokenInterval> forward_seen, backward_seen;
     static AttentionMap built(const Tokens& q, const Tokens& k, const AttentionTiles& tiles) {
         AttentionMap map;
         attention_map_build(map, q, k, tiles);
@@ -65,12 +66,14 @@ struct MapOnGpu {
     MapOnGpu(const Tokens& qt, const Tokens& kt, const AttentionTiles& tiles)
         : map(built(qt, kt, tiles)), q(token_labels(qt, false)), k(token_labels(kt, true)),
           forward_tiles(map.forward.tiles), backward_tiles(map.backward.tiles), forward_ranges(map.forward.ranges),
-          backward_ranges(map.backward.ranges) {}
+          backward_ranges(map.backward.ranges), forward_seen(map.forward.seen), backward_seen(map.backward.seen) {}
     DeviceMap forward() const {
-        return {forward_tiles.data, forward_ranges.data, int(map.forward.tiles.size()), map.forward.tile};
+        return {forward_tiles.data, forward_ranges.data, int(map.forward.tiles.size()), map.forward.tile,
+                map.forward.seen.empty() ? nullptr : forward_seen.data};
     }
     DeviceMap backward() const {
-        return {backward_tiles.data, backward_ranges.data, int(map.backward.tiles.size()), map.backward.tile};
+        return {backward_tiles.data, backward_ranges.data, int(map.backward.tiles.size()), map.backward.tile,
+                map.backward.seen.empty() ? nullptr : backward_seen.data};
     }
 };
 

@@ -80,6 +80,37 @@ TEST_CASE("tiles are twice as long for pairs of blocks where they visit enough")
     CHECK(tile(documents, 500) == 64);
 }
 
+// True if there are intervals; those must be exact.
+static bool check_seen(const Tokens& q, const Tokens& k, bool by_keys) {
+    const std::vector<TokenInterval> seen = seen_intervals(q, k, by_keys);
+    bool right = true;
+    for (size_t i = 0; i < q.size() && !seen.empty(); i++)
+        for (size_t j = 0; j < k.size(); j++) {
+            const bool hidden = is_anchor(k.index[j], k.doc[j]);
+            const TokenInterval& x = seen[by_keys ? j : i];
+            const int32_t other = int32_t(by_keys ? i : j);
+            right &= (sees(q, i, k, j) && !hidden) == (x.begin <= other && other < x.end);
+            right &= !by_keys || (x.end == hidden_doc) == hidden;
+        }
+    CHECK(right);
+    return !seen.empty();
+}
+
+TEST_CASE("what tokens see stands as intervals where documents stand in one piece, for any sets of queries and keys") {
+    for (Mode mode : modes)
+        for (size_t S : {1, 17, 65, 200})
+            for (bool by_keys : {false, true}) {
+                const uint64_t seed = 10 * S + size_t(mode);
+                const Tokens t = make_tokens(mode, 2, S, seed);
+                const bool whole = mode == Mode::full || mode == Mode::intra || mode == Mode::anchor;
+                CHECK((check_seen(t, t, by_keys) || !whole));
+                auto some = [&](uint64_t salt) {
+                    return subset(t, [&, salt](size_t i) { return hash64(seed + salt, i / 9) % 3 == 0; });
+                };
+                check_seen(some(1), some(2), by_keys);
+            }
+}
+
 TEST_CASE("visible pairs of a row are counted exactly") {
     for (Mode mode : modes)
         for (size_t S : {1, 2, 100}) {
