@@ -20,35 +20,46 @@ template <class E, int W> struct alignas(W == 1 ? 4 : W * sizeof(E) == 8 ? 8 : 1
     }
 };
 
-template <int W, class E> __device__ Pack<E, W> pack_load(const E* from) {
+// Once: what is not read again soon leaves the caches to the rest (ld.cs, st.cs).
+enum class Access { plain, once };
+
+template <int W, Access access = Access::plain, class E> __device__ Pack<E, W> pack_load(const E* from) {
+    auto load = [](auto* p) {
+        if constexpr (access == Access::once) return __ldcs(p);
+        else return *p;
+    };
     Pack<E, W> x;
     if constexpr (W == 1) {
-        if constexpr (sizeof(E) == 4) x.word[0] = __float_as_uint(*from);
-        else x.word[0] = from->bits;
+        if constexpr (sizeof(E) == 4) x.word[0] = load((const uint32_t*)from);
+        else x.word[0] = load((const uint16_t*)from);
     } else if constexpr (x.words == 2) {
-        uint2 v = *(const uint2*)from;
+        uint2 v = load((const uint2*)from);
         x.word[0] = v.x, x.word[1] = v.y;
     } else {
         static_assert(W % pack_width<E> == 0);
 #pragma unroll
         for (int i = 0; i < x.words; i += 4) {
-            uint4 v = ((const uint4*)from)[i / 4];
+            uint4 v = load((const uint4*)(from) + i / 4);
             x.word[i] = v.x, x.word[i + 1] = v.y, x.word[i + 2] = v.z, x.word[i + 3] = v.w;
         }
     }
     return x;
 }
 
-template <class E, int W> __device__ void pack_store(E* to, const Pack<E, W>& x) {
+template <class E, int W, Access access = Access::plain> __device__ void pack_store(E* to, const Pack<E, W>& x) {
+    auto store = [](auto* p, auto value) {
+        if constexpr (access == Access::once) __stcs(p, value);
+        else *p = value;
+    };
     if constexpr (W == 1) {
-        if constexpr (sizeof(E) == 4) *to = __uint_as_float(x.word[0]);
-        else to->bits = uint16_t(x.word[0]);
+        if constexpr (sizeof(E) == 4) store((uint32_t*)to, x.word[0]);
+        else store((uint16_t*)to, uint16_t(x.word[0]));
     } else if constexpr (x.words == 2) {
-        *(uint2*)to = make_uint2(x.word[0], x.word[1]);
+        store((uint2*)to, make_uint2(x.word[0], x.word[1]));
     } else {
 #pragma unroll
         for (int i = 0; i < x.words; i += 4)
-            ((uint4*)to)[i / 4] = make_uint4(x.word[i], x.word[i + 1], x.word[i + 2], x.word[i + 3]);
+            store((uint4*)to + i / 4, make_uint4(x.word[i], x.word[i + 1], x.word[i + 2], x.word[i + 3]));
     }
 }
 
@@ -72,7 +83,9 @@ template <class E, int W> __device__ Pack<E, W> pack_from(const float (&x)[W]) {
     }
     return packed;
 }
-template <class E, int W> __device__ void pack_store(E* to, const float (&x)[W]) { pack_store(to, pack_from<E, W>(x)); }
+template <class E, int W, Access access = Access::plain> __device__ void pack_store(E* to, const float (&x)[W]) {
+    pack_store<E, W, access>(to, pack_from<E, W>(x));
+}
 
 // Into shared memory, without waiting unless W is 1. The thread's copies since the last commit become a group; wait
 // until at most N groups are still on their way. What a thread has copied itself it may then read without a barrier.

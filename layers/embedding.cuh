@@ -109,11 +109,11 @@ inline void token_order_upload(Gpu gpu, TokenOrder& order, void* memory) {
     copy_to_device(gpu, (uint8_t*)memory + bytes, order.piece.data(), order.piece.size() * sizeof(int32_t));
 }
 
-// A thread takes a pack of 8 tokens of the order: it reads each row that differs from the one before, all in flight,
-// and writes 8. Bound by memory, mostly by the writes.
+// A thread takes a pack of 6 tokens of the order: it reads each row that differs from the one before, all in flight,
+// and writes 6. Bound by memory, mostly by the writes.
 template <class E, int W> __global__ void __launch_bounds__(256)
     embedding_forward_kernel(E* out, const TokenAt* token, const E* weight, size_t T, size_t C, unsigned strips) {
-    constexpr int batch = 8;
+    constexpr int batch = 6;
     const size_t begin = size_t(blockIdx.x / strips) * batch;
     const size_t c = (size_t(blockIdx.x % strips) * blockDim.x + threadIdx.x) * W;
     if (c >= C) return;
@@ -124,11 +124,11 @@ template <class E, int W> __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int j = 0; j < batch; j++)
         if (at[j].id >= 0 && (j == 0 || at[j].id != at[j - 1].id))
-            x[j] = pack_load<W>(weight + size_t(at[j].id) * C + c);
+            x[j] = pack_load<W, Access::once>(weight + size_t(at[j].id) * C + c);
 #pragma unroll
     for (int j = 0; j < batch; j++) {
         if (j > 0 && at[j].id == at[j - 1].id) x[j] = x[j - 1];
-        if (at[j].id >= 0) pack_store(out + size_t(at[j].position) * C + c, x[j]);
+        if (at[j].id >= 0) pack_store<E, W, Access::once>(out + size_t(at[j].position) * C + c, x[j]);
     }
 }
 
@@ -139,7 +139,7 @@ template <class E> void embedding_forward(Gpu gpu, E* out, const TokenOrder& ord
         constexpr int W = decltype(width)::value;
         const unsigned threads = block_threads(C / W, 1, 256);
         const size_t strips = (C / W + threads - 1) / threads;
-        embedding_forward_kernel<E, W><<<grid_blocks((T + 7) / 8 * strips), threads, 0, gpu.stream>>>(
+        embedding_forward_kernel<E, W><<<grid_blocks((T + 5) / 6 * strips), threads, 0, gpu.stream>>>(
             out, order.device_token, weight, T, C, unsigned(strips));
     };
     if (packs_fit<E>(C, out, weight)) launch(std::integral_constant<int, pack_width<E>>());
@@ -173,7 +173,7 @@ embedding_backward_run(G* dweight, float* partial, const E* dout, const Embeddin
         for (int j = 0; j < 8; j++) t[j] = token + 8 * j < end ? token[8 * j].position : -1;
 #pragma unroll
         for (int j = 0; j < 8; j++)
-            if (t[j] >= 0) d[j] = pack_load<W>(dout + size_t(t[j]) * p.C);
+            if (t[j] >= 0) d[j] = pack_load<W, Access::once>(dout + size_t(t[j]) * p.C);
 #pragma unroll
         for (int j = 0; j < 8; j++)
             if (t[j] >= 0)
@@ -181,7 +181,7 @@ embedding_backward_run(G* dweight, float* partial, const E* dout, const Embeddin
                 for (int w = 0; w < W; w++) sum[w] += d[j][w];
     }
     Pack<G, W> old;
-    if (mine && warp == 0 && whole) old = pack_load<W>(row);
+    if (mine && warp == 0 && whole) old = pack_load<W, Access::once>(row);
 #pragma unroll
     for (int w = 0; w < W; w++) sums[warp][w][lane] = sum[w];
     __syncthreads();
@@ -191,13 +191,13 @@ embedding_backward_run(G* dweight, float* partial, const E* dout, const Embeddin
         for (int other = 1; other < 8; other++) sum[w] += sums[other][w][lane];
         if (whole) sum[w] += old[w];
     }
-    if (whole) pack_store(row, sum);
+    if (whole) pack_store<G, W, Access::once>(row, sum);
     else pack_store(partial + k * p.C + c, sum);
 }
 
 // The first blocks take a strip of a long run each. In the others every warp takes a strip of a piece of short runs,
 // the rows of 4 tokens and what their runs are added to in flight. Bound by memory.
-template <class E, class G, int W> __global__ void __launch_bounds__(256, 3)
+template <class E, class G, int W> __global__ void __launch_bounds__(256, W == 8 ? 3 : 4)
     embedding_backward_kernel(G* dweight, float* partial, const E* dout, EmbeddingPieces p) {
     constexpr int batch = 4;
     const unsigned lane = threadIdx.x % 32, of_runs = p.longs * p.strips;
@@ -218,8 +218,8 @@ template <class E, class G, int W> __global__ void __launch_bounds__(256, 3)
         for (int j = 0; j <= batch; j++) at[j] = i + j < end ? p.token[i + j] : TokenAt{-1, -1};
 #pragma unroll
         for (int j = 0; j < batch; j++) {
-            if (at[j].id >= 0) d[j] = pack_load<W>(dout + size_t(at[j].position) * C);
-            if (at[j].id != at[j + 1].id) old[j] = pack_load<W>(dweight + size_t(at[j].id) * C);
+            if (at[j].id >= 0) d[j] = pack_load<W, Access::once>(dout + size_t(at[j].position) * C);
+            if (at[j].id != at[j + 1].id) old[j] = pack_load<W, Access::once>(dweight + size_t(at[j].id) * C);
         }
 #pragma unroll
         for (int j = 0; j < batch; j++) {
@@ -229,7 +229,7 @@ template <class E, class G, int W> __global__ void __launch_bounds__(256, 3)
             if (at[j].id == at[j + 1].id) continue;
 #pragma unroll
             for (int w = 0; w < W; w++) sum[w] += old[j][w];
-            pack_store(dweight + size_t(at[j].id) * C, sum);
+            pack_store<G, W, Access::once>(dweight + size_t(at[j].id) * C, sum);
 #pragma unroll
             for (int w = 0; w < W; w++) sum[w] = 0;
         }
@@ -264,7 +264,8 @@ void embedding_backward(Gpu gpu, G* dweight, const E* dout, const TokenOrder& or
         p.strips = unsigned(strips);
         embedding_backward_kernel<E, G, W><<<blocks, 256, 0, gpu.stream>>>(dweight, partial, dout, p);
     };
-    if (packs_fit<E>(C, dweight, dout)) launch(std::integral_constant<int, pack_width<E>>());
+    constexpr int W = std::min(pack_width<E>, pack_width<G>);
+    if (packs_fit<E>(C, dweight, dout)) launch(std::integral_constant<int, W>());
     else launch(std::integral_constant<int, 1>());
     CUDA_CHECK(cudaGetLastError());
     if (p.parts == 0) return;
