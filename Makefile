@@ -78,17 +78,21 @@ $(BUILD)/comm_serial.o: core/comm_serial.cpp core/comm.h core/types.h | $(BUILD)
 $(BUILD):
 	mkdir -p $@
 
-# The trainer's layers once more, under an experiment; one process, on one GPU or the CPU.
+# The trainer once more, under an experiment (test_rope) and with fp32 attention (a control); one process, on one GPU or
+# the CPU.
 TEST_ROPE := $(if $(SAN),$(BUILD)/)test_rope
-$(TEST_ROPE): $(BUILD)/test_rope.o $(BUILD)/comm_serial.o $(GPU_COMM) build/flavour
+CONTROL   := $(if $(SAN),$(BUILD)/)train_fp32_attention
+$(TEST_ROPE): $(BUILD)/test_rope.o
+$(CONTROL): $(BUILD)/train_fp32_attention.o
+$(TEST_ROPE) $(CONTROL): $(BUILD)/comm_serial.o $(GPU_COMM) build/flavour
 	$(if $(filter 1,$(CUDA)),nvcc -Xcompiler=-fopenmp,$(CXX) $(CXXFLAGS)) $(filter %.o,$^) -o $@ $(CUDA_LIBS)
-$(BUILD)/test_rope.o: test/test_rope.cu train_llama.cu $(HEADERS) $(TEST_HEADERS) Makefile | $(BUILD)
+$(BUILD)/test_rope.o $(BUILD)/train_fp32_attention.o: $(BUILD)/%.o: test/%.cu train_llama.cu $(HEADERS) $(TEST_HEADERS) Makefile | $(BUILD)
 	$(COMPILE) -O$(if $(SAN),1,3) -c $< -o $@
 
 # A test file is a binary's part: those in RANK_TESTS are programs of their own and run under mpirun.
 RANK_TESTS := $(patsubst test/%.cpp,$(BUILD)/%,$(wildcard test/test_comm.cpp test/test_ring.cpp test/test_model_ranks.cpp))
-# Those in OWN_TESTS are too, on one process: two files that include the trainer do not link.
-OWN_TESTS  := $(patsubst test/%.cpp,$(BUILD)/%,$(wildcard test/test_rope_experiment.cpp))
+# Those in OWN_TESTS are too, on one process: their names are those of other files, too.
+OWN_TESTS  := $(patsubst test/%.cpp,$(BUILD)/%,$(wildcard test/test_rope_experiment.cpp test/test_fp32_attention.cpp))
 UNIT_TESTS := $(filter-out $(RANK_TESTS) $(OWN_TESTS),$(patsubst test/%.cpp,$(BUILD)/%,$(wildcard test/test_*.cpp)))
 $(BUILD)/test_%.o: test/test_%.cpp train_llama.cu $(HEADERS) $(TEST_HEADERS) | $(BUILD)
 	$(CXX) $(CXXFLAGS) -O$(if $(SAN),1,2) -c $< -o $@
@@ -107,8 +111,8 @@ deps:
 test: deps
 	@$(MAKE) --no-print-directory test-run
 .PHONY: test-run
-test-run: $(PROGRAM) $(TEST_ROPE) $(BUILD)/test_cpu $(OWN_TESTS) $(if $(filter 1,$(MPI)),$(RANK_TESTS))
-	@SAN=$(SAN) TRAIN_LLAMA=$(abspath $(PROGRAM)) TEST_ROPE=$(abspath $(TEST_ROPE)) \
+test-run: $(PROGRAM) $(TEST_ROPE) $(CONTROL) $(BUILD)/test_cpu $(OWN_TESTS) $(if $(filter 1,$(MPI)),$(RANK_TESTS))
+	@SAN=$(SAN) TRAIN_LLAMA=$(abspath $(PROGRAM)) TEST_ROPE=$(abspath $(TEST_ROPE)) CONTROL=$(abspath $(CONTROL)) \
 	    test/run.sh $(BUILD)/test_cpu $(OWN_TESTS) $(if $(filter 1,$(MPI)),--ranks $(RANK_TESTS))
 
 # The tests of the GPU are a program of their own, built from test/gpu_*.cu, but for those that run on several ranks.
@@ -155,4 +159,4 @@ format:
 docs: train_llama
 	@$(PYTHON) dev/docs.py
 clean:
-	rm -rf build train_llama test_rope
+	rm -rf build train_llama test_rope train_fp32_attention

@@ -1,9 +1,10 @@
 """Does attention's deviation matter for training? The paper's four ways to pack, in miniature, with the control it lacks.
 
-    make train_llama && python3 scripts/rope_training.py rope/training --books books.jsonl --tokenizer tokenizer.model
+    make train_llama train_fp32_attention
+    python3 scripts/rope_training.py rope/training --books books.jsonl --tokenizer tokenizer.model
 
-Trains full, intra, intra_reset and anchor attention in bf16, and full and anchor once more with everything in fp32, each
-with several seeds, on two tasks: books cut into documents (11.4M parameters, context 1024), and facts to be recalled
+Trains full, intra, intra_reset and anchor attention in bf16, and as controls full and anchor once more with everything in
+fp32, and anchor in a bf16 network whose RoPE and attention are fp32 (attention_float), each with several seeds, on two tasks: books cut into documents (11.4M parameters, context 1024), and facts to be recalled
 (data/recall.py, 0.1M parameters, context 512). Scores each on the same rows (two held-out books, whole; questions) at 1,
 2 and 4 times the trained length. What is done already is not done again, so a stopped study goes on by the same command.
 --limit ends it after so many seconds, once the run at hand is finished.
@@ -28,8 +29,9 @@ TRAINER = os.environ.get("TRAIN_LLAMA", "./train_llama")
 sys.path.insert(0, str(ROOT / "data"))
 import recall  # noqa: E402
 
+CONTROL = os.environ.get("CONTROL", "./train_fp32_attention")
 RUNS = [("full", "bf16"), ("intra", "bf16"), ("intra_reset", "bf16"), ("anchor", "bf16"), ("full", "float"),
-        ("anchor", "float")]
+        ("anchor", "float"), ("anchor", "attention_float")]
 TIMES, BUCKETS = (1, 2, 4), 8
 SCALES = {  # shape, context, options of the training, rows of context 1 that are scored
     "books": {
@@ -111,13 +113,14 @@ def run_one(args, out, data, task, mode, dtype, seed):
     """Trains one model, scores it, and returns its lines of scores.csv."""
     shape, context, options, rows = SCALES[task][args.scale]
     folder = out / f"{task}_{mode}_{dtype}_{seed}"
-    machine = ["--device", args.device, "--dtype", dtype]
+    program = CONTROL if dtype == "attention_float" else TRAINER
+    machine = ["--device", args.device, "--dtype", "bf16" if dtype == "attention_float" else dtype]
     train = data / ("books_train_0*.bin" if task == "books" else "recall_train.bin")
     folder.mkdir(exist_ok=True)
     algorithms = out / f"matmul_{task}_{dtype}.txt"  # a GPU times the products' algorithms once, not in every run
     if algorithms.exists():
         shutil.copy(algorithms, folder / "matmul.txt")
-    execute([TRAINER, *shape.split(), "-i", train, "-c", context, *options.split(), "--attention", mode, *machine,
+    execute([program, *shape.split(), "-i", train, "-c", context, *options.split(), "--attention", mode, *machine,
              "--seed", seed, "-o", folder, "--keep", 1, "--resume"])
     if (folder / "matmul.txt").exists():
         shutil.copy(folder / "matmul.txt", algorithms)
@@ -127,7 +130,7 @@ def run_one(args, out, data, task, mode, dtype, seed):
         length, scores = times * context, folder / f"scores_{times}.csv"
         test = data / ("books_val_0*.bin" if task == "books" else f"recall_test_{times}.bin")
         # The same rows for all: one document (or what is left of one) behind one BOS, every token sees all before it.
-        execute([TRAINER, "-e", weights, "-j", test, "-c", length, "--val_rows", max(1, rows // times), "--eval",
+        execute([program, "-e", weights, "-j", test, "-c", length, "--val_rows", max(1, rows // times), "--eval",
                  scores, "--attention", "anchor", *machine])
         line = {"task": task, "mode": mode, "dtype": dtype, "seed": seed, "times": times, "length": length}
         if task == "books":
@@ -184,7 +187,7 @@ def draw(lines, path):
     for mode, dtype in RUNS:
         mine = [x for x in lines if (x["mode"], x["dtype"]) == (mode, dtype)]
         style = {"capsize": 2, "linewidth": 1, "markersize": 3, "marker": "o", "label": f"{mode}, {dtype}",
-                 "linestyle": "--" if dtype == "float" else "-"}
+                 "linestyle": {"float": "--", "attention_float": ":"}.get(dtype, "-")}
         longest = [x for x in mine if x["task"] == "books" and x["times"] == TIMES[-1]]
         points = [(f, *mean_and_error([x for x in longest if x["from"] == f])) for f in sorted({x["from"] for x in longest})]
         if points:
@@ -220,6 +223,9 @@ def main():
     unknown = [name for name in wanted if tuple(name.split(":")) not in RUNS]
     if unknown or args.seeds < 1:
         parser.error(f"--runs takes {' '.join(f'{m}:{d}' for m, d in RUNS)}, --seeds at least 1, not {unknown or args.seeds}")
+    for program in {CONTROL if name.endswith("attention_float") else TRAINER for name in wanted}:
+        if not (ROOT / program).is_file():
+            parser.error(f"no {program} here: make {pathlib.Path(program).name}")
     start, out = time.time(), args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     data = make_data(args, out)

@@ -61,7 +61,7 @@ def test_a_tiny_study_goes_on_where_it_stopped(tmp_path):
     with open(tmp_path / "books.jsonl", "w") as file:
         for book in range(3):
             file.write(json.dumps({"text": "".join(f"{i * i % 997} and {i} of {book}; " for i in range(2000))}) + "\n")
-    small = ["--scale", "tiny", "--seeds", "2", "--device", "cpu", "--runs", "full:bf16", "anchor:float"]
+    small = ["--scale", "tiny", "--seeds", "2", "--device", "cpu", "--runs", "full:bf16", "anchor:attention_float"]
     run(out, *small, "--books", tmp_path / "books.jsonl", "--data_only")
     assert len(read_shard(next((out / "data").glob("books_train_0*.bin")))["tokens"]) > 10000
     assert "8 runs are left" in run(out, *small, "--limit", "0")
@@ -70,7 +70,7 @@ def test_a_tiny_study_goes_on_where_it_stopped(tmp_path):
     lines = list(csv.DictReader(open(out / "scores.csv")))
     assert len(lines) == 2 * 2 * (3 * 8 + 3)
     assert {(x["task"], x["mode"], x["dtype"], x["seed"]) for x in lines} == {
-        (t, m, d, s) for t in ("books", "recall") for m, d in (("full", "bf16"), ("anchor", "float")) for s in ("1", "2")}
+        (t, m, d, s) for t in ("books", "recall") for m, d in (("full", "bf16"), ("anchor", "attention_float")) for s in ("1", "2")}
     losses = [float(x["value"]) for x in lines if x["measure"] == "loss"]
     assert all(3 < loss < 7 for loss in losses)  # some bytes learnt, no more: ln 257 = 5.5
     assert all(0 <= float(x["value"]) <= 1 for x in lines if x["measure"] == "recall")
@@ -78,6 +78,27 @@ def test_a_tiny_study_goes_on_where_it_stopped(tmp_path):
     assert len(rows) == 4 and rows[2].startswith("| full | bf16 | 2 |") and "+-" in rows[3]
     pytest.importorskip("matplotlib")
     assert (out / "training.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def train(program, out, dtype):
+    """Losses and gradient norms of 8 updates."""
+    subprocess.run([program, "--device", "cpu", "-e", "tiny", "-c", "96", "-b", "2", "--steps", "8", "-l", "1e-2", "-o", out,
+                    "--dtype", dtype], check=True, capture_output=True, timeout=300, cwd=ROOT)
+    lines = [json.loads(line) for line in open(out / "log.jsonl")]
+    return np.array([[x["loss"], x["norm"]] for x in lines if "norm" in x])
+
+
+def test_the_control_differs_in_the_attention_alone(tmp_path):
+    def runs(dtype):
+        return [train(program, tmp_path / f"{i}_{dtype}", dtype)
+                for i, program in enumerate((rope_training.TRAINER, rope_training.CONTROL))]
+
+    trainer, control = runs("float")
+    assert len(trainer) == 8 and (trainer == control).all()
+    trainer, control = runs("bf16")
+    # Both round all else, so the first losses agree to bf16's 2^-9 and norms to a few of those; then roundings part them.
+    assert (trainer != control).any() and np.allclose(trainer[0], control[0], rtol=2**-7)
+    assert np.allclose(trainer[:, 0], control[:, 0], rtol=0.01)
 
 
 def test_bad_arguments_are_refused(tmp_path):
