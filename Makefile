@@ -1,6 +1,7 @@
 # make               this help
 # make train_llama   the trainer, with MPI if it is there, else for one rank
 # make test_rope     the deviation experiment of RoPE in bf16 (README: "Does bf16 break RoPE?")
+# make train_fp32_attention   its control: the trainer with RoPE and attention in fp32
 # make demo          installs what is missing, trains a small model, extends its context, draws demo.png
 # make test          installs what is missing, runs every test that needs no GPU (make test SAN=1: under ASan, UBSan)
 # make test-gpu      the tests that need a GPU

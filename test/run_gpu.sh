@@ -38,18 +38,10 @@ else
     skipped="$skipped; sanitizers (no compute-sanitizer)"
 fi
 
-# The program's tests run beside those of ranks: either waits more than it computes. Ranks share a GPU where there are
-# fewer; those tests then leave NCCL out, and the program wants a GPU a rank.
+# Ranks share a GPU where there are fewer; those tests then leave NCCL out, and the program wants a GPU a rank. One after
+# the other: some measure the memory that is taken of a GPU.
 gpus=$(nvidia-smi -L 2> /dev/null | wc -l)
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-program_start=$SECONDS program_pid=""
-if $PYTHON -c 'import pytest, numpy' 2> /dev/null; then
-    TRAIN_DEVICE=gpu TRAIN_GPUS=$gpus $PYTHON -m pytest -q -p no:cacheprovider test/test_train.py test/test_golden.py \
-        test/test_rope_program.py > $log.program 2>&1 &
-    program_pid=$!
-else
-    skipped="$skipped; the program (no pytest and numpy: sh scripts/install.sh)"
-fi
 for binary in "$@"; do
     for n in 1 2 3 4; do
         start=$SECONDS
@@ -60,11 +52,14 @@ for binary in "$@"; do
 done
 [ $# -gt 0 ] || skipped="$skipped; ranks (no mpicxx)"
 [ "$gpus" -ge 4 ] || skipped="$skipped; NCCL and the program on more than $gpus ranks (there are $gpus GPUs)"
-if [ -n "$program_pid" ]; then
-    wait $program_pid
-    status=$?
-    mv $log.program $log
-    count "the program on the GPU (pytest)" $status $program_start
+
+if $PYTHON -c 'import pytest, numpy' 2> /dev/null; then
+    start=$SECONDS
+    TRAIN_DEVICE=gpu TRAIN_GPUS=$gpus $PYTHON -m pytest -q -p no:cacheprovider test/test_train.py test/test_golden.py \
+        test/test_rope_program.py > $log 2>&1
+    count "the program on the GPU (pytest)" $? $start
+else
+    skipped="$skipped; the program (no pytest and numpy: sh scripts/install.sh)"
 fi
 [ -z "$skipped" ] || echo "skipped:${skipped#;}"
 echo "$passed passed, $failed failed"
