@@ -826,7 +826,8 @@ Arena measure(const Setup& s, const Layout& layout) {
 
 // GPU memory of the communicator's groups: the world, the layers', which has the same ranks, and the ring, which may.
 double transfer_bytes(const Setup& s, const Layout& layout) {
-    return comm_gpu_bytes(layout.world, s.transport, 3, layout.ring > 1 && layout.ring < layout.world ? 2 : 1);
+    return comm_gpu_bytes(layout.world, s.transport, layout.ring > 1 ? 3 : 2,
+                          layout.ring > 1 && layout.ring < layout.world ? 2 : 1);
 }
 
 // What a rank's memory must hold: the arena, and on a GPU what lies beside it.
@@ -1078,6 +1079,8 @@ template <class Dev, class E, class G> void save(Model<Dev, E, G>& m, const Setu
     for (size_t p = 0; p < m.parts.size(); p++) {
         const Part<E, G>& part = m.parts[p];
         auto fetch_weights = [&m, p, fetch](void* to, const void* from, size_t bytes) {
+            // Rank 0 comes when its disk has taken the part before; a transfer would not wait so long.
+            if (m.layout.zero_level() == 3 && from == m.parts[p].params) comm_barrier(patient(m.world));
             params_use(m, p, std::min(p + 1, m.parts.size() - 1));
             if (m.world.rank == 0) fetch(to, from, bytes);
         };

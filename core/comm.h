@@ -56,8 +56,9 @@ struct Shift {
 // Several may be under way; between two ranks they match in the order in which they were started.
 template <class Dev, class E> Shift shift_start(Dev, const Comm& comm, const E* send, size_t send_count, int to,
                                                 E* receive, size_t receive_count, int from);
-// comm_reduce_scatter behind the work that was given so far and beside what follows, transfers included; `data` belongs
-// to it until shift_wait. Several may be under way. The CPU's is over when it returns.
+// comm_reduce_scatter behind the work that was given so far and beside what is computed next; `data` belongs to it
+// until shift_wait. Several may be under way. This group's later transfers go behind it, by NCCL those of all groups.
+// The CPU's is over when it returns.
 template <class Dev, class E>
 Shift comm_reduce_scatter_start(Dev, const Comm& comm, E* data, const size_t* begin /*(size + 1)*/);
 // Afterwards `receive` is filled or the sum is formed, what was sent is free, and a second wait does nothing.

@@ -128,9 +128,10 @@ void settle(CommGpu& c) {
     for (; !c.waited.empty() && is_done(c.waited.front()->after); c.waited.pop_front(), c.settled++) {
         Exchange& x = *c.waited.front();
         const double all = seconds_between(x.before, x.after);
-        std::vector<double> moving(x.group->comm.size); // from each of the others, side by side
+        std::vector<double> moving(x.group->comm.size); // from each of the others, side by side; what nothing hid
         for (Exchange::Fetch& f : x.fetches) {
-            moving[f.peer] += seconds_between(f.begun, f.done);
+            const double open = seconds_between(x.before, f.done); // of the copy, at most
+            moving[f.peer] += std::max(0.0, std::min(seconds_between(f.begun, f.done), open));
             c.events.insert(c.events.end(), {f.begun, f.done});
         }
         const double longest = *std::max_element(moving.begin(), moving.end());

@@ -248,20 +248,7 @@ template <class E> static void reduce_scatter(const Comm& comm, E* data, const s
 }
 
 static void reduce_scatter(const Comm& comm, Type type, void* data, const size_t* begin, const char* operation) {
-    switch (type) {
-        case Type::f32:
-            return reduce_scatter(comm, (float*)data, begin, operation);
-        case Type::bf16:
-            return reduce_scatter(comm, (bf16*)data, begin, operation);
-        case Type::f64:
-            return reduce_scatter(comm, (double*)data, begin, operation);
-        case Type::i32:
-            return reduce_scatter(comm, (int32_t*)data, begin, operation);
-        case Type::i64:
-            return reduce_scatter(comm, (int64_t*)data, begin, operation);
-        case Type::u8:
-            return reduce_scatter(comm, (uint8_t*)data, begin, operation);
-    }
+    with_type(type, [&]<class E>() { reduce_scatter(comm, (E*)data, begin, operation); });
 }
 
 void comm_reduce_scatter(Cpu, const Comm& comm, Type type, void* data, const size_t* begin) {

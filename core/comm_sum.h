@@ -36,21 +36,3 @@ void sum_in_order(Gpu gpu, E* data, const E* received, size_t stride, size_t cou
         if (packs_fit<E>(count, data, received)) return launch.template operator()<pack_width<E>>();
     launch.template operator()<1>();
 }
-
-// Calls f.operator()<E>() for the type.
-template <class F> void with_type(Type type, F f) {
-    switch (type) {
-        case Type::f32:
-            return f.template operator()<float>();
-        case Type::bf16:
-            return f.template operator()<bf16>();
-        case Type::f64:
-            return f.template operator()<double>();
-        case Type::i32:
-            return f.template operator()<int32_t>();
-        case Type::i64:
-            return f.template operator()<int64_t>();
-        case Type::u8:
-            return f.template operator()<uint8_t>();
-    }
-}

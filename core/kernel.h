@@ -11,6 +11,7 @@ template <class E> constexpr int pack_width = 16 / int(sizeof(E));
 // start on 16 bytes. Beyond 16 the accesses of a warp have gaps, which stores do not bear well: where types mix, W is
 // best the widest type's pack_width.
 template <class E, int W> struct alignas(W == 1 ? 4 : W * sizeof(E) == 8 ? 8 : 16) Pack {
+    static_assert(std::is_same_v<E, float> || std::is_same_v<E, bf16>);
     static constexpr int words = (W * int(sizeof(E)) + 3) / 4;
     uint32_t word[words];
 

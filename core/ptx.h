@@ -74,10 +74,6 @@ __device__ __forceinline__ uint32_t address_in(const void* shared, uint32_t rank
 __device__ __forceinline__ void barrier_arrive_in(Barrier* bar, uint32_t rank) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(bar, rank)) : "memory");
 }
-// Stores four bytes, to be read there after cluster_sync.
-__device__ __forceinline__ void store_in(float* shared, uint32_t rank, float x) {
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address_in(shared, rank)), "f"(x) : "memory");
-}
 // Stores four bytes, which the barrier there awaits.
 __device__ __forceinline__ void store_in(int* shared, uint32_t rank, int x, Barrier* bar) {
     asm volatile(

@@ -77,6 +77,24 @@ inline const char* type_name(Type t) {
     return names[int(t)];
 }
 
+// Calls f.operator()<E>() for the type.
+template <class F> void with_type(Type type, F f) {
+    switch (type) {
+        case Type::f32:
+            return f.template operator()<float>();
+        case Type::bf16:
+            return f.template operator()<bf16>();
+        case Type::f64:
+            return f.template operator()<double>();
+        case Type::i32:
+            return f.template operator()<int32_t>();
+        case Type::i64:
+            return f.template operator()<int64_t>();
+        case Type::u8:
+            return f.template operator()<uint8_t>();
+    }
+}
+
 // Ends every rank with this status. Defined by the communicator that is linked in (core/comm_*.cpp).
 [[noreturn]] void abort_all_ranks(int status);
 // This process's rank in the world, 0 before the communicator is up; for messages only.

@@ -15,13 +15,14 @@ struct alignas(8) TokenAt {
 };
 
 // A batch's tokens, the positions of one id together: its run. Long runs come first, of equal ones the lower id, and
-// positions rise. So a row of the weight is read once, and of its gradient read and written once. The order is cut into
-// pieces of even work, each a run or several short ones; but of a run of more than an eighth of all tokens, which would
-// take longer than all the rest, a piece is a part.
+// positions rise. So a row of the weight is read once in a few tokens, and of its gradient read and written once. The
+// order is cut into pieces of even work, each a run or several short ones; but of a run of more than an eighth of all
+// tokens and of 1024, which would take longer than all the rest, a piece is a part.
 struct TokenOrder {
     static constexpr int32_t together = 8;   // short runs make a piece up to this length,
     static constexpr int32_t alone = 32;     // and up to this length one warp does it; longer ones take a block
     static constexpr size_t parts_most = 16; // of all the runs that are cut
+    static constexpr int forward_batch = 6;  // tokens that a thread of the forward writes
 
     std::vector<TokenAt> token;    // (T)
     std::vector<int32_t> piece;    // where each begins, then T
@@ -109,12 +110,12 @@ inline void token_order_upload(Gpu gpu, TokenOrder& order, void* memory) {
     copy_to_device(gpu, (uint8_t*)memory + bytes, order.piece.data(), order.piece.size() * sizeof(int32_t));
 }
 
-// A thread takes a pack of 6 tokens of the order: it reads each row that differs from the one before, all in flight,
-// and writes 6. Bound by memory, mostly by the writes: with tokens as in text (16384, a third of them different) 84% of
-// a copy's bandwidth on H200.
+// A thread takes a few tokens of the order: it reads each row that differs from the one before, all in flight, and
+// writes them all. Bound by memory, mostly by the writes: with tokens as in text (16384, a third of them different) 84%
+// of a copy's bandwidth on H200.
 template <class E, int W> __global__ void __launch_bounds__(256)
     embedding_forward_kernel(E* out, const TokenAt* token, const E* weight, size_t T, size_t C, unsigned strips) {
-    constexpr int batch = 6;
+    constexpr int batch = TokenOrder::forward_batch;
     const size_t begin = size_t(blockIdx.x / strips) * batch;
     const size_t c = (size_t(blockIdx.x % strips) * blockDim.x + threadIdx.x) * W;
     if (c >= C) return;
@@ -139,8 +140,8 @@ template <class E> void embedding_forward(Gpu gpu, E* out, const TokenOrder& ord
     auto launch = [&](auto width) {
         constexpr int W = decltype(width)::value;
         const unsigned threads = block_threads(C / W, 1, 256);
-        const size_t strips = (C / W + threads - 1) / threads;
-        embedding_forward_kernel<E, W><<<grid_blocks((T + 5) / 6 * strips), threads, 0, gpu.stream>>>(
+        const size_t strips = (C / W + threads - 1) / threads, batch = TokenOrder::forward_batch;
+        embedding_forward_kernel<E, W><<<grid_blocks((T + batch - 1) / batch * strips), threads, 0, gpu.stream>>>(
             out, order.device_token, weight, T, C, unsigned(strips));
     };
     if (packs_fit<E>(C, out, weight)) launch(std::integral_constant<int, pack_width<E>>());

@@ -11,7 +11,6 @@
 #pragma once
 #include "../core/fastexp.h"
 #include "../core/kernel.h"
-#include "../core/ptx.h"
 #include <cfloat>
 #include <climits>
 #include <limits>
@@ -85,31 +84,18 @@ template <class E, int W> __device__ void softmax_row_add(SoftmaxRow<float>& row
     for (int j = 0; j < W; j++) row.sum += exp_for<E>(x[j] - m);
 }
 
-template <class E> __device__ SoftmaxRow<float> softmax_row_join_warp(SoftmaxRow<float> x) {
-    const float m = warp_max(x.max);
-    return {m, warp_sum(x.sum * exp_for<E>(x.max - m))};
-}
 // Every thread gets the row of the whole block.
 template <class E>
 __device__ SoftmaxRow<float> softmax_row_join(SoftmaxRow<float> mine, SoftmaxRow<float> (&slot)[32]) {
+    auto join_warp = [](SoftmaxRow<float> x) {
+        const float m = warp_max(x.max);
+        return SoftmaxRow<float>{m, warp_sum(x.sum * exp_for<E>(x.max - m))};
+    };
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    mine = softmax_row_join_warp<E>(mine);
+    mine = join_warp(mine);
     if (lane == 0) slot[warp] = mine;
     __syncthreads();
-    return softmax_row_join_warp<E>(lane < blockDim.x / 32 ? slot[lane] : softmax_row_empty());
-}
-// Every thread gets the row of the whole cluster of up to 32 blocks; `slot`: of this alone.
-template <class E> __device__ SoftmaxRow<float>
-softmax_row_join_cluster(SoftmaxRow<float> mine, SoftmaxRow<float> (&slot)[32], unsigned rank, unsigned blocks) {
-#if __CUDA_ARCH__ >= 900
-    if (threadIdx.x < blocks) {
-        ptx::store_in(&slot[rank].max, threadIdx.x, mine.max);
-        ptx::store_in(&slot[rank].sum, threadIdx.x, mine.sum);
-    }
-    ptx::cluster_sync();
-    mine = softmax_row_join_warp<E>(threadIdx.x % 32 < blocks ? slot[threadIdx.x % 32] : softmax_row_empty());
-#endif
-    return mine;
+    return join_warp(lane < blockDim.x / 32 ? slot[lane] : softmax_row_empty());
 }
 
 // A block per token, each thread with its largest logit and its sum; where two are equal the first place counts, and a
@@ -155,62 +141,56 @@ template <class E, int W> __global__ void __launch_bounds__(1024)
     if (argmax) argmax[blockIdx.x] = place < INT_MAX ? place : 0;
 }
 
-// A block per token, or on Hopper a cluster of up to 8. The logits are read once and wait in registers, P packs a
-// thread, while the row's sum forms; each joins the sum as it arrives, so that the exponentials run under the loads. A
-// row that is longer is taken in chunks of as much: the first is read last and waits, the others are read again, mostly
+// A block per token. The logits are read once and wait in registers, P packs a thread, while the row's sum forms; each
+// joins the sum as it arrives, so that the exponentials run under the loads. A row longer than P packs for 1024 threads
+// (65536 bf16) is taken in chunks of this size: the first is read last and waits, the others are read again, mostly
 // from L2, which holds the rows of all blocks. Bound by memory; the two exponentials an element keep the special
 // function units busy for over half of that time. H200, of a copy's bandwidth: 87% with 2048 tokens of 32000 logits;
-// 68% with 512, which take 22 us, two waves of blocks that first all read and then all write, where a plain copy of as
-// much comes to 87%.
+// 68% with 512, which take 22 us, where a plain copy of as much comes to 87%; 74% with 512 of 128256.
 template <class E, int W, int P> __global__ void __launch_bounds__(1024)
-    loss_forward_backward_kernel(float* loss, E* logits, const int32_t* label, float scale, size_t V, unsigned blocks) {
-    __shared__ SoftmaxRow<float> slot[32], slot_cluster[32];
-    const unsigned t = blockIdx.x / blocks, rank = blockIdx.x % blocks; // of the cluster, whose blocks are neighbours
-    const unsigned packs = unsigned(V / W), first = rank * blockDim.x + threadIdx.x, stride = blocks * blockDim.x;
-    const unsigned chunk = P * stride;
-    E* x = logits + t * V;
-    const int32_t at = label[t];
+    loss_forward_backward_kernel(float* loss, E* logits, const int32_t* label, float scale, size_t V) {
+    __shared__ SoftmaxRow<float> slot[32];
+    E* x = logits + blockIdx.x * V;
+    const unsigned packs = unsigned(V / W), stride = blockDim.x, chunk = P * stride;
+    const int32_t at = label[blockIdx.x];
     if (at < 0) {
         const float zero[W] = {};
-        for (unsigned p = first; p < packs; p += stride) pack_store(x + size_t(p) * W, zero);
-        if (first == 0) loss[t] = 0;
+        for (unsigned p = threadIdx.x; p < packs; p += stride) pack_store(x + size_t(p) * W, zero);
+        if (threadIdx.x == 0) loss[blockIdx.x] = 0;
         return;
     }
-#if __CUDA_ARCH__ >= 900
-    if (blocks > 1) ptx::cluster_sync(); // all have begun, so that all can be stored to
-#endif
     Pack<E, W> kept[P];
     auto load = [&](unsigned begin) {
 #pragma unroll
         for (int k = 0; k < P; k++)
-            if (const unsigned p = begin + first + k * stride; p < packs) kept[k] = pack_load<W>(x + size_t(p) * W);
+            if (const unsigned p = begin + threadIdx.x + k * stride; p < packs)
+                kept[k] = pack_load<W>(x + size_t(p) * W);
     };
     SoftmaxRow<float> row = softmax_row_empty();
     for (unsigned begin = (packs - 1) / chunk * chunk;; begin -= chunk) {
         load(begin);
 #pragma unroll
         for (int k = 0; k < P; k++)
-            if (begin + first + k * stride < packs) softmax_row_add(row, kept[k]);
+            if (begin + threadIdx.x + k * stride < packs) softmax_row_add(row, kept[k]);
         if (begin == 0) break;
     }
     const float at_label = float(x[at]); // before the barrier, after which it is overwritten
     row = softmax_row_join<E>(row, slot);
-    if (blocks > 1) row = softmax_row_join_cluster<E>(row, slot_cluster, rank, blocks);
-    if (first == 0) loss[t] = logf(row.sum) + (row.max - at_label);
+    if (threadIdx.x == 0) loss[blockIdx.x] = logf(row.sum) + (row.max - at_label);
 
     const float each = scale / row.sum;
     for (unsigned begin = 0; begin < packs; begin += chunk) {
         if (begin > 0) load(begin);
 #pragma unroll
         for (int k = 0; k < P; k++)
-            if (const unsigned p = begin + first + k * stride; p < packs) {
+            if (const unsigned p = begin + threadIdx.x + k * stride; p < packs) {
                 float d[W];
 #pragma unroll
                 for (int j = 0; j < W; j++) d[j] = exp_for<E>(kept[k][j] - row.max) * each;
                 pack_store(x + size_t(p) * W, d);
             }
     }
-    if (first == unsigned(at) / W % stride) // the thread that has just written there
+    if (threadIdx.x == unsigned(at) / W % stride) // the thread that has just written there
         x[at] = E((exp_for<E>(at_label - row.max) / row.sum - 1) * scale);
 }
 
@@ -234,18 +214,9 @@ void loss_forward_backward(Gpu gpu, float* loss, E* logits, const int32_t* label
     if (T == 0) return;
     auto launch = [&](auto width) {
         constexpr int W = decltype(width)::value, P = 8;
-        const bool clusters = gpu.context->compute >= 90;
-        const unsigned most = clusters ? 512 : 1024; // threads: of 512, one block loads while another stores
-        unsigned blocks = 1;
-        while (clusters && blocks < 8 && V / W > size_t(blocks) * most * P) blocks *= 2;
-        cudaLaunchAttribute cluster;
-        cluster.id = cudaLaunchAttributeClusterDimension, cluster.val.clusterDim = {blocks, 1, 1};
-        cudaLaunchConfig_t config{};
-        config.gridDim = grid_blocks(T * blocks),
-        config.blockDim = block_threads((V / W + blocks - 1) / blocks, P, most);
-        config.stream = gpu.stream, config.attrs = &cluster, config.numAttrs = blocks > 1;
-        CUDA_CHECK(cudaLaunchKernelEx(&config, loss_forward_backward_kernel<E, W, P>, loss, logits, label, float(scale),
-                                      V, blocks));
+        const unsigned threads = block_threads(V / W, P, 1024);
+        loss_forward_backward_kernel<E, W, P>
+            <<<grid_blocks(T), threads, 0, gpu.stream>>>(loss, logits, label, float(scale), V);
     };
     if (packs_fit<E>(V, logits)) launch(std::integral_constant<int, pack_width<E>>());
     else launch(std::integral_constant<int, 1>());
