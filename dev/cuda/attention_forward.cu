@@ -15,6 +15,8 @@
 //   4   layers/attention_mma.cuh    the trainer's: 32 queries a warp, so that each key from shared memory serves twice
 //                                   as many; keys copied a step ahead; exponentials between the products; the state
 //                                   multiplied only when the maximum moves far; a mask only where it is needed
+//
+// attention_hopper.cu goes on from there.
 #include "attention.h"
 
 constexpr int T = 4096;
