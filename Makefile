@@ -156,7 +156,7 @@ demo: deps
 lint:
 	@$(PYTHON) dev/lint.py
 format:
-	clang-format -i train_llama.cu $(HEADERS) $(wildcard core/*.cpp core/*.cu test/*.cpp test/*.h test/*.cu test/*.cuh dev/*.cpp dev/*.h dev/*.cu dev/cuda/*.cu)
+	clang-format -i train_llama.cu $(HEADERS) $(wildcard core/*.cpp core/*.cu test/*.cpp test/*.h test/*.cu test/*.cuh dev/*.cpp dev/*.h dev/*.cu dev/cuda/*.h dev/cuda/*.cu)
 docs: train_llama
 	@$(PYTHON) dev/docs.py
 clean:

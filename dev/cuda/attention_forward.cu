@@ -15,12 +15,12 @@
 //   4   layers/attention_mma.cuh    the trainer's: 32 queries a warp, so that each key from shared memory serves twice
 //                                   as many; keys copied a step ahead; exponentials between the products; the state
 //                                   multiplied only when the maximum moves far; a mask only where it is needed
-#include "../../attention_anchor.cuh"
-#include "../bench.h"
+//
+// attention_hopper.cu goes on from there.
+#include "attention.h"
 
-constexpr int T = 4096, H = 32, D = 128;             // of LLaMA-2-7B
+constexpr int T = 4096;
 constexpr int queries = 64, keys = 64;               // of a tile, in versions 2 and 3
-constexpr size_t stride = 3 * H * D;                 // between tokens
 __device__ const float scale = 0.08838834764831845f; // 1 / sqrt(D)
 
 __global__ void __launch_bounds__(64) version1(bf16* out, const bf16* qkv) {
@@ -177,74 +177,17 @@ __global__ void __launch_bounds__(128) version3(bf16* out, const bf16* qkv) {
     }
 }
 
-// The largest error of a few queries' O, in units of the bf16 that holds it; more than one and a half would be wrong:
-// half for the rounding of O, and P's roundings, of random sign, add up to less than another one.
-double worst_error(const bf16* out, const bf16* qkv) {
-    double worst = 0;
-    for (int i = 0; i < 24; i++) {
-        const int t = i < 3 ? i : i == 3 ? T - 1 : int(hash64(7, i) % T), head = int(hash64(8, i) % H);
-        const bf16 *q = qkv + t * stride + head * D, *k = qkv + (H + head) * D, *v = k + H * D;
-        double o[D] = {}, sum = 0, largest = 0;
-        for (int key = 0; key <= t; key++) {
-            double s = 0;
-            for (int d = 0; d < D; d++) s += double(q[d]) * double(k[key * stride + d]);
-            const double p = std::exp(s / std::sqrt(double(D)));
-            sum += p;
-            for (int d = 0; d < D; d++) o[d] += p * double(v[key * stride + d]);
-        }
-        for (int d = 0; d < D; d++) largest = std::max(largest, std::fabs(o[d] / sum));
-        const double unit = std::ldexp(1.0, std::ilogb(largest) - 7);
-        for (int d = 0; d < D; d++)
-            worst = std::max(worst, std::fabs(double(out[(size_t(t) * H + head) * D + d]) - o[d] / sum) / unit);
-    }
-    return worst;
-}
-
-template <class X> const X* upload(Gpu gpu, const std::vector<X>& from) {
-    X* to = (X*)device_allocate(gpu, from.size() * sizeof(X));
-    copy_to_device(gpu, to, from.data(), from.size() * sizeof(X));
-    return to;
-}
-
 int main() {
     static_assert(T % queries == 0 && H > 0);
-    const Gpu gpu = gpu_open(0);
-    const size_t count = size_t(T) * stride;
-    bf16 *qkv = bench_normal<bf16>(gpu, count, 1), *out = bench_normal<bf16>(gpu, count / 3, 2);
-    float* lse = bench_normal<float>(gpu, size_t(H) * T, 3);
-    std::vector<bf16> qkv_host(count), out_host(count / 3);
-    copy_to_host(gpu, qkv_host.data(), qkv, count * sizeof(bf16));
-
-    // Version 4 wants a map: here one document, of which no token is an anchor.
-    Tokens tokens{{}, std::vector<int32_t>(T, 1), {0, T}};
-    for (int t = 0; t < T; t++) tokens.index.push_back(t);
-    AttentionMap map;
-    attention_map_build(map, tokens, tokens, attention_mma_tiles(D));
-    const DeviceMap tiles{upload(gpu, map.forward.tiles), upload(gpu, map.forward.ranges),
-                          int32_t(map.forward.tiles.size())};
-    const TokenLabel *q_label = upload(gpu, token_labels(tokens, false)),
-                     *k_label = upload(gpu, token_labels(tokens, true));
-
-    const double flops = 4.0 * D * H * double(T) * (T + 1) / 2;
-    auto run = [&](const char* name, auto launch) {
-        CUDA_CHECK(cudaMemsetAsync(out, 0xff, count / 3 * sizeof(bf16), gpu.stream)); // NaN
-        launch();
-        CUDA_CHECK(cudaGetLastError());
-        copy_to_host(gpu, out_host.data(), out, count / 3 * sizeof(bf16));
-        const double error = worst_error(out_host.data(), qkv_host.data()), ms = bench_ms(gpu, launch, 5);
-        printf("| %-28s | %9.3f ms | %6.1f TF/s | error %.2f units |%s\n", name, ms, flops / ms / 1e9, error,
-               error <= 1.5 ? "" : " WRONG");
-        return error <= 1.5;
-    };
+    Ladder ladder(T);
+    const Gpu gpu = ladder.gpu;
+    bf16 *const out = ladder.out, *const qkv = ladder.qkv;
     allow_shared_memory(gpu, version2, sizeof(FloatTiles)), allow_shared_memory(gpu, version3, sizeof(Bf16Tiles));
     const dim3 grid(T / queries, H);
-    bool right = run("1 a thread a query", [&] { version1<<<dim3(T / 64, H), 64, 0, gpu.stream>>>(out, qkv); });
-    right &=
-        run("2 tiles in shared memory", [&] { version2<<<grid, 256, sizeof(FloatTiles), gpu.stream>>>(out, qkv); });
-    right &= run("3 tensor cores", [&] { version3<<<grid, 128, sizeof(Bf16Tiles), gpu.stream>>>(out, qkv); });
-    right &= run("4 layers/attention_mma.cuh", [&] {
-        attention_mma_forward(gpu, {qkv, qkv + H * D, nullptr, stride, stride, q_label, k_label, tiles, true, true, out,
-                                    lse, nullptr, T, T, H, H, D});
-    });
-    return right ? 0 : 1;
+    ladder.run("1 a thread a query", [&] { version1<<<dim3(T / 64, H), 64, 0, gpu.stream>>>(out, qkv); });
+    ladder.run("2 tiles in shared memory", [&] { version2<<<grid, 256, sizeof(FloatTiles), gpu.stream>>>(out, qkv); });
+    ladder.run("3 tensor cores", [&] { version3<<<grid, 128, sizeof(Bf16Tiles), gpu.stream>>>(out, qkv); });
+    const AttentionForward<bf16> arguments = ladder.trainer(attention_mma_tiles(D));
+    ladder.run("4 layers/attention_mma.cuh", [&] { attention_mma_forward(gpu, arguments); });
+    return ladder.right ? 0 : 1;
 }

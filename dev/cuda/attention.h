@@ -1,0 +1,97 @@
+// What the ladders of attention share: the sizes, the check against double, the timing, the trainer's arguments.
+#pragma once
+#include "../../attention_anchor.cuh"
+#include "../bench.h"
+
+constexpr int H = 32, D = 128;       // of LLaMA-2-7B
+constexpr size_t stride = 3 * H * D; // between tokens
+
+// T causal tokens, their output, and what all versions said so far.
+struct Ladder {
+    const Gpu gpu = gpu_open(0);
+    const int T;
+    const size_t count = size_t(T) * stride;
+    bf16 *const qkv = bench_normal<bf16>(gpu, count, 1), *const out = bench_normal<bf16>(gpu, count / 3, 2);
+    float* const lse = bench_normal<float>(gpu, size_t(H) * T, 3);
+    std::vector<bf16> qkv_host, out_host;
+    bool right = true;
+
+    explicit Ladder(int T) : T(T), qkv_host(count), out_host(count / 3) {
+        copy_to_host(gpu, qkv_host.data(), qkv, count * sizeof(bf16));
+    }
+
+    // The largest error of a few queries' O, in units of the bf16 that holds it; more than one and a half would be
+    // wrong: half for the rounding of O, and P's roundings, of random sign, add up to less than another one. What was
+    // not written (NaN) is infinitely wrong.
+    double worst_error() const {
+        double worst = 0;
+        for (int i = 0; i < 24; i++) {
+            const int t = i < 3 ? i : i == 3 ? T - 1 : int(hash64(7, i) % T), head = int(hash64(8, i) % H);
+            const bf16* q = qkv_host.data() + t * stride + head * D;
+            const bf16 *k = qkv_host.data() + (H + head) * D, *v = k + H * D;
+            double o[D] = {}, sum = 0, largest = 0;
+            for (int key = 0; key <= t; key++) {
+                double s = 0;
+                for (int d = 0; d < D; d++) s += double(q[d]) * double(k[key * stride + d]);
+                const double p = std::exp(s / std::sqrt(double(D)));
+                sum += p;
+                for (int d = 0; d < D; d++) o[d] += p * double(v[key * stride + d]);
+            }
+            for (int d = 0; d < D; d++) largest = std::max(largest, std::fabs(o[d] / sum));
+            const double unit = std::ldexp(1.0, std::ilogb(largest) - 7);
+            for (int d = 0; d < D; d++) {
+                const double error = std::fabs(double(out_host[(size_t(t) * H + head) * D + d]) - o[d] / sum) / unit;
+                worst = std::max(worst, std::isnan(error) ? double(INFINITY) : error);
+            }
+        }
+        return worst;
+    }
+
+    // A row of the table.
+    template <class F> void run(const char* name, F launch) {
+        CUDA_CHECK(cudaMemsetAsync(out, 0xff, count / 3 * sizeof(bf16), gpu.stream)); // NaN
+        launch();
+        CUDA_CHECK(cudaGetLastError());
+        copy_to_host(gpu, out_host.data(), out, count / 3 * sizeof(bf16));
+        const double error = worst_error(), ms = bench_ms(gpu, launch, 5);
+        const double flops = 4.0 * D * H * double(T) * (T + 1) / 2;
+        printf("| %-36s | %9.3f ms | %6.1f TF/s | error %.2f units |%s\n", name, ms, flops / ms / 1e9, error,
+               error <= 1.5 ? "" : " WRONG");
+        fflush(stdout);
+        right &= error <= 1.5;
+    }
+
+    template <class X> const X* upload(const std::vector<X>& from) const {
+        X* to = (X*)device_allocate(gpu, from.size() * sizeof(X));
+        copy_to_device(gpu, to, from.data(), from.size() * sizeof(X));
+        return to;
+    }
+    // The trainer's kernels want a map: here one document, of which no token is an anchor.
+    AttentionForward<bf16> trainer(const AttentionTiles& tiles) const {
+        Tokens tokens{{}, std::vector<int32_t>(T, 1), {0, T}};
+        for (int t = 0; t < T; t++) tokens.index.push_back(t);
+        AttentionMap map;
+        attention_map_build(map, tokens, tokens, tiles);
+        const TileMap& m = map.forward;
+        const DeviceMap device{upload(m.tiles), upload(m.ranges), int32_t(m.tiles.size()), m.tile,
+                               m.seen.empty() ? nullptr : upload(m.seen)};
+        return {qkv,
+                qkv + H * D,
+                nullptr,
+                stride,
+                stride,
+                upload(token_labels(tokens, false)),
+                upload(token_labels(tokens, true)),
+                device,
+                true,
+                true,
+                out,
+                lse,
+                nullptr,
+                T,
+                T,
+                H,
+                H,
+                D};
+    }
+};
