@@ -13,6 +13,7 @@
 #include "core/comm.h"
 #include "core/config.h"
 #include "core/dataloader.h"
+#include "core/estimate.h"
 #include "core/log.h"
 #include "core/options.h"
 #include "core/types.h"
@@ -925,6 +926,68 @@ std::string what_fits(Setup s) {
     return "a smaller model or --context";
 }
 
+// Model FLOPs of some rows: 6 N per token (N: parameters but the input embedding), and per layer 12 H D per visible
+// pair; nothing for recomputation. A tied embedding counts, as the head.
+double model_flops(const Config& c, double tokens, double pairs) {
+    double parameters = double(param_count(c));
+    if (!c.tied) parameters -= double(c.V) * c.C;
+    return 6 * parameters * tokens + 12.0 * c.L * c.H * c.D * pairs;
+}
+
+// An update as the estimate sees it, with visible pairs and the ring's plan as in the first rows of the data: of a full
+// mask one micro-batch, of packs some 2^20 tokens in 64 at most.
+StepWork step_work(const Setup& s) {
+    const Layout& l = s.layout;
+    const Recompute& r = l.recompute;
+    StepWork w;
+    w.batches = double(s.rows_per_update()) / double(l.B * s.groups());
+    w.T = double(l.tokens()), w.ring = l.ring, w.world = l.world, w.zero = l.zero_level();
+    w.travel = l.exchange.backend == RingBackend::ulysses     ? KeysTravel::ulysses
+               : l.exchange.backend == RingBackend::allgather ? KeysTravel::allgather
+                                                              : KeysTravel::ring;
+    w.nccl = s.transport == Transport::nccl;
+    w.weight = double(type_size(s.dtype)), w.gradient = double(type_size(s.grad_dtype));
+    w.moment = double(type_size(l.moments)), w.master = l.master;
+    w.again = {r.norm, r.swiglu, r.residual, r.qkv, r.ffn, r.attention};
+    const size_t packs = std::clamp<size_t>((size_t(1) << 20) / (l.S * l.B), 1, 64);
+    const size_t count = s.attention == Attention::full ? 1 : packs;
+    Comm ring;
+    ring.size = l.ring, w.imbalance = 0;
+    Loader loader;
+    loader_open(loader, s.o.train_data, pack_options(s, true));
+    for (size_t i = 0; i < count; i++) {
+        std::vector<Row> rows(l.B);
+        for (Row& row : rows) loader_next(loader, row);
+        const Batch b = batch_make(rows, s.attention, ring, attention_tiles_cpu, l.exchange);
+        w.pairs += double(b.pairs) / double(l.ring * count);
+        w.imbalance += b.plan.imbalance / double(count), w.moved += b.plan.moved / double(count);
+    }
+    return w;
+}
+
+void print_estimate(const Setup& s) {
+    const bool here = gpu_fault(0).empty();
+    const std::string name = here ? gpu_name(0) : "NVIDIA H200";
+    const Ceilings* ceilings = s.gpu ? ceilings_of(name) : nullptr;
+    const AttentionCeilings* attention =
+        ceilings ? ceilings_of(*ceilings, s.config.D, s.o.portable_attention, s.o.deterministic) : nullptr;
+    if (!attention || s.dtype != Type::bf16) {
+        const std::string of = !s.gpu ? "CPUs" : !ceilings ? name : name + " with these heads, types and kernels";
+        printf("\n  no estimate of the time: no ceilings of %s are known\n", of.c_str());
+        return;
+    }
+    const StepWork w = step_work(s);
+    const double tokens = double(s.rows_per_update()) * double(s.layout.S);
+    const std::string made_up = "made-up documents of " + std::to_string(s.o.generator_mean) + " tokens in the mean";
+    const std::string rows = s.attention == Attention::full ? "a full mask"
+                             : s.o.train_data.empty()       ? made_up
+                                                            : "the first rows of " + s.o.train_data;
+    printf("\n  On %s%s, with %.0f visible keys a token as in %s:\n", name.c_str(),
+           here ? "" : " (there is no GPU here)", w.pairs / w.T, rows.c_str());
+    step_print(*ceilings, *attention, s.config, w, tokens,
+               model_flops(s.config, tokens, w.batches * w.pairs * w.world));
+}
+
 void print_plan(const Setup& s) {
     Arena arena = measure(s, s.layout);
     const Config& c = s.config;
@@ -941,6 +1004,7 @@ void print_plan(const Setup& s) {
     const double needed = memory_needed(s, s.layout);
     printf("  %-20s %8.3f of %.1f\n", "all", needed / (1 << 30), s.memory / (1 << 30));
     if (needed >= memory_usable(s)) printf("\n  does not fit; this would: %s\n", what_fits(s).c_str());
+    if (s.layout.train) print_estimate(s);
 }
 
 // --prompt's token ids, or BOS alone.
@@ -1188,14 +1252,6 @@ double learning_rate(const Setup& s, int64_t step) {
     double left = o.steps > o.warmup ? 1 - double(step - o.warmup) / double(o.steps - o.warmup) : 0;
     double shape = o.schedule == "cosine" ? 0.5 - 0.5 * std::cos(M_PI * left) : o.schedule == "linear" ? left : 1;
     return peak * (o.final_lr + (1 - o.final_lr) * shape);
-}
-
-// Model FLOPs of some rows: 6 N per token (N: parameters but the input embedding), and per layer 12 H D per visible
-// pair; nothing for recomputation. A tied embedding counts, as the head.
-double model_flops(const Config& c, double tokens, double pairs) {
-    double parameters = double(param_count(c));
-    if (!c.tied) parameters -= double(c.V) * c.C;
-    return 6 * parameters * tokens + 12.0 * c.L * c.H * c.D * pairs;
 }
 
 // What an update did, the same on every rank. loss, norm and skipped come from the device, when it has got there.

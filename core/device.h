@@ -185,6 +185,12 @@ inline double gpu_memory_used() {
     return double(all - free);
 }
 
+inline std::string gpu_name(int device) {
+    cudaDeviceProp properties;
+    CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
+    return properties.name;
+}
+
 // Opens a GPU of this host.
 inline Gpu gpu_open(int device, bool deterministic = false, bool portable_attention = false) {
     const std::string fault = gpu_fault(device);
@@ -209,4 +215,5 @@ inline Gpu gpu_open(int device, bool deterministic = false, bool portable_attent
 // Built without CUDA: there is nothing to open.
 inline std::string gpu_fault(int) { return "this program was built without CUDA, it has no GPU layers"; }
 inline double gpu_memory(int) { return 0; }
+inline std::string gpu_name(int) { return ""; }
 #endif

@@ -109,7 +109,7 @@ using Flag = bool;
            "on, to compare")                                                                                           \
     OPTION(Int, timeout, 0, 300, "1..1000000", "seconds that a rank waits for another before all are ended")           \
     SECTION("Questions")                                                                                               \
-    OPTION(Flag, plan, 0, false, "", "print the memory a run needs, and exit; needs no GPU")                           \
+    OPTION(Flag, plan, 0, false, "", "print the memory a run needs and what a step should take; needs no GPU")         \
     OPTION(Int, ranks, 0, 0, "0..1000000", "with --plan: number of ranks; 0: as started")                              \
     OPTION(Real, memory, 0, 0, "0..1e6", "memory of a rank in GiB, for auto and --plan; 0: asked of the machine")      \
     OPTION(Flag, dump_params, 0, false, "", "print offset, shape and Hugging Face name of every tensor, and exit")     \

@@ -228,3 +228,50 @@ TEST_CASE("sampling: temperature 0 takes the largest, top_k its share") {
     // p = 1 / (1 + e^-0.5) = 0.622; five standard deviations of 4000 draws are 0.038
     CHECK(std::fabs(counts[1] / 4000.0 - 0.6225) < 0.038);
 }
+
+// The estimate counts products with matrices and 4 + 10 FLOPs a visible pair; the formula of the log takes norms and
+// biases as products and counts 12 a pair.
+TEST_CASE("the estimate's work is what the log's formula counts") {
+    for (const NamedConfig& named : named_configs) {
+        CAPTURE(named.name);
+        const Config& c = named.config;
+        StepWork w;
+        w.T = 300, w.pairs = 7000;
+        const Ceilings& h200 = *ceilings_of("NVIDIA H200");
+        const std::vector<StepPart> parts = step_parts(h200, h200.attention[0], c, w);
+        const double vectors = (2.0 * c.L + 1) * c.C + (c.qkv_bias ? c.L * double(c.qkv_width()) : 0);
+        const double counted = parts[0].flops + (parts[1].flops + parts[2].flops) * 12 / 14;
+        CHECK(counted == doctest::Approx(model_flops(c, w.T, w.pairs) - 6 * w.T * vectors).epsilon(1e-12));
+        CHECK(matrix_elements(c) == double(param_count(c)) - vectors);
+    }
+}
+
+TEST_CASE("the estimate takes its visible pairs from the rows of the data") {
+    for (Attention mode : all_modes)
+        for (int ring : {1, 4}) {
+            CAPTURE(int(mode));
+            CAPTURE(ring);
+            Setup s;
+            s.config = small_config(), s.attention = mode;
+            s.layout.S = 64, s.layout.B = 2, s.layout.ring = ring, s.layout.world = 2 * ring;
+            s.o.total_batch = 64 * 2 * 2 * 3, s.o.generator_mean = 16;
+            s.layout.recompute.qkv = 1;
+            const StepWork w = step_work(s);
+            Loader loader;
+            loader_open(loader, "", pack_options(s, true));
+            const int rows = mode == Attention::full ? 2 : 128; // 64 micro-batches
+            double pairs = 0;
+            for (int i = 0; i < rows; i++) {
+                Row row;
+                loader_next(loader, row);
+                for (int32_t q = 0; q < 64; q++)
+                    for (int32_t k = 0; k < 64; k++) pairs += visible(q, row.doc[q], k, row.doc[k]);
+            }
+            CHECK(w.pairs == doctest::Approx(pairs * 2 / rows / ring).epsilon(1e-12));
+            if (mode == Attention::full) CHECK(w.pairs * ring == 2 * 64 * 65 / 2);
+            CHECK(w.T == 2 * 64 / ring);
+            CHECK(w.batches == 3);
+            CHECK(w.again.qkv == 1);
+            CHECK((ring == 1 ? w.imbalance == 1 && w.moved == 0 : w.imbalance >= 1 && w.moved > 0));
+        }
+}

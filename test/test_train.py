@@ -424,6 +424,28 @@ def test_the_plan_of_a_7b_needs_no_gpu():
     assert 40 < total < 139
 
 
+def test_the_plan_estimates_the_step():
+    def step(*args):
+        out = run("-e", "llama2-7b", "-c", 65536, "--device", "gpu", "--plan", *args)
+        if "On NVIDIA H200" not in out:
+            pytest.skip("the ceilings of the GPU here are not known")
+        ms, tokens, flops = re.search(r"(\d+) ms a step, (\d+) tokens/s, ([\d.]+) TFLOP/s per GPU", out).groups()
+        return float(ms), float(tokens), float(flops), out
+
+    ms, tokens, flops, out = step("--attention", "full", "--recompute", "none")
+    assert abs(tokens * ms / 1e3 - 65536) < 65536 * 1e-4 and "32768 visible keys a token as in a full mask" in out
+    # README, "Speed": 6 N T + 12 L C pairs
+    model = 6 * (6.738e9 - 32000 * 4096) * 65536 + 12 * 32 * 4096 * 65536 * 65537 / 2
+    assert abs(flops * ms / 1e3 - model / 1e12) < model / 1e12 * 1e-3
+    again = step("--attention", "full", "--recompute", "all")
+    assert again[0] > 1.1 * ms and "recomputed attention" in again[3] and "recomputed" not in out
+    assert "made-up documents of 4096 tokens" in step("--generator_mean", 4096)[3]
+    ranks = step("--ranks", 8, "--attention", "full")
+    assert ms / 8 < ranks[0] < ms / 6 and "ring, keys and gradients" in ranks[3] and "CUDA IPC" in ranks[3]
+    assert "TFLOP/s" not in run("-e", "tiny", "--device", "cpu", "--plan")
+    assert "with these heads" in run("-e", "tiny", "--device", "gpu", "--plan")
+
+
 def test_dump_params_names_every_tensor():
     lines = [line.split("\t") for line in run("--dump_params", "-e", "qwen2-1.5b").splitlines()]
     names = [name for _, _, name in lines]
