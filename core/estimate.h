@@ -227,8 +227,7 @@ inline std::vector<StepPart> step_parts(const Ceilings& ceilings, const Attentio
         const double seconds = w.batches * (flops / flop_rate + bytes / ceilings.copy);
         return parts.emplace_back(StepPart{name, w.batches * flops, w.batches * bytes, 0, seconds, seconds});
     };
-    const double keys =
-        w.pairs / T / (w.travel == KeysTravel::ring ? 1 + (w.ring - 1) * w.moved : 1); // a query, a call
+    const double keys = keys_a_query(w);
     const double rate[2] = {rate_at(attention.forward, keys) / w.imbalance,
                             rate_at(attention.backward, keys) / w.imbalance};
     const double pass[2] = {4 * pair / rate[0], 10 * pair / rate[1]}; // one layer's attention

@@ -27,9 +27,9 @@ template <class Dev> void reserve(Dev dev, size_t T, size_t B, size_t H, size_t 
     buffers.tokens = T;
     for (float** to : {&buffers.qkv, &buffers.dqkv}) *to = take(T * (H + 2 * K) * D);
     for (float** to : {&buffers.out, &buffers.dout}) *to = take(T * H * D);
-    buffers.scratch.state = take(n.state), buffers.scratch.delta = take(n.delta), buffers.scratch.dkv = take(n.dkv);
+    buffers.scratch.state = take(n.state), buffers.scratch.delta = take(n.delta),
+    buffers.scratch.dkv = n.dkv ? take(n.dkv) : nullptr;
     buffers.scratch.anchor = take(n.anchor), buffers.scratch.danchor = take(n.danchor);
-    if (n.dkv == 0) buffers.scratch.dkv = nullptr;
 }
 
 #ifdef __CUDACC__

@@ -155,17 +155,24 @@ TEST_CASE("GPU: several shifts under way, with collectives in between") {
 }
 
 namespace {
-// Values of round `round` from rank `rank`, written after `clocks`; and how many of them are not there.
-__global__ void late_write(int32_t* to, size_t count, uint32_t rank, uint32_t round, int64_t clocks) {
+__device__ void be_late(int64_t clocks) {
     const int64_t begin = clock64();
     while (clock64() - begin < clocks) {}
+}
+// Up to half a millisecond, twice in three times none.
+int64_t lateness(uint64_t what, size_t step) {
+    const uint64_t h = hash64(1000 * what + world.rank, step);
+    return h % 3 ? int64_t(0) : int64_t(h % 1000000);
+}
+// Values of round `round` from rank `rank`, written after `clocks`; and how many of them are not there.
+__global__ void late_write(int32_t* to, size_t count, uint32_t rank, uint32_t round, int64_t clocks) {
+    be_late(clocks);
     for (size_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += size_t(gridDim.x) * blockDim.x)
         to[i] = int32_t(rank * 1000003u + round * 7919u + uint32_t(i));
 }
 __global__ void late_check(unsigned long long* wrong, const int32_t* from, size_t count, uint32_t rank, uint32_t round,
                            int64_t clocks) {
-    const int64_t begin = clock64();
-    while (clock64() - begin < clocks) {}
+    be_late(clocks);
     for (size_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += size_t(gridDim.x) * blockDim.x)
         if (uint32_t(from[i]) != rank * 1000003u + round * 7919u + uint32_t(i)) atomicAdd(wrong, 1ull);
 }
@@ -185,16 +192,12 @@ TEST_CASE("GPU: buffers are neither sent early nor overwritten late") {
     for (const Way& way : ways) {
         CAPTURE(way.name);
         fill_zero(gpu, wrong, sizeof *wrong);
-        auto late = [&](uint64_t what, size_t step) {
-            const uint64_t h = hash64(1000 * what + world.rank, step);
-            return h % 3 ? int64_t(0) : int64_t(h % 1000000); // up to half a millisecond
-        };
         auto distance = [&](size_t step) { return int(1 + step % size_t(world.size - 1)); };
         auto rank_at = [&](int d) { return (world.rank + d + 2 * world.size) % world.size; };
         auto amount = [&](size_t step, int rank) { return hash64(step, rank) % 4 == 0 ? 0 : count - step; };
         auto start = [&](size_t step) {
             const int to = rank_at(distance(step)), from = rank_at(-distance(step));
-            late_write<<<64, 256, 0, gpu.stream>>>(send, count, world.rank, step, late(1, step));
+            late_write<<<64, 256, 0, gpu.stream>>>(send, count, world.rank, step, lateness(1, step));
             return shift_start(gpu, way.comm, (const int32_t*)send, amount(step, world.rank), to, receive[step % 2],
                                amount(step, from), from);
         };
@@ -203,13 +206,14 @@ TEST_CASE("GPU: buffers are neither sent early nor overwritten late") {
             const int to = rank_at(-distance(step)), from = rank_at(distance(step));
             shift_wait(gpu, keys);
             if (step + 1 < steps) keys = start(step + 1);
-            late_check<<<64, 256, 0, gpu.stream>>>(wrong, receive[step % 2], amount(step, to), to, step, late(2, step));
+            late_check<<<64, 256, 0, gpu.stream>>>(wrong, receive[step % 2], amount(step, to), to, step,
+                                                   lateness(2, step));
             shift_wait(gpu, back);
             if (step > 0) {
                 const int was = rank_at(distance(step - 1));
                 late_check<<<64, 256, 0, gpu.stream>>>(wrong, back_receive, count, was, 1000 + step - 1, 0);
             }
-            late_write<<<64, 256, 0, gpu.stream>>>(back_send, count, world.rank, 1000 + step, late(3, step));
+            late_write<<<64, 256, 0, gpu.stream>>>(back_send, count, world.rank, 1000 + step, lateness(3, step));
             back = shift_start(gpu, way.comm, (const int32_t*)back_send, count, to, back_receive, count, from);
         }
         shift_wait(gpu, back);
@@ -223,8 +227,7 @@ namespace {
 // Of the sum over `size` ranks of what late_write gives, element first + i: how many are not there.
 __global__ void late_check_sum(unsigned long long* wrong, const int32_t* from, size_t first, size_t count,
                                uint32_t size, uint32_t round, int64_t clocks) {
-    const int64_t begin = clock64();
-    while (clock64() - begin < clocks) {}
+    be_late(clocks);
     const uint32_t ranks = size * (size - 1) / 2 * 1000003u;
     for (size_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += size_t(gridDim.x) * blockDim.x)
         if (uint32_t(from[i]) != ranks + size * (round * 7919u + uint32_t(first + i))) atomicAdd(wrong, 1ull);
@@ -251,10 +254,6 @@ TEST_CASE("GPU: sums go on beside the ring and the weights") {
         comm_open(gpu, ring, peer_memory, peer_bytes,
                   way.name == std::string("ipc") ? Transport::ipc : Transport::nccl);
         fill_zero(gpu, wrong, sizeof *wrong);
-        auto late = [&](uint64_t what, size_t step) {
-            const uint64_t h = hash64(1000 * what + world.rank, step);
-            return h % 3 ? int64_t(0) : int64_t(h % 1000000); // up to half a millisecond
-        };
         std::vector<size_t> begin[2];
         Shift sum[2];
         auto finish = [&](size_t step) { // of the sum that began in this step
@@ -262,7 +261,7 @@ TEST_CASE("GPU: sums go on beside the ring and the weights") {
             const size_t first = slices[world.rank], n = slices[world.rank + 1] - first;
             shift_wait(gpu, sum[step % 2]);
             late_check_sum<<<64, 256, 0, gpu.stream>>>(wrong, grads[step % 2] + first, first, n, world.size, step,
-                                                       late(1, step));
+                                                       lateness(1, step));
         };
         auto fetch = [&](size_t step) {
             return shift_start(gpu, way.comm, (const int32_t*)weights, count, to, fetched[step % 2], count, from);
@@ -274,9 +273,9 @@ TEST_CASE("GPU: sums go on beside the ring and the weights") {
             late_check<<<64, 256, 0, gpu.stream>>>(wrong, fetched[step % 2], count, from, 5000, 0);
             if (step + 1 < steps) next = fetch(step + 1);
             if (step > 1) finish(step - 2);
-            late_write<<<64, 256, 0, gpu.stream>>>(send, count, world.rank, 1000 + step, late(2, step));
+            late_write<<<64, 256, 0, gpu.stream>>>(send, count, world.rank, 1000 + step, lateness(2, step));
             Shift keys = shift_start(gpu, ring, (const int32_t*)send, count, to, receive, count, from);
-            late_write<<<64, 256, 0, gpu.stream>>>(grads[step % 2], count, world.rank, step, late(3, step));
+            late_write<<<64, 256, 0, gpu.stream>>>(grads[step % 2], count, world.rank, step, lateness(3, step));
             shift_wait(gpu, keys);
             late_check<<<64, 256, 0, gpu.stream>>>(wrong, receive, count, from, 1000 + step, 0);
             late_write<<<1, 256, 0, gpu.stream>>>(small, 1000, world.rank, 2000 + step, 0);
