@@ -35,6 +35,9 @@
     OPTION(Int, sweep, 0, "0..1000000", "of them, those that also go through other shifts, bases and frozen q and k; " \
            "0: all")                                                                                                   \
     OPTION(Text, layers, "", "", "layers that are measured, as 0,1,5..7; none: all")                                   \
+    OPTION(Real, sink, 0, "0..1000", "a sink made by hand: the logit of one key is raised by this in every head, on "  \
+           "average over the queries; 0: none")                                                                        \
+    OPTION(Int, sink_key, 0, "0..16777215", "that key")                                                                \
     OPTION(Text, bases, "1e4,5e5,1e6,5e6,1e7,5e7", "", "RoPE bases of the experiment `base`")                          \
     OPTION(Int, pairs, 20000, "100..10000000", "random pairs of the experiment `local`")                               \
     OPTION(Int, seed, 1, "0..1000000000", "of random weights and pairs")                                               \

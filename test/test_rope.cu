@@ -238,6 +238,7 @@ template <class Dev, class E> void run_frozen(Experiment<Dev, E>& x, const Study
 template <class Dev, class E> void run_network(Dev dev, const Study& s) {
     Experiment<Dev, E> x;
     x.m.dev = dev, x.m.config = s.config, x.layers = s.layers;
+    x.sink = {s.o.sink, size_t(s.o.sink_key)};
     x.m.layout.S = std::max(s.T, size_t(*std::max_element(s.lengths.begin(), s.lengths.end())));
     x.m.layout.train = false, x.m.layout.head_chunk = 1;
     const size_t references = s.wants("other") || s.wants("frozen") ? 2 : 1;
@@ -364,6 +365,7 @@ bool read_study(Study& s) {
     const size_t longest = s.wants("length") ? size_t(*std::max_element(s.lengths.begin(), s.lengths.end())) : 0;
     if (!s.wants("length")) s.lengths = {int(s.T)};
     const size_t count = o.sequences ? size_t(o.sequences) : s.gpu ? 50 : 4;
+    if (size_t(o.sink_key) >= s.T) fail("option --sink_key takes a key of the sequence, less than %zu", s.T);
     s.swept = o.sweep ? std::min(size_t(o.sweep), count) : count;
     s.sequences = read_sequences(s, count, s.swept, std::max(s.T, longest));
     printf("\n%s: %.2fM parameters, %d layers, %d heads, RoPE base %g, weights %s; %s: %zu sequences of %zu tokens\n",

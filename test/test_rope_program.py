@@ -159,6 +159,21 @@ def test_in_double_nothing_moves(trained, tmp_path):
         assert (float(line["sum_abs"]) < 1e-10) == (line["variant"] == "double:E")
 
 
+def test_a_sink_draws_attention_and_leaves_exact_arithmetic_alone(trained, tmp_path):
+    seen = {}
+    for name, *sink in ("none",), ("first", "--sink", 4), ("tenth", "--sink", 4, "--sink_key", 10):
+        run("--model", trained / "weights.bin", "--data", trained / "text.bin", "--out", tmp_path / name, "--experiments",
+            "shift", "--variants", "bf16:C" + ",double:E" * (DEVICE == "cpu"), *FEW, *sink)
+        keys = read(tmp_path / name, "key")
+        seen[name] = {v: [float(x["mass"]) for x in only(keys, variant=v)] for v in ("bf16:C", "double:E")}
+        for line in only(read(tmp_path / name, "shift"), variant="double:E"):
+            assert float(line["sum_abs"]) < 1e-10, name
+    for variant in ("bf16:C", "double:E")[: 1 + (DEVICE == "cpu")]:
+        none, first, tenth = (seen[name][variant] for name in ("none", "first", "tenth"))
+        assert first[0] > 5 * none[0] and tenth[10] > 5 * none[10]
+        assert first[10] < none[10] and np.isclose(tenth[0], none[0], rtol=0.5)
+
+
 def test_single_places_can_be_set_and_layers_chosen(trained, tmp_path):
     run("--model", trained / "weights.bin", "--data", trained / "text.bin", "--out", tmp_path, "--experiments", "shift",
         "--variants", "float:E,bf16:C", "--storage", "bf16", "--table", "float", "--layers", "1", *FEW)
@@ -224,6 +239,8 @@ def test_without_arguments_it_takes_the_demos_model(trained, tmp_path):
     (["--length", "1"], "--length"),
     (["--lengths", "0"], "--lengths"),
     (["--layers", "2"], "--layers"),
+    (["--sink", "-1"], "--sink"),
+    (["--sink_key", "96"], "--sink_key"),
     (["--layers", "1..0"], "--layers"),
     (["--sequences", "1000"], "--sequences"),
     (["--label", "a,b"], "--label"),
