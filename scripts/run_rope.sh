@@ -4,23 +4,27 @@
 #   make train_llama test_rope && sh scripts/run_rope.sh books.jsonl tokenizer.model
 # One GPU. Everything is in rope/: run (checkpoints), result (the last one's figures), random_* and step_*, figures.
 # Otherwise by the environment: FOLDER, MODEL, CONTEXT, BATCH, STEPS, LR, SAVE_EVERY, POINTS (checkpoints to look at),
-# ATTENTION (anchor: every row begins with BOS), SEQUENCES, ROPE_OPTIONS (of the whole experiment), DEVICE.
+# ATTENTION (anchor: every row begins with BOS), ROPE_OPTIONS (of the whole experiment), DEVICE; SEQUENCES of the last
+# checkpoint, and SWEEP of them for all shifts and bases; as many at the other points.
 set -e
 cd "$(dirname "$0")/.."
-[ $# = 2 ] || { sed -n '2,8s/^# *//p' "$0"; exit 1; }
+[ $# = 2 ] || { sed -n '2,9s/^# *//p' "$0"; exit 1; }
 MODEL=${MODEL:--e 120M --tied --heads 6}
 CONTEXT=${CONTEXT:-4096} BATCH=${BATCH:-8} STEPS=${STEPS:-1000} LR=${LR:-1e-3} SAVE_EVERY=${SAVE_EVERY:-125}
-POINTS=${POINTS:-125 250 500} SEQUENCES=${SEQUENCES:-8} DEVICE=${DEVICE:-auto}
+POINTS=${POINTS:-125 250 500} DEVICE=${DEVICE:-auto}
 FOLDER=${FOLDER:-rope} ATTENTION=${ATTENTION:-full}
+SEQUENCES=${SEQUENCES:-50} SWEEP=${SWEEP:-8}
 PYTHON=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
 for program in train_llama test_rope; do
     [ -x $program ] || { echo "run_rope.sh: no ./$program here: make $program"; exit 1; }
 done
 mkdir -p "$FOLDER"
+began=$(date +%s)
+say() { echo "== $(($(date +%s) - began)) s: $*"; }
 
 [ -n "$(ls $FOLDER/books_val*.bin 2>/dev/null)" ] ||
     $PYTHON data/prepare.py "$1" -o "$FOLDER/books" --tokenizer "$2" --val_documents 2
-echo "== training: $((STEPS * BATCH * CONTEXT / 1000)) thousand tokens"
+say "training on $((STEPS * BATCH * CONTEXT / 1000)) thousand tokens"
 ./train_llama $MODEL -i "$FOLDER/books_0*.bin" -j "$FOLDER/books_val*.bin" -c "$CONTEXT" -b "$BATCH" --steps "$STEPS" \
     -l "$LR" --schedule cosine --warmup $((STEPS / 10)) --attention "$ATTENTION" --device "$DEVICE" --val_rows 8 \
     --val_every "$SAVE_EVERY" --save_every "$SAVE_EVERY" --keep 0 --log_every 25 -o "$FOLDER/run" --resume
@@ -30,10 +34,11 @@ look() { # $1 weights, $2 folder under $FOLDER/, $3 label, then options
     weights=$1 folder=$2 label=$3
     shift 3
     ./test_rope --model "$weights" --data "$FOLDER/books_val*.bin" --out "$FOLDER/$folder" --label "$label" \
-        --sequences "$SEQUENCES" --device "$DEVICE" --plot=0 "$@"
+        --sweep "$SWEEP" --device "$DEVICE" --plot=0 "$@"
 }
 # At several points of training a few shifts are enough.
-FEW="--experiments shift --shifts 0,100,1000 --variants float:F,bf16:E,bf16:F,bf16:C,bf16:A"
+FEW="--experiments shift --shifts 0,100,1000 --variants float:F,bf16:E,bf16:F,bf16:C,bf16:A --sequences $SWEEP"
+say "random weights and points of training, $SWEEP sequences each"
 folders=""
 for start in kaiming normal; do
     look "$LAST" random_$start "random ($start)" --start $start $FEW
@@ -43,8 +48,10 @@ for step in $POINTS; do
     look "$FOLDER/run/step_$(printf %08d "$step")/weights.bin" "step_$step" "step $step" $FEW
     folders="$folders $FOLDER/step_$step"
 done
-echo "== the whole experiment on the last checkpoint"
-look "$LAST" result "step $STEPS" $ROPE_OPTIONS
+say "the whole experiment on the last checkpoint, $SEQUENCES sequences"
+look "$LAST" result "step $STEPS" --sequences "$SEQUENCES" --length_variants float:F,bf16:C,bf16:A,bf16:D $ROPE_OPTIONS
+say "figures"
 draw="$PYTHON scripts/plot_rope.py"
 $draw $FOLDER/result && $draw $folders $FOLDER/result -o $FOLDER/figures ||
     echo "no figures (matplotlib?): elsewhere, $draw $FOLDER/result; $draw $folders $FOLDER/result -o $FOLDER/figures"
+say "done"

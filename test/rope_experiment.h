@@ -99,6 +99,12 @@ struct Deviation {
     }
 };
 
+// An attention sink made by hand: what every query's logit of one key is raised by, on average over the queries.
+struct Sink {
+    double raise = 0;
+    size_t key = 0;
+};
+
 // A model of element type E with the buffers of the experiment, for rows of up to S tokens.
 template <class Dev, class E> struct Experiment {
     using A = Acc<E>;
@@ -111,7 +117,9 @@ template <class Dev, class E> struct Experiment {
     A* columns;              // (H, 5, S)
     A* first;                // (H, S)
     A *again, *again_lse;    // (S, H + 2K, D), (H, S): qkv once more, where frozen ones are compared
-    RingScratch<A> scratch;  // of the attention in A
+    Sink sink;
+    std::vector<std::vector<A>> sink_add; // (layers; K, D): to its key, the same in all runs of a sequence
+    RingScratch<A> scratch;               // of the attention in A
     void* plan;
     struct Kept {
         std::vector<A*> qkv, lse; // (layers)
@@ -159,6 +167,44 @@ inline Row experiment_row(const std::vector<int32_t>& text, size_t T, int shift)
     return row;
 }
 
+// Draws the attention of all heads to one key, as models do that have grown a sink: along their mean query, in the
+// dimensions that turn by less than one radian over the row. qkv (T, H + 2K, D), not rotated yet.
+//   key += raise sqrt(D) u / |u|^2,   u (D): mean query of the heads of this key, in those dimensions
+template <class A> std::vector<A> sink_addition(const Sink& sink, const A* qkv, const double* inv_freq, size_t T,
+                                                size_t H, size_t K, size_t D) {
+    std::vector<A> add(K * D);
+#pragma omp parallel for schedule(static)
+    for (size_t k = 0; k < K; k++) {
+        std::vector<double> u(D);
+        for (size_t t = 0; t < T; t++)
+            for (size_t h = k * (H / K); h < (k + 1) * (H / K); h++)
+                for (size_t d = 0; d < D; d++) u[d] += double(qkv[(t * (H + 2 * K) + h) * D + d]);
+        double square = 0;
+        for (size_t d = 0; d < D; d++) {
+            u[d] *= inv_freq[d % (D / 2)] * double(T) < 1 ? double(K) / double(T * H) : 0;
+            square += u[d] * u[d];
+        }
+        for (size_t d = 0; d < D; d++)
+            add[k * D + d] = A(sink.raise * std::sqrt(double(D)) * u[d] / std::max(square, 1e-30));
+    }
+    return add;
+}
+template <class Dev, class E>
+void sink_apply(Experiment<Dev, E>& x, size_t l, const double* inv_freq, size_t T, size_t H, size_t K, size_t D) {
+    using A = Acc<E>;
+    const size_t all = (H + 2 * K) * D;
+    if (x.sink_add.size() <= l) {
+        std::vector<A> qkv(T * all);
+        copy_to_host(x.m.dev, qkv.data(), x.qkv, qkv.size() * sizeof(A));
+        x.sink_add.push_back(sink_addition(x.sink, qkv.data(), inv_freq, T, H, K, D));
+    }
+    std::vector<A> keys(K * D);
+    A* place = x.qkv + x.sink.key * all + H * D;
+    copy_to_host(x.m.dev, keys.data(), place, keys.size() * sizeof(A));
+    for (size_t i = 0; i < K * D; i++) keys[i] = A(E(keys[i] + x.sink_add[l][i])); // as the network stores its keys
+    copy_to_device(x.m.dev, place, keys.data(), keys.size() * sizeof(A));
+}
+
 // model_forward, line by line, but for the rotation and the type that the attention computes in: E as in training when
 // q and k are stored as E, else A. `before(l)` may look at x.qkv as the projections left it, `after(l)` at the rotated
 // one. Rounded logits are what the measured weights are made from; the attention that feeds the next layer keeps its
@@ -188,6 +234,7 @@ void experiment_forward(Experiment<Dev, E>& x, const Row& row, const Rounding& r
         rmsnorm_forward(dev, a.att_normed, a.att_rstd, a.x, w.att_norm, T, C, c.eps);
         matmul_forward(dev, a.qkv, a.att_normed, w.wqkv, w.bqkv, none, T, C, (H + 2 * K) * D);
         convert(dev, x.qkv, a.qkv, T * (H + 2 * K) * D);
+        if (x.sink.raise > 0) sink_apply(x, size_t(l), frequency.data(), T, H, K, D);
         before(l);
         study_rotate(dev, x.qkv, x.table, r, T, H, K, D);
         after(l);
@@ -225,6 +272,7 @@ template <class Dev, class E> void measure_shifts(Experiment<Dev, E>& x, const s
         for (int shift : {pair.d1, pair.d2})
             if (std::find(shifts.begin(), shifts.end(), shift) == shifts.end()) shifts.push_back(shift);
     std::vector<A> columns(H * column_sums * T);
+    x.sink_add.clear();
     for (size_t i = 0; i < shifts.size(); i++) {
         auto after = [&](int l) {
             const int place = measured_place(x.layers, l);
@@ -283,6 +331,7 @@ template <class Dev, class E> void measure_frozen(Experiment<Dev, E>& x, const s
         copy_to_device(dev, x.m.pos, row.pos.data(), T * 4);
         study_table(dev, x.table, x.m.pos, x.inv_freq, factor, Rounding{}, T, D);
     };
+    x.sink_add.clear();
     experiment_forward(x, experiment_row(text, T, 0), Rounding{}, before, [](int) {});
     for (Deviation& pair : pairs) pair.finish_sequence();
 }
@@ -300,6 +349,7 @@ template <class Dev, class E> void measure_lengths(Experiment<Dev, E>& x, const 
     const size_t T = size_t(*std::max_element(out.lengths.begin(), out.lengths.end()));
     const size_t H = x.m.config.H, K = x.m.config.K, D = x.m.config.D, lines = x.layers.size() * H;
     std::vector<A> first[2];
+    x.sink_add.clear();
     for (int side = 0; side < 2; side++) {
         first[side].resize(lines * T);
         auto after = [&](int l) {

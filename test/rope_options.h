@@ -17,6 +17,7 @@
     OPTION(Text, variants, "float:E,float:F,bf16:E,bf16:F,bf16:C,bf16:B,bf16:A,bf16:D", "", "network:rounding, the "   \
            "network being float, bf16 or (on the CPU) double; see below")                                              \
     OPTION(Text, base_variants, "float:F,bf16:C,bf16:A", "", "those that are run at every base")                       \
+    OPTION(Text, length_variants, "", "", "those that the length is measured of; none: all of `variants`")             \
     OPTION(Text, angles, "variant", "variant|double|float|bf16", "in all variants: pos inv_freq")                      \
     OPTION(Text, input, "variant", "variant|float|bf16", "in all variants: q and k before the rotation")               \
     OPTION(Text, table, "variant", "variant|float|bf16", "in all variants: cos and sin")                               \
@@ -31,7 +32,12 @@
     OPTION(Int, reference, 16, "0..1000000", "D2 of the first sweep")                                                  \
     OPTION(Int, other, 0, "0..1000000", "D1 of the other sweep")                                                       \
     OPTION(Int, sequences, 0, "0..1000000", "sequences of text; 0: 50, on the CPU 4")                                  \
+    OPTION(Int, sweep, 0, "0..1000000", "of them, those that also go through other shifts, bases and frozen q and k; " \
+           "0: all")                                                                                                   \
     OPTION(Text, layers, "", "", "layers that are measured, as 0,1,5..7; none: all")                                   \
+    OPTION(Real, sink, 0, "0..1000", "a sink made by hand: the logit of one key is raised by this in every head, on "  \
+           "average over the queries; 0: none")                                                                        \
+    OPTION(Int, sink_key, 0, "0..16777215", "that key")                                                                \
     OPTION(Text, bases, "1e4,5e5,1e6,5e6,1e7,5e7", "", "RoPE bases of the experiment `base`")                          \
     OPTION(Int, pairs, 20000, "100..10000000", "random pairs of the experiment `local`")                               \
     OPTION(Int, seed, 1, "0..1000000000", "of random weights and pairs")                                               \

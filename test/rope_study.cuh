@@ -246,24 +246,25 @@ struct StudySizes {
     bool round;
 
     __device__ size_t stride() const { return size_t(H + 2 * K) * D; }
-    __device__ const float* query(const float* qkv) const { return qkv + size_t(blockIdx.y) * D; }
-    __device__ const float* key(const float* qkv) const { return qkv + (H + size_t(blockIdx.y) * K / H) * D; }
+    __device__ const float* query(const float* qkv, size_t head) const { return qkv + head * D; }
+    __device__ const float* key(const float* qkv, size_t head) const { return qkv + (H + head * K / H) * D; }
     __device__ float logit(float dot) const { return (round ? study_rounded(dot) : dot) * scale; }
 };
 
-// A block 64 queries of a head (blockIdx.y), the longest rows first. The 16 threads of a row keep a maximum and a sum
-// of their own keys each and merge them at the end. D T^2 FLOPs a head, bound by fp32 arithmetic and its operands.
+// A block 64 queries of a head (blockIdx.x), the longest rows of all heads first: a model of few heads has few blocks,
+// and a multiprocessor that got long ones of every head would end last. The 16 threads of a row keep a maximum and a
+// sum of their own keys each and merge them at the end. D T^2 FLOPs a head, bound by fp32 arithmetic and its operands.
 static __global__ void __launch_bounds__(study_threads) study_lse_kernel(float* lse, const float* qkv, StudySizes n) {
     __shared__ StudyOperand q, k;
     const unsigned tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-    const unsigned i0 = (gridDim.x - 1 - blockIdx.x) * study_tile;
+    const unsigned head = blockIdx.x, i0 = (gridDim.y - 1 - blockIdx.y) * study_tile;
     float most[4], sum[4] = {};
     for (float& m : most) m = -INFINITY;
     for (unsigned j0 = 0; j0 <= i0; j0 += study_tile) {
         float dot[4][4] = {};
         for (unsigned d = 0; d < n.D; d += study_chunk) {
-            study_load(q, n.query(qkv), n.stride(), i0, n.T, d, n.D);
-            study_load(k, n.key(qkv), n.stride(), j0, n.T, d, n.D);
+            study_load(q, n.query(qkv, head), n.stride(), i0, n.T, d, n.D);
+            study_load(k, n.key(qkv, head), n.stride(), j0, n.T, d, n.D);
             __syncthreads();
             study_multiply(dot, q, k);
             __syncthreads();
@@ -285,7 +286,7 @@ static __global__ void __launch_bounds__(study_threads) study_lse_kernel(float* 
         float s = sum[r] * expf(most[r] - m);
         for (int lane = 8; lane > 0; lane /= 2) s += __shfl_xor_sync(~0u, s, lane);
         const unsigned i = i0 + ty * 4 + r;
-        if (tx == 0 && i < n.T) lse[size_t(blockIdx.y) * n.T + i] = m + logf(s);
+        if (tx == 0 && i < n.T) lse[size_t(head) * n.T + i] = m + logf(s);
     }
 }
 
@@ -293,7 +294,11 @@ inline StudySizes study_sizes(const Rounding& r, size_t T, size_t H, size_t K, s
     return {unsigned(T),           unsigned(H), unsigned(K), unsigned(D), float(1 / std::sqrt(double(D))),
             r.logits == Type::bf16};
 }
-inline dim3 study_grid(size_t T, size_t H) { return dim3(unsigned((T + study_tile - 1) / study_tile), unsigned(H)); }
+inline dim3 study_grid(size_t T, size_t H) {
+    const size_t tiles = (T + study_tile - 1) / study_tile;
+    REQUIRE(tiles < 65536, "take sequences of less than 4194304 tokens");
+    return dim3(unsigned(H), unsigned(tiles));
+}
 
 inline void study_lse(Gpu gpu, float* lse, const float* qkv, const Rounding& r, size_t T, size_t H, size_t K,
                       size_t D) {
@@ -301,22 +306,24 @@ inline void study_lse(Gpu gpu, float* lse, const float* qkv, const Rounding& r, 
     CUDA_CHECK(cudaGetLastError());
 }
 
-// A block 64 keys of a head, over all queries behind them: a column is one block's, so nothing is added by atomics and
-// the bits are the same every time. Both runs' tiles are in flight together. 2 D T^2 FLOPs a head and T^2 exponentials.
+// A block 64 keys of a head (blockIdx.x), over all queries behind them, the first keys of all heads first. A column is
+// one block's, so nothing is added by atomics and the bits are the same every time. Both runs' tiles are in flight
+// together. 2 D T^2 FLOPs a head and T^2 exponentials.
 static __global__ void __launch_bounds__(study_threads)
     study_columns_kernel(float* columns, const float* qkv1, const float* lse1, const float* qkv2, const float* lse2,
                          StudySizes n) {
     __shared__ StudyOperand q1, k1, q2, k2;
-    const unsigned tx = threadIdx.x % 16, ty = threadIdx.x / 16, j0 = blockIdx.x * study_tile;
-    lse1 += size_t(blockIdx.y) * n.T, lse2 += size_t(blockIdx.y) * n.T;
+    const unsigned tx = threadIdx.x % 16, ty = threadIdx.x / 16, head = blockIdx.x;
+    const unsigned j0 = blockIdx.y * study_tile;
+    lse1 += size_t(head) * n.T, lse2 += size_t(head) * n.T;
     float sums[column_sums][4] = {};
     for (unsigned i0 = j0; i0 < n.T; i0 += study_tile) {
         float dot1[4][4] = {}, dot2[4][4] = {};
         for (unsigned d = 0; d < n.D; d += study_chunk) {
-            study_load(q1, n.query(qkv1), n.stride(), i0, n.T, d, n.D);
-            study_load(k1, n.key(qkv1), n.stride(), j0, n.T, d, n.D);
-            study_load(q2, n.query(qkv2), n.stride(), i0, n.T, d, n.D);
-            study_load(k2, n.key(qkv2), n.stride(), j0, n.T, d, n.D);
+            study_load(q1, n.query(qkv1, head), n.stride(), i0, n.T, d, n.D);
+            study_load(k1, n.key(qkv1, head), n.stride(), j0, n.T, d, n.D);
+            study_load(q2, n.query(qkv2, head), n.stride(), i0, n.T, d, n.D);
+            study_load(k2, n.key(qkv2, head), n.stride(), j0, n.T, d, n.D);
             __syncthreads();
             study_multiply(dot1, q1, k1);
             study_multiply(dot2, q2, k2);
@@ -347,7 +354,7 @@ static __global__ void __launch_bounds__(study_threads)
         if (j >= study_tile || j0 + j >= n.T) continue;
         float sum = 0;
         for (int row = 0; row < 16; row++) sum += rows[row][j];
-        columns[(size_t(blockIdx.y) * column_sums + s) * n.T + j0 + j] = sum;
+        columns[(size_t(head) * column_sums + s) * n.T + j0 + j] = sum;
     }
 }
 inline void study_columns(Gpu gpu, float* columns, const float* qkv1, const float* lse1, const float* qkv2,
@@ -361,7 +368,7 @@ inline void study_columns(Gpu gpu, float* columns, const float* qkv1, const floa
 static __global__ void study_first_kernel(float* first, const float* qkv, StudySizes n) {
     const unsigned t = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (t >= n.T) return;
-    const float *q = n.query(qkv) + t * n.stride(), *k = n.key(qkv);
+    const float *q = n.query(qkv, blockIdx.y) + t * n.stride(), *k = n.key(qkv, blockIdx.y);
     float dot = 0;
     for (unsigned i = lane; i < n.D; i += 32) dot += q[i] * k[i];
     dot = warp_sum(dot);

@@ -66,10 +66,19 @@ struct Study {
     std::vector<int> layers, shifts, lengths; // measured
     std::vector<double> bases;
     std::vector<std::vector<int32_t>> sequences; // each as long as the longest run needs
+    size_t swept = 0; // of them, the first: those that more than the pair (other, reference) is measured on
     bool gpu = false;
 
     bool wants(const char* experiment) const {
         return ("," + o.experiments + ",").find("," + std::string(experiment) + ",") != std::string::npos;
+    }
+    // Those that an experiment is run on, none when it is not wanted.
+    std::vector<Variant> variants(const std::string& experiment) const {
+        if (!wants(experiment.c_str())) return {};
+        if (experiment == "base") return parse_variants("base_variants", o.base_variants, o);
+        if (experiment == "length" && o.length_variants.size())
+            return parse_variants("length_variants", o.length_variants, o);
+        return parse_variants("variants", o.variants, o);
     }
 };
 
@@ -143,33 +152,47 @@ template <class Dev, class E> void start_kaiming(Model<Dev, E, E>& m, uint64_t s
         }
 }
 
-// D of one variant against the shift, and the first key's logit against the length.
-template <class Dev, class E> void run_variant(Experiment<Dev, E>& x, const Study& s, const Variant& v) {
+// D of one variant against the shift.
+template <class Dev, class E> void run_shifts(Experiment<Dev, E>& x, const Study& s, const Variant& v) {
     const size_t H = x.heads(), layers = s.layers.size();
     const int reference = int(s.o.reference), other = int(s.o.other);
     const double base = s.config.rope.base, start = seconds_now();
-    if (s.wants("shift")) {
-        std::vector<Deviation> pairs = {{other, reference, layers, H, s.T, true}};
-        std::vector<int> references = {reference};
-        if (s.wants("other")) references.push_back(other);
-        for (int fixed : references)
-            for (int shift : s.shifts) {
-                if (shift == reference || shift == other) continue;
-                if (fixed == reference) pairs.push_back({shift, reference, layers, H, s.T, false});
-                else pairs.push_back({other, shift, layers, H, s.T, false});
-            }
-        for (auto& text : s.sequences) measure_shifts(x, text, references, v.rounding, pairs);
-        for (const Deviation& d : pairs) write_shift(s, "shift", v.name, base, d), write_details(s, v.name, base, d);
-        say("shift", v.name, base, pairs[0], seconds_now() - start);
+    std::vector<Deviation> pairs = {{other, reference, layers, H, s.T, true}};
+    std::vector<int> references = {reference};
+    if (s.wants("other")) references.push_back(other);
+    for (int fixed : references)
+        for (int shift : s.shifts) {
+            if (shift == reference || shift == other) continue;
+            if (fixed == reference) pairs.push_back({shift, reference, layers, H, s.T, false});
+            else pairs.push_back({other, shift, layers, H, s.T, false});
+        }
+    std::vector<Deviation> only_swept;
+    for (size_t i = 0; i < s.sequences.size(); i++) {
+        if (i == s.swept) {
+            only_swept.assign(std::make_move_iterator(pairs.begin() + 1), std::make_move_iterator(pairs.end()));
+            pairs.erase(pairs.begin() + 1, pairs.end()), references.resize(1);
+        }
+        measure_shifts(x, s.sequences[i], references, v.rounding, pairs);
     }
-    if (s.wants("length")) {
-        LengthDeviation d{s.lengths, std::vector<Mean>(s.lengths.size()), std::vector<Mean>(s.lengths.size())};
-        for (auto& text : s.sequences) measure_lengths(x, text, other, reference, v.rounding, d);
-        for (size_t i = 0; i < d.lengths.size(); i++)
-            fprintf(s.tables->length.file, "%s,%s,%g,%d,%d,%d,%zu,%.9g,%.9g,%.9g,%.9g\n", s.o.label.c_str(),
-                    v.name.c_str(), base, other, reference, d.lengths[i], s.sequences.size(), d.logit[i].mean(),
-                    d.logit[i].error(), d.logit_abs[i].mean(), d.logit_abs[i].error());
-    }
+    pairs.insert(pairs.end(), only_swept.begin(), only_swept.end());
+    for (const Deviation& d : pairs) write_shift(s, "shift", v.name, base, d), write_details(s, v.name, base, d);
+    say("shift", v.name, base, pairs[0], seconds_now() - start);
+}
+
+// The first key's logit of one variant against the length.
+template <class Dev, class E> void run_lengths(Experiment<Dev, E>& x, const Study& s, const Variant& v) {
+    const int reference = int(s.o.reference), other = int(s.o.other);
+    const double base = s.config.rope.base, start = seconds_now();
+    LengthDeviation d{s.lengths, std::vector<Mean>(s.lengths.size()), std::vector<Mean>(s.lengths.size())};
+    for (auto& text : s.sequences) measure_lengths(x, text, other, reference, v.rounding, d);
+    for (size_t i = 0; i < d.lengths.size(); i++)
+        fprintf(s.tables->length.file, "%s,%s,%g,%d,%d,%d,%zu,%.9g,%.9g,%.9g,%.9g\n", s.o.label.c_str(), v.name.c_str(),
+                base, other, reference, d.lengths[i], s.sequences.size(), d.logit[i].mean(), d.logit[i].error(),
+                d.logit_abs[i].mean(), d.logit_abs[i].error());
+    printf("length  %-18s base %-7g the first key's logit at %d tokens: %.4g +- %.1g, absolute %.4g +- %.1g; %.1f s\n",
+           v.name.c_str(), base, d.lengths.back(), d.logit.back().mean(), d.logit.back().error(),
+           d.logit_abs.back().mean(), d.logit_abs.back().error(), seconds_now() - start);
+    fflush(stdout);
 }
 
 // The same weights at other RoPE bases.
@@ -179,7 +202,7 @@ template <class Dev, class E> void run_bases(Experiment<Dev, E>& x, const Study&
         x.m.config.rope.base = base;
         std::vector<Deviation> pairs = {{other, reference, s.layers.size(), x.heads(), s.T, false}};
         const double start = seconds_now();
-        for (auto& text : s.sequences) measure_shifts(x, text, {reference}, v.rounding, pairs);
+        for (size_t i = 0; i < s.swept; i++) measure_shifts(x, s.sequences[i], {reference}, v.rounding, pairs);
         write_shift(s, "base", v.name, base, pairs[0]);
         say("base", v.name, base, pairs[0], seconds_now() - start);
     }
@@ -204,7 +227,7 @@ template <class Dev, class E> void run_frozen(Experiment<Dev, E>& x, const Study
     std::vector<Deviation> pairs(roundings.size(),
                                  {int(s.o.other), int(s.o.reference), s.layers.size(), x.heads(), s.T, false});
     const double start = seconds_now(), base = s.config.rope.base;
-    for (auto& text : s.sequences) measure_frozen(x, text, roundings, pairs);
+    for (size_t i = 0; i < s.swept; i++) measure_frozen(x, s.sequences[i], roundings, pairs);
     for (size_t i = 0; i < pairs.size(); i++) {
         write_shift(s, "frozen", names[i], base, pairs[i]);
         say("frozen", names[i], base, pairs[i], seconds_now() - start);
@@ -215,31 +238,34 @@ template <class Dev, class E> void run_frozen(Experiment<Dev, E>& x, const Study
 template <class Dev, class E> void run_network(Dev dev, const Study& s) {
     Experiment<Dev, E> x;
     x.m.dev = dev, x.m.config = s.config, x.layers = s.layers;
+    x.sink = {s.o.sink, size_t(s.o.sink_key)};
     x.m.layout.S = std::max(s.T, size_t(*std::max_element(s.lengths.begin(), s.lengths.end())));
     x.m.layout.train = false, x.m.layout.head_chunk = 1;
+    const size_t references = s.wants("other") || s.wants("frozen") ? 2 : 1;
+    const double start = seconds_now();
     Arena arena;
-    experiment_place(x, arena, s.T, 2);
-    printf("%s network: %.2f GiB\n", type_name(type_of<E>()), double(arena.used) / (1 << 30));
+    experiment_place(x, arena, s.T, references);
+    printf("%s network: %.2f GiB", type_name(type_of<E>()), double(arena.used) / (1 << 30));
     arena = {device_allocate(dev, arena.used), 0, {}};
-    experiment_place(x, arena, s.T, 2);
+    experiment_place(x, arena, s.T, references);
     if (s.o.start == "file") weights_load(x.m, weights_open(s.o.model));
     else if (s.o.start == "normal") model_init(x.m, uint64_t(s.o.seed));
     else start_kaiming(x.m, uint64_t(s.o.seed));
+    printf(", weights there after %.1f s\n", seconds_now() - start);
+    fflush(stdout);
 
-    for (const Variant& v : parse_variants("variants", s.o.variants, s.o))
-        if (v.network == type_of<E>()) run_variant(x, s, v);
-    for (const Variant& v : parse_variants("base_variants", s.o.base_variants, s.o))
-        if (v.network == type_of<E>() && s.wants("base")) run_bases(x, s, v);
+    auto run = [&](const char* experiment, void (*one)(Experiment<Dev, E>&, const Study&, const Variant&)) {
+        for (const Variant& v : s.variants(experiment))
+            if (v.network == type_of<E>()) one(x, s, v);
+    };
+    run("shift", run_shifts<Dev, E>), run("length", run_lengths<Dev, E>), run("base", run_bases<Dev, E>);
     if (type_of<E>() == Type::f32 && s.wants("frozen")) run_frozen(x, s);
 }
 
 template <class Dev> void run_device(Dev dev, const Study& s) {
     bool wanted[3] = {s.wants("frozen")}; // by Type: f32, bf16, f64
-    std::vector<Variant> all = parse_variants("variants", s.o.variants, s.o);
-    const std::vector<Variant> at_bases = parse_variants("base_variants", s.o.base_variants, s.o);
-    if (!s.wants("shift") && !s.wants("length")) all.clear();
-    if (s.wants("base")) all.insert(all.end(), at_bases.begin(), at_bases.end());
-    for (const Variant& v : all) wanted[int(v.network)] = true;
+    for (const char* experiment : {"shift", "length", "base"})
+        for (const Variant& v : s.variants(experiment)) wanted[int(v.network)] = true;
     if (wanted[int(Type::f32)]) run_network<Dev, float>(dev, s);
     if (wanted[int(Type::bf16)]) run_network<Dev, bf16>(dev, s);
     if constexpr (std::is_same_v<Dev, Cpu>) {
@@ -273,8 +299,8 @@ void run_local(const RopeOptions& o, const std::vector<double>& bases) {
     fflush(stdout);
 }
 
-// Sequences spread evenly over the data: one BOS, then `length` - 1 tokens of text.
-std::vector<std::vector<int32_t>> read_sequences(const Study& s, size_t count, size_t length) {
+// Sequences spread evenly over the data, and so are the first `swept`: one BOS, then `length` - 1 tokens of text.
+std::vector<std::vector<int32_t>> read_sequences(const Study& s, size_t count, size_t swept, size_t length) {
     PackOptions pack;
     pack.attention = Attention::anchor, pack.S = length, pack.V = s.config.V;
     pack.bos = s.config.bos >= 0 ? s.config.bos : s.config.eos;
@@ -285,11 +311,12 @@ std::vector<std::vector<int32_t>> read_sequences(const Study& s, size_t count, s
         fail("%s: %lld tokens are %zu sequences of %zu, not %zu: pass fewer --sequences or a smaller --length",
              s.o.data.c_str(), (long long)loader.corpus.text, rows, length, count);
     std::vector<std::vector<int32_t>> sequences;
-    for (size_t i = 0, at = 0; i < count; i++) {
+    for (size_t i = 0, at = 0, first = 0; i < count; i++) {
         for (; at < i * rows / count; at++) loader_skip(loader);
         Row row;
         loader_next(loader, row), at++;
-        sequences.push_back(row.token);
+        const bool sweep = i * swept / count != (i + 1) * swept / count;
+        sequences.insert(sweep ? sequences.begin() + first++ : sequences.end(), row.token);
     }
     return sequences;
 }
@@ -337,7 +364,10 @@ bool read_study(Study& s) {
     if (s.lengths.empty()) s.lengths.push_back(int(s.T));
     const size_t longest = s.wants("length") ? size_t(*std::max_element(s.lengths.begin(), s.lengths.end())) : 0;
     if (!s.wants("length")) s.lengths = {int(s.T)};
-    s.sequences = read_sequences(s, o.sequences ? size_t(o.sequences) : s.gpu ? 50 : 4, std::max({s.T, longest}));
+    const size_t count = o.sequences ? size_t(o.sequences) : s.gpu ? 50 : 4;
+    if (size_t(o.sink_key) >= s.T) fail("option --sink_key takes a key of the sequence, less than %zu", s.T);
+    s.swept = o.sweep ? std::min(size_t(o.sweep), count) : count;
+    s.sequences = read_sequences(s, count, s.swept, std::max(s.T, longest));
     printf("\n%s: %.2fM parameters, %d layers, %d heads, RoPE base %g, weights %s; %s: %zu sequences of %zu tokens\n",
            o.model.c_str(), double(param_count(s.config)) / 1e6, s.config.L, s.config.H, s.config.rope.base,
            o.start.c_str(), o.data.c_str(), s.sequences.size(), s.T);
@@ -366,6 +396,7 @@ int main(int argc, char** argv) {
             fail("options --label and --out go without commas and quotes");
     parse_variants("variants", options.variants, options);
     parse_variants("base_variants", options.base_variants, options);
+    if (options.length_variants.size()) parse_variants("length_variants", options.length_variants, options);
     s.shifts = parse_numbers<int>("shifts", options.shifts, "0..1000000");
     s.bases = parse_numbers<double>("bases", options.bases, "2..1e15");
     if (options.reference == options.other) fail("--reference and --other are to be two shifts");

@@ -54,6 +54,24 @@ TEST_CASE("the layer-local check gives the literature's figures") {
     CHECK(local_deviation<double>(at_zero, rounded_as('E')) < 1e-11);
 }
 
+TEST_CASE("a sink raises its key's logit by what was asked, on average over the queries of its heads") {
+    const size_t T = 40, H = 4, K = 2, D = 24, all = (H + 2 * K) * D;
+    const Buffer<double> qkv(T * all, 5);
+    std::vector<double> inv_freq(D / 2);
+    rope_frequencies(inv_freq.data(), RopeConfig(), D, T);
+    const std::vector<double> add = sink_addition<double>({3.5, 0}, qkv.data(), inv_freq.data(), T, H, K, D);
+    for (size_t k = 0; k < K; k++) {
+        double raised = 0;
+        for (size_t t = 0; t < T; t++)
+            for (size_t h = 0; h < H; h++)
+                for (size_t d = 0; d < D && h / (H / K) == k; d++)
+                    raised += qkv[t * all + h * D + d] * add[k * D + d] / std::sqrt(double(D));
+        CHECK(raised / double(T * H / K) == doctest::Approx(3.5).epsilon(1e-12));
+    }
+    // A turn of a radian or more over the row would lose it again.
+    for (size_t d = 0; d < D; d++) CHECK((add[d] != 0) == (inv_freq[d % (D / 2)] * double(T) < 1));
+}
+
 TEST_CASE("the experiment's rotation gives the trainer's bits where both have the variant") {
     const size_t T = 70, H = 4, K = 2, D = 24;
     const Buffer<bf16> input(T * (H + 2 * K) * D, 11);

@@ -125,6 +125,32 @@ def test_the_numbers_agree_with_each_other(measured):
     assert frozen["letter:C"] > 100 * frozen["letter:F"]
 
 
+def test_a_sweep_takes_some_of_the_sequences(trained, tmp_path):
+    args = ["--model", trained / "weights.bin", "--data", trained / "text.bin", "--experiments", "shift,other,length,base,frozen",
+            "--variants", "bf16:C", "--base_variants", "bf16:C", *FEW, "--sequences", 7]
+    run(*args, "--out", tmp_path / "all")
+    run(*args, "--out", tmp_path / "some", "--sweep", 2)
+    every, some = ({(x["experiment"], x["variant"], x["base"], x["d1"], x["d2"]): x for x in read(tmp_path / name, "shift")}
+                   for name in ("all", "some"))
+    assert every.keys() == some.keys() and all(x["sequences"] == "7" for x in every.values())
+    assert read(tmp_path / "all", "length") == read(tmp_path / "some", "length")
+    samples = {name: only(read(tmp_path / name, "sample"), d1=4) for name in ("all", "some")}
+    assert [len(x) for x in samples.values()] == [7, 2]
+    # Evenly spread: those that a run of two alone would take need not be of these, but these are of the seven.
+    values = {name: [float(x["sum_abs"]) for x in lines] for name, lines in samples.items()}
+    assert [i for i, x in enumerate(values["all"]) if x in values["some"]] == [3, 6]
+    for pair, line in some.items():
+        main = pair[0] == "shift" and (pair[3], pair[4]) == ("0", "16")
+        assert line["sequences"] == ("7" if main else "2"), pair
+        if main:
+            assert np.isclose(float(line["sum_abs"]), float(every[pair]["sum_abs"]), rtol=1e-9)
+            assert np.isclose(float(line["sum_abs_se"]), float(every[pair]["sum_abs_se"]), rtol=1e-6)
+        if pair[3] == "4":
+            assert np.isclose(float(line["sum_abs"]), np.mean(values["some"]), rtol=1e-9)
+    keys = only(read(tmp_path / "some", "key"), sequences=7)
+    assert len(keys) == 96
+
+
 @pytest.mark.skipif(DEVICE == "gpu", reason="double is the CPU's")
 def test_in_double_nothing_moves(trained, tmp_path):
     run("--model", trained / "weights.bin", "--data", trained / "text.bin", "--out", tmp_path, "--experiments", "shift",
@@ -133,12 +159,31 @@ def test_in_double_nothing_moves(trained, tmp_path):
         assert (float(line["sum_abs"]) < 1e-10) == (line["variant"] == "double:E")
 
 
+def test_a_sink_draws_attention_and_leaves_exact_arithmetic_alone(trained, tmp_path):
+    seen = {}
+    for name, *sink in ("none",), ("first", "--sink", 4), ("tenth", "--sink", 4, "--sink_key", 10):
+        run("--model", trained / "weights.bin", "--data", trained / "text.bin", "--out", tmp_path / name, "--experiments",
+            "shift", "--variants", "bf16:C" + ",double:E" * (DEVICE == "cpu"), *FEW, *sink)
+        keys = read(tmp_path / name, "key")
+        seen[name] = {v: [float(x["mass"]) for x in only(keys, variant=v)] for v in ("bf16:C", "double:E")}
+        for line in only(read(tmp_path / name, "shift"), variant="double:E"):
+            assert float(line["sum_abs"]) < 1e-10, name
+    for variant in ("bf16:C", "double:E")[: 1 + (DEVICE == "cpu")]:
+        none, first, tenth = (seen[name][variant] for name in ("none", "first", "tenth"))
+        assert first[0] > 5 * none[0] and tenth[10] > 5 * none[10]
+        assert first[10] < none[10] and np.isclose(tenth[0], none[0], rtol=0.5)
+
+
 def test_single_places_can_be_set_and_layers_chosen(trained, tmp_path):
     run("--model", trained / "weights.bin", "--data", trained / "text.bin", "--out", tmp_path, "--experiments", "shift",
         "--variants", "float:E,bf16:C", "--storage", "bf16", "--table", "float", "--layers", "1", *FEW)
-    assert {x["d2"] for x in read(tmp_path, "shift")} == {"16"}
+    assert {x["d2"] for x in read(tmp_path, "shift")} == {"16"} and not read(tmp_path, "length")
     assert {x["variant"] for x in read(tmp_path, "shift")} == {f"{n}/table=float/storage=bf16" for n in ("float:E", "bf16:C")}
     assert {x["layer"] for x in read(tmp_path, "layer")} == {"1"}
+    run("--model", trained / "weights.bin", "--data", trained / "text.bin", "--out", tmp_path, "--experiments", "shift,length",
+        "--variants", "bf16:C,bf16:B", "--length_variants", "float:F,bf16:B", *FEW)
+    assert {x["variant"] for x in read(tmp_path, "shift")} == {"bf16:C", "bf16:B"}
+    assert [x["variant"] for x in read(tmp_path, "length")] == 3 * ["float:F"] + 3 * ["bf16:B"]
 
 
 def test_figures(measured, trained, tmp_path):
@@ -184,6 +229,7 @@ def test_without_arguments_it_takes_the_demos_model(trained, tmp_path):
     (["--variants", "float:X"], "--variants"),
     (["--variants", "half:C"], "--variants"),
     (["--variants", "float:E,"], "--variants"),
+    (["--length_variants", "bf16:"], "--length_variants"),
     (["--shifts", "1,x"], "--shifts"),
     (["--shifts", "-1"], "--shifts"),
     (["--reference", "0"], "two shifts"),
@@ -193,6 +239,8 @@ def test_without_arguments_it_takes_the_demos_model(trained, tmp_path):
     (["--length", "1"], "--length"),
     (["--lengths", "0"], "--lengths"),
     (["--layers", "2"], "--layers"),
+    (["--sink", "-1"], "--sink"),
+    (["--sink_key", "96"], "--sink_key"),
     (["--layers", "1..0"], "--layers"),
     (["--sequences", "1000"], "--sequences"),
     (["--label", "a,b"], "--label"),
@@ -232,7 +280,7 @@ def test_the_recipe_runs_to_its_figures(tmp_path):
         documents = [[1] + random.integers(3, 64, size=2000).tolist()]
         write_tokens(tmp_path / f"rope/{name}.bin", documents, 64, bos=1, source="test")
     small = {"MODEL": "-e tiny --layers 1 --channels 32 --heads 2 --ffn 48", "CONTEXT": "64", "BATCH": "2", "STEPS": "4",
-             "SAVE_EVERY": "2", "POINTS": "2", "SEQUENCES": "2", "DEVICE": DEVICE,
+             "SAVE_EVERY": "2", "POINTS": "2", "SEQUENCES": "3", "SWEEP": "2", "DEVICE": DEVICE,
              "ROPE_OPTIONS": "--length 64 --lengths 32,64 --pairs 200 --bases 1e4,1e6 --shifts 0,100"}
     done = subprocess.run([*recipe, "none.jsonl", "none.model"], capture_output=True, text=True, timeout=300,
                           env={**os.environ, **small, "OMP_NUM_THREADS": "1"})
@@ -240,4 +288,6 @@ def test_the_recipe_runs_to_its_figures(tmp_path):
     assert {x["weights"] for x in read(tmp_path / "rope/step_2", "shift")} == {"step 2"}
     assert {x["weights"] for x in read(tmp_path / "rope/random_kaiming", "shift")} == {"random (kaiming)"}
     assert {x["experiment"] for x in read(tmp_path / "rope/result", "shift")} == {"shift", "base", "frozen"}
+    assert {x["sequences"] for x in only(read(tmp_path / "rope/result", "shift"), d1=0, experiment="shift", d2=16)} == {"3"}
+    assert {x["sequences"] for x in read(tmp_path / "rope/step_2", "shift")} == {"2"}
     assert (tmp_path / "rope/figures/training.png").is_file() and (tmp_path / "rope/result/figure1.png").is_file()
