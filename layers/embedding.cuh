@@ -111,9 +111,12 @@ inline void token_order_upload(Gpu gpu, TokenOrder& order, void* memory) {
 }
 
 // A thread takes a few tokens of the order: it reads each row that differs from the one before, all in flight, and
-// writes them all. Bound by memory, mostly by the writes: with tokens as in text (16384, a third of them different) 84%
-// of a copy's bandwidth on H200.
-template <class E, int W> __global__ void __launch_bounds__(256)
+// writes them all; for that many registers the launch bounds ask for one block. From Hopper on it is launched early, as
+// the kernel before it ends and what that one wrote may not be seen yet (programmatic dependent launch). Until the wait
+// it reads the order alone: only copies write that, and no kernel starts before the copies ahead of it in the stream
+// have ended. Bound by memory, mostly by the writes: with tokens as in text (16384, a third of them different) 86% of a
+// copy's bandwidth on H200, 84% if not launched early.
+template <class E, int W> __global__ void __launch_bounds__(256, 1)
     embedding_forward_kernel(E* out, const TokenAt* token, const E* weight, size_t T, size_t C, unsigned strips) {
     constexpr int batch = TokenOrder::forward_batch;
     const size_t begin = size_t(blockIdx.x / strips) * batch;
@@ -123,6 +126,9 @@ template <class E, int W> __global__ void __launch_bounds__(256)
     Pack<E, W> x[batch];
 #pragma unroll
     for (int j = 0; j < batch; j++) at[j] = begin + j < T ? token[begin + j] : TokenAt{-1, -1};
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 #pragma unroll
     for (int j = 0; j < batch; j++)
         if (at[j].id >= 0 && (j == 0 || at[j].id != at[j - 1].id))
@@ -141,12 +147,17 @@ template <class E> void embedding_forward(Gpu gpu, E* out, const TokenOrder& ord
         constexpr int W = decltype(width)::value;
         const unsigned threads = block_threads(C / W, 1, 256);
         const size_t strips = (C / W + threads - 1) / threads, batch = TokenOrder::forward_batch;
-        embedding_forward_kernel<E, W><<<grid_blocks((T + batch - 1) / batch * strips), threads, 0, gpu.stream>>>(
-            out, order.device_token, weight, T, C, unsigned(strips));
+        cudaLaunchAttribute early;
+        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        early.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config{};
+        config.gridDim = grid_blocks((T + batch - 1) / batch * strips), config.blockDim = threads;
+        config.stream = gpu.stream, config.attrs = &early, config.numAttrs = gpu.context->compute >= 90 ? 1 : 0;
+        CUDA_CHECK(cudaLaunchKernelEx(&config, embedding_forward_kernel<E, W>, out, order.device_token, weight, T, C,
+                                      unsigned(strips)));
     };
     if (packs_fit<E>(C, out, weight)) launch(std::integral_constant<int, pack_width<E>>());
     else launch(std::integral_constant<int, 1>());
-    CUDA_CHECK(cudaGetLastError());
 }
 
 // What the kernels know of an order; a strip is 32 packs of the channels, one a lane.
@@ -157,8 +168,9 @@ struct EmbeddingPieces {
     size_t C;
 };
 
-// A strip of a long run: every warp of the block sums the rows of every 8th token, 8 of them in flight. The sums
-// meet in shared memory and are added in the warps' order, to dweight; of a part of a run they wait for the join.
+// A strip of a long run: every warp of the block sums the rows of every 8th token, 8 of them in flight, and meanwhile
+// reads where the next 8 are. The sums meet in shared memory and are added in the warps' order, to dweight; of a part
+// of a run they wait for the join.
 template <class E, class G, int W> __device__ void
 embedding_backward_run(G* dweight, float* partial, const E* dout, const EmbeddingPieces& p, size_t k, size_t c) {
     __shared__ float sums[8][W][32];
@@ -168,17 +180,22 @@ embedding_backward_run(G* dweight, float* partial, const E* dout, const Embeddin
     const bool mine = c < p.C, whole = k >= p.parts;
     float sum[W] = {};
     dout += c;
-    for (const TokenAt* token = p.token + p.piece[k] + warp; token < end && mine; token += 64) {
-        Pack<E, W> d[8];
-        int32_t t[8];
+    int32_t t[8];
+    auto positions = [&](const TokenAt* token) {
 #pragma unroll
         for (int j = 0; j < 8; j++) t[j] = token + 8 * j < end ? token[8 * j].position : -1;
+    };
+    const TokenAt* token = p.token + p.piece[k] + warp;
+    positions(token);
+    for (; token < end && mine; token += 64) {
+        Pack<E, W> d[8];
 #pragma unroll
         for (int j = 0; j < 8; j++)
             if (t[j] >= 0) d[j] = pack_load<W, Access::once>(dout + size_t(t[j]) * p.C);
+        positions(token + 64);
 #pragma unroll
         for (int j = 0; j < 8; j++)
-            if (t[j] >= 0)
+            if (token + 8 * j < end)
 #pragma unroll
                 for (int w = 0; w < W; w++) sum[w] += d[j][w];
     }
@@ -198,11 +215,11 @@ embedding_backward_run(G* dweight, float* partial, const E* dout, const Embeddin
 }
 
 // The first blocks take a strip of a long run each. In the others every warp takes a strip of a piece of short runs,
-// the rows of 4 tokens and what their runs are added to in flight. Bound by memory: 87% of a copy's bandwidth on H200,
-// 83% with a float dweight.
-template <class E, class G, int W> __global__ void __launch_bounds__(256, W == 8 ? 3 : 4)
+// the rows of 4 tokens and what their runs are added to in flight; of 3 where dweight is wider than dout, so that more
+// warps fit. Bound by memory: 87% of a copy's bandwidth on H200, also with a float dweight.
+template <class E, class G, int W> __global__ void __launch_bounds__(256, W == pack_width<E> ? 3 : 5)
     embedding_backward_kernel(G* dweight, float* partial, const E* dout, EmbeddingPieces p) {
-    constexpr int batch = 4;
+    constexpr int batch = W == pack_width<E> ? 4 : 3;
     const unsigned lane = threadIdx.x % 32, of_runs = p.longs * p.strips;
     if (blockIdx.x < of_runs) {
         const size_t k = blockIdx.x / p.strips, c = size_t(blockIdx.x % p.strips * 32 + lane) * W;
