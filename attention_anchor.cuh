@@ -734,6 +734,12 @@ template <class E> void attention_store(Cpu, E* to, size_t stride, const Acc<E>*
         for (size_t i = 0; i < width; i++) to[t * stride + i] = E(from[t * width + i]);
 }
 
+// The same for dQ, whose columns a GPU's kernel may have in an order of its own.
+template <class E>
+void attention_store_dq(Cpu cpu, E* to, size_t stride, const Acc<E>* dq, size_t T, size_t H, size_t D) {
+    attention_store(cpu, to, stride, dq, T, H * D);
+}
+
 // What the queries of qt and the keys of kt give each other: added to dq and to dkv. With dkv_out these are all the
 // queries there are, so that dkv (which must hold zeros) and danchor's share are stored there at once.
 template <class E> void attention_backward(Cpu cpu, Acc<E>* dq /*(T, H, D)*/, Acc<E>* dkv /*(Tk, 2, K, D)*/,
@@ -778,13 +784,18 @@ template <class E> struct AttentionBackward {
     const float *lse, *delta;            // (H, T)
     const TokenLabel *q_label, *k_label; // (T), (Tk)
     DeviceMap map;                       // tiles of keys, ranges of queries
-    float* dq;                           // (T, H, D)
+    float* dq;                           // (T, H, D), columns in the order of attention_dq_order
     float* dkv;                          // (Tk, 2, K, D)
     E* dkv_out;                          // (Tk, 2, K, D), tokens dkv_out_stride apart
     size_t dkv_out_stride;
     const float* danchor; // (B, 2, K, D)
     int T, Tk, H, K, D;
 };
+
+// How a head's columns of dQ lie in memory while it is summed. Split: of every eight the even ones, then the odd ones,
+// which the Hopper kernel can bring out of its registers as they stand there. dq_place: where split has a column.
+enum class DqOrder { plain, split };
+HOST_DEVICE constexpr size_t dq_place(size_t column) { return column / 8 * 8 + column % 2 * 4 + column % 8 / 2; }
 
 #include "layers/attention_hopper.cuh"
 #include "layers/attention_mma.cuh"
@@ -793,6 +804,10 @@ template <class E> struct AttentionBackward {
 // order of additions is the portable one.
 inline bool attention_is_hopper(Gpu gpu, size_t D) {
     return gpu.context->compute == 90 && !gpu.context->portable_attention && attention_hopper_takes(D);
+}
+template <class E> DqOrder attention_dq_order(Gpu gpu, size_t D) {
+    const bool hopper = std::is_same_v<E, bf16> && attention_is_hopper(gpu, D) && !gpu.context->deterministic;
+    return hopper ? DqOrder::split : DqOrder::plain;
 }
 template <class E> AttentionTiles attention_tiles(Gpu gpu, size_t D) {
     if (!std::is_same_v<E, bf16> || !attention_mma_takes(D)) return attention_simt_tiles();
@@ -810,7 +825,7 @@ template <class E> void attention_forward_launch(Gpu gpu, const AttentionForward
 }
 template <class E> void attention_backward_launch(Gpu gpu, const AttentionBackward<E>& a) {
     if constexpr (std::is_same_v<E, bf16>) {
-        if (attention_is_hopper(gpu, a.D) && !gpu.context->deterministic) return attention_hopper_backward(gpu, a);
+        if (attention_dq_order<E>(gpu, a.D) == DqOrder::split) return attention_hopper_backward(gpu, a);
         if (attention_mma_takes(a.D)) return attention_mma_backward(gpu, a);
     }
     attention_simt_backward(gpu, a);
@@ -829,7 +844,7 @@ template <class E> void attention_backward_begin(Gpu gpu, float* delta, float* d
                                                  const E* out, const float* lse, const E* q, size_t q_stride,
                                                  const E* anchor, const Tokens& qt, size_t H, size_t K, size_t D) {
     attention_backward_begin(gpu, delta, dq, danchor, dout, out, lse, q, q_stride, anchor, qt.row_begin.data(),
-                             qt.rows(), qt.size(), H, K, D);
+                             qt.rows(), qt.size(), H, K, D, attention_dq_order<E>(gpu, D));
 }
 
 template <class E> void attention_backward(Gpu gpu, float* dq, float* dkv, E* dkv_out, size_t dkv_out_stride,
@@ -861,5 +876,9 @@ template <class E> void attention_backward(Gpu gpu, float* dq, float* dkv, E* dk
 
 template <class E> void attention_store(Gpu gpu, E* to, size_t stride, const float* from, size_t T, size_t width) {
     attention_backward_end(gpu, to, stride, from, T, 1, width);
+}
+template <class E>
+void attention_store_dq(Gpu gpu, E* to, size_t stride, const float* dq, size_t T, size_t H, size_t D) {
+    attention_backward_end(gpu, to, stride, dq, T, H, D, attention_dq_order<E>(gpu, D));
 }
 #endif

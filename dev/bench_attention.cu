@@ -36,9 +36,9 @@ void run(Gpu gpu, const AttentionCase& c, const char* kernels) {
                                            danchor, int(T),      int(T),  int(H), int(K),  int(D)};
     auto begin = [&] {
         attention_backward_begin<bf16>(gpu, delta, dq, danchor, dout, out, lse, qkv, W, anchor, t.row_begin.data(), 1,
-                                       T, H, K, D);
+                                       T, H, K, D, attention_dq_order<bf16>(gpu, D));
     };
-    auto end = [&] { attention_backward_end<bf16>(gpu, dqkv, W, dq, T, H, D); };
+    auto end = [&] { attention_store_dq<bf16>(gpu, dqkv, W, dq, T, H, D); };
     auto run_forward = [&] { plain ? attention_simt_forward(gpu, forward) : attention_forward_launch(gpu, forward); };
     auto run_backward = [&] {
         plain ? attention_simt_backward(gpu, backward) : attention_backward_launch(gpu, backward);

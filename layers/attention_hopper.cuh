@@ -812,6 +812,19 @@ template <int D, bool PAIR> struct BackwardGroup {
                     ptx::store_pair((to ^ block ^ 64) + rows, odd ? low[0] : high[0], odd ? low[1] : high[1]);
                 }
     }
+    // The same for dQ, in the order of DqOrder::split: the four lanes of a row have the even columns of eight in one
+    // register and the odd ones in the next, 16 bytes each.
+    template <int C> __device__ __forceinline__ void write_split(const float (&x)[C / 2]) {
+        const int row = at.lane % 8, odd = at.lane / 8 % 2, half = at.lane / 16; // of the address that the lane gives
+        const uint32_t to = ptx::address(s.out[4 * at.group + at.warp]) + half * 1024 + row * 128 + ((odd ^ row) << 4);
+        if (at.lane == 0) ptx::bulk_wait_read<0>();
+        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < C / 8; j++)
+            ptx::store_matrices((to ^ j % 4 * 32) + j / 4 * 2048, __float_as_uint(x[4 * j]),
+                                __float_as_uint(x[4 * j + 1]), __float_as_uint(x[4 * j + 2]),
+                                __float_as_uint(x[4 * j + 3]));
+    }
     __device__ __forceinline__ void send_rows(const CUtensorMap& map, int token, int part, int head) {
         ptx::tensor_add(&map, 0, token, part, head, s.out[4 * at.group + at.warp]);
         ptx::bulk_commit();
@@ -856,7 +869,7 @@ template <int D, bool PAIR> struct BackwardGroup {
         ptx::settle(dq);
         if (s.ds_place[4 * at.group + at.warp][slot_of(number)].y < 0) return;
         ptx::named_arrive(ds_free(slot_of(number), at.group ^ 1), 256);
-        write_rows<dq_columns>(dq);
+        write_split<dq_columns>(dq);
     }
     // Lane 0, after a fence.
     __device__ __forceinline__ void send_dq(uint32_t number) {
@@ -1195,8 +1208,8 @@ inline void attention_hopper_forward(Gpu gpu, const AttentionForward<bf16>& a) {
     else hopper::forward_launch<128, true>(gpu, a);
 }
 
-// See AttentionBackward; dq, delta and danchor come from attention_backward_begin. The order of the additions to dq is
-// not fixed.
+// See AttentionBackward; dq, in the order of DqOrder::split, delta and danchor come from attention_backward_begin. The
+// order of the additions to dq is not fixed.
 inline void attention_hopper_backward(Gpu gpu, const AttentionBackward<bf16>& a) {
     attention_hopper_require(gpu, a, hopper::backward_keys);
     REQUIRE(!a.dkv_out || a.dkv_out_stride % 8 == 0, "tokens must be a multiple of 16 bytes apart");

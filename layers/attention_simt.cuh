@@ -63,6 +63,7 @@ template <class E> struct AttentionBegin {
     const float* lse;
     size_t q_stride;
     int row, T, H, K, D; // row: the number of the first
+    bool split;          // the order of dq's columns
 };
 
 // W elements of each of `PACKS` packs, 32 lanes apart when the head is wide.
@@ -99,6 +100,13 @@ template <class E, int W, int LANES, int PACKS> __global__ void __launch_bounds_
     const bool anchored = a.anchor != nullptr;
     k0.load(a.anchor + at_anchor, lane, a.D, anchored && head < a.H);
     v0.load(a.anchor + at_anchor + width, lane, a.D, anchored && head < a.H);
+    float start[N]; // of dq, over ds0
+#pragma unroll
+    for (int n = 0; n < N; n++) start[n] = k0[n];
+    if constexpr (W == 4 && PACKS == 1)
+        if (a.split && anchored && head < a.H)
+#pragma unroll
+            for (int n = 0; n < N; n++) start[n] = float(a.anchor[at_anchor + lane / 2 * 8 + 2 * n + lane % 2]);
     struct Token {
         Slice dout, out, q;
         float lse;
@@ -135,7 +143,7 @@ template <class E, int W, int LANES, int PACKS> __global__ void __launch_bounds_
 #pragma unroll
             for (int d = 0; d < W; d++) {
                 const int n = pack * W + d;
-                part[d] = ds0 * k0[n];
+                part[d] = ds0 * start[n];
                 if (valid && anchored) dk0[n] += ds0 * token.q[n], dv0[n] += p0 * token.dout[n];
             }
             if (valid && (pack * LANES + lane) * W < a.D) pack_store<float, W>(dq + (pack * LANES + lane) * W, part);
@@ -230,14 +238,16 @@ void attention_backward_begin(Gpu gpu, float* delta /*(H, T)*/, float* dq /*(T, 
                               float* danchor /*(B, 2, K, D), added to; or null*/, const E* dout /*(T, H, D)*/,
                               const E* out /*(T, H, D)*/, const float* lse /*(H, T)*/, const E* q, size_t q_stride,
                               const E* anchor /*(B, 2, K, D) or null*/, const int32_t* row_begin /*(B + 1), host*/,
-                              size_t B, size_t T, size_t H, size_t K, size_t D) {
+                              size_t B, size_t T, size_t H, size_t K, size_t D, DqOrder order = DqOrder::plain) {
     REQUIRE(K > 0 && H > 0 && H % K == 0 && D > 0 && D <= 256, "at most 256 a head, the heads a multiple of KV heads");
     REQUIRE(!anchor == !danchor, "pass the anchor's gradient with the anchor");
     REQUIRE(T < size_t(1) << 31 && row_begin[0] == 0 && size_t(row_begin[B]) == T, "rows cover fewer than 2^31 tokens");
-    const AttentionBegin<E> a{delta, dq,       nullptr, dout,   out,    q,      anchor,
-                              lse,   q_stride, 0,       int(T), int(H), int(K), int(D)};
+    const AttentionBegin<E> a{delta,  dq,     nullptr, dout,     out,
+                              q,      anchor, lse,     q_stride, 0,
+                              int(T), int(H), int(K),  int(D),   order == DqOrder::split};
     constexpr int W = pack_width<float>; // 16 bytes of dQ
     const bool packs = packs_fit<E>(q_stride, dout, out, q, anchor) && uintptr_t(dq) % 16 == 0;
+    REQUIRE(!a.split || (packs && (D == 64 || D == 128)), "split columns are for rows on 16 bytes, heads of 64 or 128");
     if (packs && D == 128) attention_begin_launch<W, 128 / W, 1>(gpu, a, danchor, row_begin, B);
     else if (packs && D == 64) attention_begin_launch<W, 64 / W, 1>(gpu, a, danchor, row_begin, B);
     else if (packs && D == 32) attention_begin_launch<W, 32 / W, 1>(gpu, a, danchor, row_begin, B);
@@ -246,7 +256,7 @@ void attention_backward_begin(Gpu gpu, float* delta /*(H, T)*/, float* dq /*(T, 
 
 // The one rounding of gradients to their storage. Threads of a block lie along a token, or several tokens when it is
 // narrow. Bound by memory: of bf16, 4 bytes read and 2 written an element; 93 and 98% of a copy's speed there.
-template <class E, int W>
+template <class E, int W, DqOrder order>
 __global__ void attention_end_kernel(E* to, size_t stride, const float* from, size_t T, size_t width) {
     const size_t t = blockIdx.x * size_t(blockDim.y) + threadIdx.y;
     if (t >= T) return;
@@ -254,22 +264,28 @@ __global__ void attention_end_kernel(E* to, size_t stride, const float* from, si
         const auto x = pack_load<W>(from + t * width + i);
         float values[W];
 #pragma unroll
-        for (int j = 0; j < W; j++) values[j] = x[j];
+        for (int j = 0; j < W; j++) values[j] = x[order == DqOrder::split ? dq_place(j) : j];
         pack_store<E, W>(to + t * stride + i, values);
     }
 }
 template <class E> void attention_backward_end(Gpu gpu, E* dq_out, size_t stride /*elements between tokens*/,
-                                               const float* dq /*(T, H, D)*/, size_t T, size_t H, size_t D) {
+                                               const float* dq /*(T, H, D)*/, size_t T, size_t H, size_t D,
+                                               DqOrder order = DqOrder::plain) {
     const size_t width = H * D;
     REQUIRE(width > 0 && stride >= width, "tokens must not overlap");
     if (T == 0) return;
     constexpr int W = pack_width<float>; // 16 bytes of dQ
     const bool packs = packs_fit<E>(width, dq_out, dq) && stride % pack_width<E> == 0;
-    const unsigned x = unsigned(std::min<size_t>(256, packs ? width / W : width)), y = 256 / x;
-    const unsigned blocks = grid_blocks((T + y - 1) / y);
-    if (packs) attention_end_kernel<E, W><<<blocks, dim3(x, y), 0, gpu.stream>>>(dq_out, stride, dq, T, width);
-    else attention_end_kernel<E, 1><<<blocks, dim3(x, y), 0, gpu.stream>>>(dq_out, stride, dq, T, width);
-    CUDA_CHECK(cudaGetLastError());
+    auto launch = [&](auto kernel, size_t each) {
+        const unsigned x = unsigned(std::min<size_t>(256, width / each)), y = 256 / x;
+        kernel<<<grid_blocks((T + y - 1) / y), dim3(x, y), 0, gpu.stream>>>(dq_out, stride, dq, T, width);
+        CUDA_CHECK(cudaGetLastError());
+    };
+    if (order == DqOrder::split) {
+        REQUIRE(packs && width % 8 == 0, "split columns are for rows on 16 bytes");
+        launch(attention_end_kernel<E, 8, DqOrder::split>, 8);
+    } else if (packs) launch(attention_end_kernel<E, W, DqOrder::plain>, W);
+    else launch(attention_end_kernel<E, 1, DqOrder::plain>, 1);
 }
 
 // 256 threads, 16 by 16, work on 32 by 32 pairs of query and key: thread (y, x) has the pairs of rows y, y + 16 and

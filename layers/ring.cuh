@@ -239,7 +239,7 @@ template <class Dev, class E> void allgather_backward(Dev dev, const Comm& comm,
         take(scratch.dkv_send + s.received_at * width, s.from);
         back.push_back(ring_start_back(dev, comm, s, scratch, width));
     }
-    attention_store(dev, dqkv, stride, dq, T, H * D);
+    attention_store_dq(dev, dqkv, stride, dq, T, H, D);
     take(scratch.dkv, plan.rank);
     for (Shifts& shifts : back) ring_wait(dev, shifts);
     for (size_t r = 0; r < n; r++) {
@@ -365,7 +365,7 @@ template <class Dev, class E> void ulysses_backward(Dev dev, const Comm& comm, c
                              anchor, plan.gathered, h, k, D);
     attention_backward(dev, dq, dkv, dheads + h * D, stride, danchor, (const E*)heads_dout, q, stride, kv, stride, lse,
                        scratch.delta, plan.own, plan.gathered, plan.gathered, h, k, D);
-    attention_store(dev, dheads, stride, dq, all, h * D);
+    attention_store_dq(dev, dheads, stride, dq, all, h, D);
     heads_collect(dev, comm, plan, qkv_parts(dqkv, H, K, (const E*)dheads, h, k, D), scratch.send, scratch.gathered);
 }
 
@@ -441,7 +441,7 @@ void ring_attention_backward(Dev dev, const Comm& comm, const RingPlan& plan, E*
         back[i] = ring_start_back(dev, comm, step, scratch, width);
         if (!plan.early) ring_start_keys(dev, comm, plan, i + 2, scratch, width, keys);
     }
-    attention_store(dev, dqkv, stride, dq, T, H * D);
+    attention_store_dq(dev, dqkv, stride, dq, T, H, D);
     for (size_t i = steps - std::min(steps, unfinished); i < steps; i++) finish(i);
     if (steps > 0) ring_store_dkv(dev, comm, plan, dkv_out, stride, scratch, width);
 }

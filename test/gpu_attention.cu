@@ -339,12 +339,11 @@ TEST_CASE("attention: more than 2^31 elements (large)") {
         attention_forward_launch<bf16>(gpu,
                                        {qkv, qkv + H * D, nullptr, width, width, map.q.data, map.k.data, map.forward(),
                                         true, true, out, lse, nullptr, T, T, int(H), int(K), int(D)});
-        attention_backward_begin<bf16>(gpu, delta, dq, nullptr, dout, out, lse, qkv, width, nullptr, t.row_begin.data(),
-                                       1, T, H, K, D);
+        attention_backward_begin<bf16>(gpu, delta, dq, nullptr, dout, out, lse, qkv, width, nullptr, t, H, K, D);
         attention_backward_launch<bf16>(
             gpu, {qkv, qkv + H * D, width,        width, dout,    lse, delta, map.q.data, map.k.data, map.backward(),
                   dq,  nullptr,     dqkv + H * D, width, nullptr, T,   T,     int(H),     int(K),     int(D)});
-        attention_backward_end<bf16>(gpu, dqkv, width, dq, T, H, D);
+        attention_store_dq<bf16>(gpu, dqkv, width, dq, T, H, D);
         device_wait(gpu);
     }
     Problem<bf16> p(Mode::intra, 1, length, z, 95);

@@ -91,8 +91,8 @@ inline void check_blind_queries(int T, size_t D) {
     attention_forward_launch<bf16>(gpu,
                                    {x.data(), kv.data(), nullptr, 2 * D, 2 * D, map.q.data, map.k.data, map.forward(),
                                     true, true, out.data(), lse.data(), nullptr, T, T, 2, 1, int(D)});
-    attention_backward_begin<bf16>(gpu, delta, dq, nullptr, dout.data(), out.data(), lse, x.data(), 2 * D, nullptr,
-                                   q.row_begin.data(), 1, T, 2, 1, D);
+    attention_backward_begin<bf16>(gpu, delta, dq, nullptr, dout.data(), out.data(), lse, x.data(), 2 * D, nullptr, q,
+                                   2, 1, D);
     attention_backward_launch<bf16>(gpu, {x.data(),
                                           kv.data(),
                                           2 * D,

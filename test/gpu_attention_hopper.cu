@@ -72,7 +72,7 @@ struct OnGpu {
         fill_zero(gpu, danchor.data(), danchor.count * sizeof(float));
         float* dk0 = k0 ? danchor.data() : nullptr;
         attention_backward_begin<bf16>(gpu, delta, dq, dk0, dout, out, lse, qkv, W, k0, t.row_begin.data(), t.rows(), T,
-                                       z.H, z.K, z.D);
+                                       z.H, z.K, z.D, DqOrder::split);
         Buffer<float> sum(T * z.kv());
         for (size_t p = 0; p < portions; p++) {
             const size_t Tk = from[p].size();
@@ -104,7 +104,7 @@ struct OnGpu {
         }
         const Buffer<float> dq_host = dq.host(), danchor_host = danchor.host();
         const Buffer<bf16> dqkv_host = dqkv.host();
-        for (size_t i = 0; i < dq_host.count; i++) r.dq[i] = bf16(dq_host[i]);
+        for (size_t i = 0; i < dq_host.count; i++) r.dq[i] = bf16(dq_host[dq_place(i)]);
         if (portions == 1) return r.set_dkv(dqkv_host.data() + z.H * z.D, W, z);
         if (k0) attention_add_anchor(Cpu(), sum.data(), danchor_host.data(), t, z.kv());
         r.set_dkv(sum.data(), z.kv(), z);
@@ -407,12 +407,11 @@ TEST_CASE("Hopper attention over 262144 tokens (large)") {
         bf16 *o = portable ? out_portable : out, *dx = portable ? dqkv_portable : dqkv;
         attention_forward_launch<bf16>(gpu, {qkv, qkv + H * D, anchor, W, W, map.q.data, map.k.data, map.forward(),
                                              true, true, o, lse, nullptr, int(T), int(T), int(H), int(K), int(D)});
-        attention_backward_begin<bf16>(gpu, delta, dq, danchor, dout, o, lse, qkv, W, anchor, t.row_begin.data(), 1, T,
-                                       H, K, D);
+        attention_backward_begin<bf16>(gpu, delta, dq, danchor, dout, o, lse, qkv, W, anchor, t, H, K, D);
         attention_backward_launch<bf16>(
             gpu, {qkv, qkv + H * D, W,          W, dout,    lse,    delta,  map.q.data, map.k.data, map.backward(),
                   dq,  nullptr,     dx + H * D, W, danchor, int(T), int(T), int(H),     int(K),     int(D)});
-        attention_backward_end<bf16>(gpu, dx, W, dq, T, H, D);
+        attention_store_dq<bf16>(gpu, dx, W, dq, T, H, D);
         device_wait(gpu);
     }
     gpu.context->portable_attention = false;
