@@ -104,16 +104,23 @@ struct ForwardMaps {
     CUtensorMap q, k, v, out;
 };
 
-// The order of work: all tiles of `together` heads, then those of the next heads. A block, or a pair of blocks, begins
-// with the item of its own number and then takes what the counter, which starts at 0, gives it.
+// The order of work: all tiles of 2^together heads, longest first, then those of the next heads. The last heads are
+// taken 2^at_end together: with few tiles a head, the longest would else begin when little is left to do, and all would
+// wait for them. A block, or a pair of blocks, begins with the item of its own number and then takes what the counter,
+// which starts at 0, gives it.
 struct Schedule {
-    int items, block_items, together; // tiles x heads, tiles x together, heads
-    int group;                        // query heads of a KV head
-    int workers;                      // blocks, or pairs
+    int items, tiles, heads, together, at_end;
+    int end_head, end_item; // the first of those at the end
+    int group;              // query heads of a KV head
+    int workers;            // blocks, or pairs
     int* counter;
 
-    __device__ __forceinline__ int tile(int item) const { return item % block_items / together; }
-    __device__ __forceinline__ int head(int item) const { return item / block_items * together + item % together; }
+    __device__ __forceinline__ int2 tile_and_head(int item) const {
+        const bool end = item >= end_item;
+        const int n = end ? item - end_item : item, width = end ? at_end : together;
+        const int turn = (n >> width) / tiles, tile = (n >> width) - turn * tiles;
+        return {tile, (end ? end_head : turn << width) + (n & ((1 << width) - 1))};
+    }
     __device__ __forceinline__ int next(int lane) const { // for a whole warp
         return workers + __shfl_sync(~0u, lane == 0 ? atomicAdd(counter, 1) : 0, 0);
     }
@@ -184,9 +191,10 @@ template <int D, bool PAIR> __device__ __forceinline__ void forward_load(const A
     };
     int item = worker.number();
     for (uint32_t number = 0; item < schedule.items; number++) {
-        QueryTile tile = a.map.tiles[schedule.tile(item)];
+        const auto [number_of_tile, head] = schedule.tile_and_head(item);
+        QueryTile tile = a.map.tiles[number_of_tile];
         tile.begin += worker.rank * forward_queries;
-        const int head = schedule.head(item), kv_head = head / schedule.group;
+        const int kv_head = head / schedule.group;
         item = next_item(worker, schedule, s.items, number, lane);
         ptx::Barrier* full = &s.q_full[q.slot];
         ptx::barrier_wait(&s.q_empty[q.slot], q.phase ^ 1);
@@ -651,9 +659,10 @@ __device__ __forceinline__ void backward_load(const AttentionBackward<bf16>& a, 
     for (int item = worker.number();; item = next_item(worker, schedule, s.items, items++, lane)) {
         ptx::barrier_wait(&s.kv_empty, (items & 1) ^ 1);
         if (item >= schedule.items) break;
-        QueryTile tile = a.map.tiles[schedule.tile(item)];
+        const auto [number_of_tile, kv_head] = schedule.tile_and_head(item);
+        QueryTile tile = a.map.tiles[number_of_tile];
         tile.begin += worker.rank * backward_keys;
-        const int kv_head = schedule.head(item), heads_end = (kv_head + 1) * schedule.group;
+        const int heads_end = (kv_head + 1) * schedule.group;
         copy_row<backward_keys>(s.k_label, row_labels(a, a.k_label), tile.begin, a.Tk, lane);
         ptx::barrier_arrive_copies(&s.kv_full);
         if (lane != 0) continue;
@@ -1128,17 +1137,20 @@ inline CUtensorMap head_map(const void* base, bool fp32, size_t stride, size_t T
 }
 // As many heads together as have their rows, of `bytes` a head, in half of the L2 cache.
 inline Schedule schedule_of(Gpu gpu, int tiles, int heads, int group, size_t bytes) {
-    int together = int(std::min<size_t>(heads, gpu.context->l2_bytes / 2 / std::max<size_t>(bytes, 1)));
-    while (together > 1 && heads % together != 0) together--;
-    together = std::max(together, 1);
+    int together = 0;
+    while (heads % (2 << together) == 0 && (bytes << together) * 2 <= gpu.context->l2_bytes / 2) together++;
     CUDA_CHECK(cudaMemsetAsync(gpu.context->scratch, 0, sizeof(int), gpu.stream));
-    return {tiles * heads, tiles * together, together, group, 0, (int*)gpu.context->scratch};
+    return {tiles * heads, tiles, heads, together, together, 0, 0, group, 0, (int*)gpu.context->scratch};
 }
 
 template <bool PAIR, class Kernel, class Arguments, class Maps>
 void launch(Gpu gpu, Kernel kernel, size_t shared, const Arguments& a, const Maps& maps, Schedule schedule) {
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
     schedule.workers = std::min(gpu.context->sms / (PAIR ? 2 : 1), schedule.items);
+    constexpr int each = 3; // items of a worker at the end, where a longest one lasts as long as two
+    while (2 << schedule.at_end <= schedule.heads && schedule.tiles << schedule.at_end < each * schedule.workers)
+        schedule.at_end++;
+    schedule.end_head = schedule.heads - (1 << schedule.at_end), schedule.end_item = schedule.end_head * schedule.tiles;
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension, cluster.val.clusterDim = {PAIR ? 2u : 1u, 1, 1};
     cudaLaunchConfig_t config{};
