@@ -68,15 +68,25 @@ def colour(name, number=itertools.count()):
     return f"C{next(number)}"
 
 
+def legend(target, axes, **place):
+    """Of everything drawn on axes, each name once; below them, where it covers nothing."""
+    shown = {}
+    for plot in axes:
+        for handle, name in zip(*plot.get_legend_handles_labels()):
+            shown.setdefault(name, handle)
+    target.legend(shown.values(), shown, frameon=False, fontsize=8, **place)
+
+
 def finish(figure, path, made):
     figure.savefig(path, dpi=150)
     plt.close(figure)
     made.append(path)
 
 
-def curves(lines):
-    """(label, lines) for every kind of weights and variant."""
-    many = len(values(lines, "weights")) > 1
+def curves(lines, beside=()):
+    """(label, lines) for every kind of weights and variant; labels name the weights when the figure, which has the lines
+    `beside` too, shows several."""
+    many = len(values([*lines, *beside], "weights")) > 1
     for weights in values(lines, "weights"):
         for variant in values(pick(lines, weights=weights), "variant"):
             mine = pick(lines, weights=weights, variant=variant)
@@ -110,12 +120,12 @@ def figure1(tables, out, reading, made):
         shown = [lambda lines: lines, lambda lines: [x for x in lines if not x["variant"].endswith(":D")]][not logarithmic]
         if shift:
             reference = most_common_d2(shift)
-            for name, lines in curves(shown(pick(shift, d2=reference))):
+            for name, lines in curves(shown(pick(shift, d2=reference)), shift):
                 draw(axes[0], lines, "d1", reading, marker="o", label=name, color=colour(name))
             axes[0].set_ylabel(f"D($\\Delta_1$, {reference:g}): {READINGS[reading]}")
             axes[0].set_title(f"attention difference, {shift[0]['length']:g} tokens")
         axes[0].set_xlabel("shift $\\Delta_1$ (tokens)")
-        for name, lines in curves(shown(key)):
+        for name, lines in curves(shown(key), shift):
             at = [line["key"] + 1 for line in lines]
             axes[1].plot(at, [abs(line[column]) for line in lines], linewidth=0.7, label=name,
                          color=colour(name))
@@ -123,7 +133,7 @@ def figure1(tables, out, reading, made):
         axes[1].set_ylabel("its part of D" if column == "abs" else "|its part of signed D|")
         if key:
             axes[1].set_title(f"per key, shift {key[0]['d1']:g} against {key[0]['d2']:g}")
-        for name, lines in curves(shown(length)):
+        for name, lines in curves(shown(length), shift):
             lines = [{**line, "logit": abs(line["logit"])} for line in lines]
             draw(axes[2], lines, "length", "logit", marker="o", label=name, color=colour(name))
         axes[2].set_xscale("log", base=2)
@@ -136,7 +146,7 @@ def figure1(tables, out, reading, made):
             axes[1].set_xscale("log")
             for plot in axes:
                 plot.set_yscale("log")
-        axes[0].legend(frameon=False, fontsize=7)
+    legend(figure, rows.flat, loc="outside lower center", ncols=8)
     finish(figure, out / "figure1.png", made)
 
 
@@ -166,7 +176,7 @@ def figure7(tables, out, reading, made):
     for plot in axes:
         plot.set_xscale("symlog", linthresh=20)
         plot.set_xlim(left=-1)
-        plot.legend(frameon=False, fontsize=7)
+        legend(plot, [plot], loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4)
     finish(figure, out / "figure7.png", made)
 
 
@@ -183,7 +193,9 @@ def layers(tables, out, reading, made):
     axes[0].set_yscale("log")
     axes[0].set_xlabel("layer")
     axes[0].set_ylabel(f"its part of D({first['d1']:g}, {first['d2']:g})")
-    axes[0].legend(frameon=False, fontsize=7)
+    axes[0].set_title("D by layer")
+    across = 4 if len(values(layer, "weights")) == 1 else 2
+    legend(axes[0], axes[:1], loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=across)
     variant = "bf16:C" if pick(head, variant="bf16:C") else values(head, "variant")[-1]
     head = pick(head, variant=variant, weights=head[-1]["weights"])
     rows, columns = values(head, "layer"), values(head, "head")
@@ -257,12 +269,12 @@ def training(tables, out, reading, made):
         for variant in values(shift, "variant"):
             lines = [{**line, "place": names.index(line["weights"])} for line in pick(shift, variant=variant)]
             draw(plot, lines, "place", y, marker="o", label=variant, color=colour(variant))
-        plot.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=7)
-        plot.set_yscale("log")
+        plot.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+        plot.set_yscale("linear" if y == "first_mass" else "log")
     axes[0].set_ylabel(f"D({pair['d1']:g}, {pair['d2']:g}): {READINGS[reading]}")
     axes[1].set_ylabel("first key: sum of mean |logit difference|")
     axes[2].set_ylabel("first key: attention, summed over heads")
-    axes[0].legend(frameon=False, fontsize=7)
+    legend(figure, axes, loc="outside lower center", ncols=8)
     finish(figure, out / "training.png", made)
 
 
