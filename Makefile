@@ -4,7 +4,7 @@
 # make train_fp32_attention   its control: the trainer with RoPE and attention in fp32
 # make demo          installs what is missing, trains a small model, extends its context, draws demo.png
 # make test          installs what is missing, runs every test that needs no GPU (make test SAN=1: under ASan, UBSan)
-# make test-gpu      the tests that need a GPU
+# make test-gpu      the tests that need a GPU (some of them: PART="kernels sanitizers ranks program")
 # make bench         speed of the layers and of the whole step on this machine, PEERS=1 beside PyTorch's
 # make lint          include graph, layout, whitespace
 # make format        clang-format over the sources
