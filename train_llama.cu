@@ -988,12 +988,18 @@ void print_estimate(const Setup& s) {
                model_flops(s.config, tokens, w.batches * w.pairs * w.world));
 }
 
+// How large rings are, and how their ranks share attention.
+std::string ring_text(const Layout& l) {
+    const char* names[] = {"auto", "ring", "allgather", "ulysses"};
+    return std::to_string(l.ring) + (l.ring > 1 ? std::string(" by ") + names[int(l.exchange.backend)] : "");
+}
+
 void print_plan(const Setup& s) {
     Arena arena = measure(s, s.layout);
     const Config& c = s.config;
-    printf("%s: %.2fB parameters, context %zu, %zu x %d rank%s in rings of %d, ZeRO-%d, %s, recompute %s\n\n",
+    printf("%s: %.2fB parameters, context %zu, %zu x %d rank%s in rings of %s, ZeRO-%d, %s, recompute %s\n\n",
            s.o.model.c_str(), double(param_count(c)) / 1e9, s.layout.S, s.layout.B, s.layout.world,
-           s.layout.world > 1 ? "s" : "", s.layout.ring, s.layout.zero_level(), type_name(s.dtype),
+           s.layout.world > 1 ? "s" : "", ring_text(s.layout).c_str(), s.layout.zero_level(), type_name(s.dtype),
            recompute_text(s.layout.recompute, c.L).c_str());
     printf("  memory of a rank         GiB\n");
     for (const Arena::Part& part : arena.parts)
@@ -1057,16 +1063,19 @@ Setup setup_read(const Options& options, const Comm& world) {
     s.layout.world = o.plan && o.ranks ? int(o.ranks) : world.size;
     s.layout.ring = o.ring ? int(o.ring) : s.layout.world;
     if (s.layout.world % s.layout.ring) fail("--ring %d does not divide the %d ranks", s.layout.ring, s.layout.world);
-    if (o.ring_backend != "auto")
-        s.layout.exchange.backend = RingBackend(choice(o.ring_backend, "auto|ring|allgather|ulysses"));
-    if (s.layout.exchange.backend == RingBackend::ulysses && s.config.K % s.layout.ring)
+    s.layout.S = o.context ? size_t(o.context) : size_t(s.config.rope.max_context);
+    if (s.layout.S < 2) fail("--context must be at least 2: a row holds the anchor and something to predict");
+    s.layout.B = size_t(o.batch), s.layout.head_chunk = o.head_chunk ? size_t(o.head_chunk) : s.gpu ? 2048 : 512;
+    RingBackend& backend = s.layout.exchange.backend;
+    backend = RingBackend(choice(o.ring_backend, "auto|ring|allgather|ulysses"));
+    if (backend == RingBackend::automatic)
+        backend = ring_backend_for(s.attention == Attention::full, s.layout.ring, s.config.K,
+                                   s.layout.tokens() * size_t(s.layout.ring));
+    if (backend == RingBackend::ulysses && s.config.K % s.layout.ring)
         fail(
             "--ring_backend ulysses gives each rank of a ring whole KV heads: %d of them do not go over %d ranks; pass "
             "another --ring or --ring_backend",
             s.config.K, s.layout.ring);
-    s.layout.S = o.context ? size_t(o.context) : size_t(s.config.rope.max_context);
-    if (s.layout.S < 2) fail("--context must be at least 2: a row holds the anchor and something to predict");
-    s.layout.B = size_t(o.batch), s.layout.head_chunk = o.head_chunk ? size_t(o.head_chunk) : s.gpu ? 2048 : 512;
     s.layout.ffn_tile = size_t(o.ffn_tile), s.layout.zero = int(o.zero);
     s.layout.train = o.eval.empty() && o.dump_logits.empty() && o.generate == 0;
     setup_rope(s);
@@ -1591,10 +1600,10 @@ void log_step(Log& log, const Setup& s, const StepResult& r, double memory) {
 
 void announce(const Log& log, const Setup& s, const Loader& loader, const std::string& transport) {
     const Layout& l = s.layout;
-    log_note(log, "%s: %.2fM parameters in %s, RoPE base %g; %d rank%s (%s), %d thread%s each, rings of %d",
+    log_note(log, "%s: %.2fM parameters in %s, RoPE base %g; %d rank%s (%s), %d thread%s each, rings of %s",
              s.o.model.c_str(), double(param_count(s.config)) / 1e6, type_name(s.dtype), s.config.rope.base, l.world,
              l.world > 1 ? "s" : "", comm_backend(), omp_get_max_threads(), omp_get_max_threads() > 1 ? "s" : "",
-             l.ring);
+             ring_text(l).c_str());
     if (s.gpu && l.world > 1) log_note(log, "data travel between GPUs by %s", transport.c_str());
     if (s.o.out.empty()) log_note(log, "no --out: nothing is saved");
     if (int share = int(sysconf(_SC_NPROCESSORS_ONLN)) / l.world; omp_get_num_procs() < share)

@@ -87,7 +87,8 @@ using Flag = bool;
     OPTION(Int, ring, 0, 0, "0..65536", "ranks that share a sequence; 0: all. World size / ring sequences run side "   \
            "by side")                                                                                                  \
     OPTION(Text, ring_backend, 0, "auto", "auto|ring|allgather|ulysses", "how the ranks of a ring share attention: "   \
-           "keys go round; all keys at once; all-to-all of heads, when the ranks divide the KV heads. auto: ring")     \
+           "keys go round; all keys at once; all-to-all of heads, when the ranks divide the KV heads. auto: ring, of " \
+           "a full mask ulysses if it can")                                                                            \
     OPTION(Int, zero, 0, 1, "1..3", "ZeRO: ranks share out the optimizer's state; 2: gradients too; 3: weights too")   \
     OPTION(Text, transport, 0, "auto", "auto|ipc|nccl", "how data travel between GPUs; auto: CUDA IPC where two "  \
            "ranks can map each other's memory, else NCCL")                                                             \

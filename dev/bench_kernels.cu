@@ -69,9 +69,11 @@ void bench_embedding(Gpu gpu, double ceiling) {
     token_order_upload(gpu, order, memory);
     bf16 *weight = normal(gpu, V * C, 1), *out = normal(gpu, T * C, 2), *dweight = normal(gpu, V * C, 3);
     float* dweight_float = bench_normal<float>(gpu, V * C, 4);
-    // Read: the rows of the ids that occur. Written: out.
+    // Read: the rows of the ids that occur. Written: out. So short, a plain copy does not reach its bandwidth either.
     double ms = mean_ms(gpu, [&] { embedding_forward(gpu, out, order, weight, C); });
     bench_row_bytes("embedding forward", ms, (ids + rows) * row, ceiling);
+    ms = mean_ms(gpu, [&] { copy_on_device(gpu, dweight_float, weight, size_t((ids + rows) * row / 2)); });
+    bench_row_bytes("  plain copy of this size", ms, (ids + rows) * row, ceiling);
     // Read: dout. Read and written: the rows of the ids that occur.
     ms = mean_ms(gpu, [&] { embedding_backward(gpu, dweight, out, order, C); });
     bench_row_bytes("embedding backward", ms, (2 * ids + rows) * row, ceiling);

@@ -147,8 +147,15 @@ inline Placement ring_placement(const int32_t* doc /*(S)*/, size_t S, size_t siz
     return best;
 }
 
-// How queries meet keys of other ranks (the exchanges are in ring.cuh). automatic is `ring`.
+// How queries meet keys of other ranks (the exchanges are in ring.cuh). automatic: see below; in a plan, `ring`.
 enum class RingBackend { automatic, ring, allgather, ulysses };
+
+// The fastest one, as far as it was measured (dev/LOG.md, "Several GPUs"). With a full mask Ulysses, whose heads attend
+// to whole rows in one piece; the ranks must divide the K KV heads, and places count the `tokens` of whole rows. With
+// documents the ring, which leaves out what the mask hides.
+inline RingBackend ring_backend_for(bool full, size_t ring, size_t K, size_t tokens) {
+    return full && ring > 1 && K % ring == 0 && tokens <= size_t(INT32_MAX) ? RingBackend::ulysses : RingBackend::ring;
+}
 struct RingExchange {
     RingBackend backend = RingBackend::ring;
     size_t held = 2; // ring: steps whose keys, and gradients of keys, a rank's buffers hold at their largest

@@ -419,9 +419,15 @@ def test_the_plan_is_what_a_run_takes(tmp_path):
 
 def test_the_plan_of_a_7b_needs_no_gpu():
     out = run("-e", "llama2-7b", "-c", 65536, "--device", "gpu", "--plan", "--ranks", 8)
-    assert "6.74B parameters" in out and "8 ranks in rings of 8" in out
+    assert "6.74B parameters" in out and "8 ranks in rings of 8 by ring" in out
     total = float(re.search(r"  all +([\d.]+) of", out).group(1))
     assert 40 < total < 139
+
+
+@pytest.mark.parametrize("attention, ranks, backend", [("anchor", 8, "ring"), ("full", 8, "ulysses"), ("full", 6, "ring")])
+def test_auto_takes_the_fastest_ring_backend(attention, ranks, backend):
+    out = run("-e", "llama2-7b", "-c", 4096, "--device", "gpu", "--plan", "--attention", attention, "--ranks", ranks)
+    assert f"{ranks} ranks in rings of {ranks} by {backend}," in out  # 32 KV heads: 6 ranks do not divide them
 
 
 def test_the_plan_estimates_the_step():
