@@ -310,11 +310,6 @@ constexpr AttentionTiles attention_tiles_cpu = {attention_tile, attention_tile, 
 template <class E> AttentionTiles attention_tiles(Cpu, size_t) { return attention_tiles_cpu; }
 template <class A> constexpr A minus_infinity = -std::numeric_limits<A>::infinity();
 
-template <class F, int... I>
-__attribute__((always_inline)) inline void tile_unroll(F f, std::integer_sequence<int, I...>) {
-    (f(I), ...);
-}
-
 // One block of registers of tile_product, R rows by N vectors: unrolled, or at -O2 the sums stay in memory (3x slower).
 template <class A, int R, int N, bool add> inline void product_block(A* c, size_t c_row, size_t columns, const A* a,
                                                                      size_t a_row, size_t a_column, const A* b,
@@ -324,10 +319,10 @@ template <class A, int R, int N, bool add> inline void product_block(A* c, size_
     constexpr std::make_integer_sequence<int, R * N> all;
     Vector sum[R * N] = {};
     for (size_t d = 0; d < depth; d++, a += a_column, b += b_row)
-        tile_unroll(
+        unroll(
             [&](int i) __attribute__((always_inline)) { sum[i] += a[i / N * a_row] * *(const Vector*)(b + i % N * W); },
             all);
-    tile_unroll(
+    unroll(
         [&](int i) __attribute__((always_inline)) {
             const size_t column = i % N * W;
             A* to = c + i / N * c_row + column;
@@ -681,6 +676,15 @@ template <class E> inline void backward_tile(const TileTask<Acc<E>>& task, Acc<E
         for (size_t d = 0; d < D; d++) dq[i * H * D + d] += scale * dqT[d * N + i];
 }
 
+// Tasks of a KV head in the backward. Each but the first takes a copy of dK and dV: the fewest with which the threads
+// have work for 85% of the time or more.
+inline size_t attention_parts(size_t K) {
+    const size_t threads = omp_get_max_threads();
+    size_t parts = 1;
+    while (100 * K * parts < 85 * threads * ((K * parts + threads - 1) / threads)) parts++;
+    return parts;
+}
+
 // Adds what the queries of qt and the keys of kt give each other. Each KV head's tiles are dealt to `parts` tasks of
 // nearly equal work; a task owns its dq rows, and a copy of dkv unless it is the first. The copies are added in order,
 // so the bits depend on the number of threads (through `parts`), but not on their timing.
@@ -693,7 +697,7 @@ template <class E> void attention_backward_continue(Cpu, Acc<E>* dq /*(T, H, D)*
     attention_require(map, H, K, D);
     if (map.tiles.empty()) return;
     const size_t Tk = kt.size(), tiles = map.tiles.size(), G = H / K, width = 2 * K * D;
-    const size_t threads = omp_get_max_threads(), parts = std::min(threads / std::gcd(K, threads), tiles);
+    const size_t parts = std::min(attention_parts(K), tiles);
     KeysByHead<A> keys = keys_by_head(kv, kv_stride, Tk, K, D);
     std::vector<A> copies((parts - 1) * Tk * width);
 #pragma omp parallel

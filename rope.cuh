@@ -97,9 +97,10 @@ inline double rope_frequencies(double* inv_freq, const RopeConfig& r, size_t D, 
     fail("unknown RoPE scaling %d", int(r.scaling));
 }
 
-// Where bf16 enters. The names in capitals are those of the deviation experiment (arXiv 2411.13476).
+// Where bf16 enters. The capitals are the variants of the deviation experiment (arXiv 2411.13476), whose own angles are
+// fp32 but in D.
 enum class RopePrecision {
-    exact,         // C: angles in double, cos and sin in Acc<E>, one rounding to E (F, the control, is E = float)
+    exact,         // C: angles in double, cos and sin in Acc<E>, one rounding to E
     bf16_table,    // B: cos and sin rounded to bf16, the rotation as above (flash-attn's kernel)
     bf16_rotation, // A: the same table, both products and their sum rounded to bf16 (Hugging Face in bf16)
     bf16_angle,    // D: bf16(bf16(pos) bf16(inv_freq)) as the angle, the rest as A (transformers before PR 29285)

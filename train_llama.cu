@@ -191,7 +191,7 @@ struct Layout {
 template <class E, class G> struct Part {
     size_t begin = 0, end = 0;      // elements of the model
     std::vector<size_t> shards;     // rank r updates [shards[r], shards[r + 1]) of the part
-    size_t at = 0;                  // this rank's slice in its moments, on every rank alike
+    size_t at = 0;                  // this rank's slice in all that it has slices of, on every rank alike
     int buffer = 0;                 // which one it takes
     E *params, *params_shard;       // whole while it is in use; this rank's slice
     G *grads, *grads_shard;         // likewise
@@ -297,8 +297,9 @@ template <class Dev, class E, class G> void model_place(Model<Dev, E, G>& m, Are
     parts_place(m, arena);
     m.update = arena.take<UpdateState>("inputs", 1);
 
-    // The policy's name is a field of Recompute: that many layers share one place. Without a backward all do, and x in
-    // place. The feed-forward's shared place and attention's are never in use together, so they lie over each other.
+    // The policy's name is a field of Recompute: that many layers share one place. Without a backward all do, and every
+    // layer's x is where the last one's was. The feed-forward's shared place and attention's are never in use together,
+    // so they lie over each other.
     m.acts.resize(L);
     auto act = [&](auto field, size_t count, int policy, bool feed_forward, bool in_overlay) {
         using X = std::remove_pointer_t<std::remove_reference_t<decltype(m.acts[0].*field)>>;
@@ -657,11 +658,12 @@ template <class Dev, class E, class G> void model_init(Model<Dev, E, G>& m, uint
 // What a command line means: the model, its layout in memory, the numbers of the run.
 struct Setup {
     Options o;
-    Comm world, ring, layers;
+    Comm world, host, ring, layers; // host: those of the world on this machine
     Config config;
     Layout layout;
     std::string weights; // file to start from; empty: random weights
     Type dtype = Type::f32, grad_dtype = Type::f32;
+    std::string master = "auto"; // --master, or what the checkpoints have that a run is resumed from
     Attention attention = Attention::anchor;
     Boundary boundary = Boundary::mask;
     RopePrecision precision = RopePrecision::exact;
@@ -701,9 +703,17 @@ Config setup_config(Setup& s) {
             printf("no --model and no model.bin here: a random model of size %s\n", o.model.c_str());
     }
     const NamedConfig* named = nullptr;
-    for (const NamedConfig& n : named_configs)
+    std::string names;
+    for (const NamedConfig& n : named_configs) {
         if (o.model == n.name) named = &n;
+        names += (names.empty() ? "" : ", ") + std::string(n.name);
+    }
     if (!named) {
+        if (access(o.model.c_str(), F_OK) != 0)
+            fail("--model %s: there is no such file, nor a size of that name: %s", o.model.c_str(), names.c_str());
+        if (struct stat info; stat(o.model.c_str(), &info) == 0 && S_ISDIR(info.st_mode))
+            fail("--model %s is a folder: name the weights file, as %s/weights.bin of a checkpoint", o.model.c_str(),
+                 o.model.c_str());
         const WeightsFile file = weights_open(o.model, o.dump_params);
         if (o.layers || o.channels || o.heads || o.kv_heads || o.ffn || o.vocab || o.tied)
             fail("%s fixes the model's shape: --layers, --channels, --heads, --kv_heads, --ffn, --vocab and --tied go "
@@ -746,6 +756,11 @@ void setup_rope(Setup& s) {
         r.scaling = RopeScaling(choice(s.o.rope_scaling, "none|linear|dynamic|yarn|longrope|llama3"));
         if (r.scaling == RopeScaling::longrope && r.long_factor[0] == 0)
             fail("--rope_scaling longrope needs the factors of a converted model; these weights hold none");
+        const bool by_factor =
+            r.scaling == RopeScaling::linear || r.scaling == RopeScaling::yarn || r.scaling == RopeScaling::llama3;
+        if (by_factor && r.factor == 1)
+            fail("--rope_scaling %s needs --rope_factor: by 1 it changes nothing", s.o.rope_scaling.c_str());
+        if (r.scaling == RopeScaling::none && s.o.rope_factor > 0) fail("--rope_factor goes with a --rope_scaling");
     }
     if (S > r.max_context && s.o.rope_base == 0 && s.o.rope_scaling == "model" && r.scaling == RopeScaling::none &&
         s.world.rank == 0 && !s.weights.empty())
@@ -825,15 +840,29 @@ Arena measure(const Setup& s, const Layout& layout) {
     });
 }
 
+// Whether data of some ranks will travel by NCCL: between hosts, which a plan takes to have 8 GPUs each.
+bool takes_nccl(const Setup& s, const Layout& layout) {
+    const int host = s.o.plan ? 8 : s.host.size;
+    return s.transport == Transport::nccl || (s.transport == Transport::automatic && layout.world > host);
+}
+
 // GPU memory of the communicator's groups: the world, the layers', which has the same ranks, and the ring, which may.
 double transfer_bytes(const Setup& s, const Layout& layout) {
-    return comm_gpu_bytes(layout.world, s.transport, layout.ring > 1 ? 3 : 2,
+    return comm_gpu_bytes(layout.world, takes_nccl(s, layout), layout.ring > 1 ? 3 : 2,
                           layout.ring > 1 && layout.ring < layout.world ? 2 : 1);
 }
 
-// What a rank's memory must hold: the arena, and on a GPU what lies beside it.
+// What the CPU's attention takes beside the arena: copies of the keys, the values and their gradients.
+double threads_bytes(const Setup& s, const Layout& layout) {
+    const bool all = layout.ring > 1 && layout.exchange.backend != RingBackend::ring;
+    const bool heads = all && layout.exchange.backend == RingBackend::ulysses;
+    const size_t K = s.config.K / (heads ? layout.ring : 1), Tk = layout.tokens() * (all ? layout.ring : 1);
+    return double(attention_parts(K) * Tk * 2 * K * s.config.D) * (s.dtype == Type::f64 ? 8 : 4);
+}
+
+// What a rank's memory must hold: the arena, and what lies beside it.
 double memory_needed(const Setup& s, const Layout& layout) {
-    const double beside = s.gpu ? gpu_overhead_bytes + transfer_bytes(s, layout) : 0;
+    const double beside = s.gpu ? gpu_overhead_bytes + transfer_bytes(s, layout) : threads_bytes(s, layout);
     return double(measure(s, layout).used) + beside;
 }
 // What of it a run may take. A GPU's is ours; a machine's is also the system's and the messages'.
@@ -841,8 +870,8 @@ double memory_usable(const Setup& s) { return (s.gpu ? 0.998 : 0.92) * s.memory;
 
 double machine_memory(const Setup& s) {
     constexpr double h200 = 139.8 * (1 << 30); // as its driver says
-    if (s.gpu) return s.o.plan && !gpu_fault(0).empty() ? h200 : gpu_memory(comm_host(s.world).rank);
-    int sharers = s.o.plan && s.o.ranks ? int(s.o.ranks) : comm_host(s.world).size;
+    if (s.gpu) return s.o.plan && !gpu_fault(0).empty() ? h200 : gpu_memory(s.host.rank);
+    int sharers = s.o.plan && s.o.ranks ? int(s.o.ranks) : s.host.size;
     return double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE)) / sharers;
 }
 
@@ -861,7 +890,7 @@ bool choose_layout(Setup& s) {
     if (s.dtype == Type::f64 && (s.grad_dtype != Type::f64 || layout.moments != Type::f64))
         fail("--dtype double keeps gradients and moments in double: leave --grad_dtype and --opt_dtype away");
     if (s.dtype == Type::f32 && s.grad_dtype == Type::bf16) fail("--grad_dtype bf16 goes with --dtype bf16");
-    if (s.dtype != Type::bf16 && o.master == "float") fail("--master float goes with --dtype bf16");
+    if (s.dtype != Type::bf16 && s.master == "float") fail("--master float goes with --dtype bf16");
 
     const int L = s.config.L;
     auto fits = [&](bool master, int units) {
@@ -875,7 +904,7 @@ bool choose_layout(Setup& s) {
     };
     // A master copy with as little recomputation as fits, all but attention at most; then without the master; and only
     // when neither fits, attention as well.
-    bool may = s.dtype == Type::bf16 && o.master != "none", must = o.master == "float";
+    bool may = s.dtype == Type::bf16 && s.master != "none", must = s.master == "float";
     for (int most : {recompute_kinds - 1, recompute_kinds})
         for (int master = may; master >= must; master--)
             for (int units = 0; units <= most * L; units++)
@@ -883,7 +912,29 @@ bool choose_layout(Setup& s) {
     return fits(must, recompute_kinds * L);
 }
 
+// A run that is resumed has a master copy if its checkpoints have one: the newest that tells.
+void keep_master(Setup& s) {
+    int64_t has = -1; // unknown: there is no checkpoint
+    if (s.world.rank == 0 && access(s.o.out.c_str(), R_OK) == 0) {
+        std::vector<int64_t> steps;
+        for (const std::string& name : directory_list(s.o.out))
+            if (step_from_name(name) >= 0) steps.push_back(step_from_name(name));
+        std::sort(steps.rbegin(), steps.rend());
+        for (size_t i = 0; i < steps.size() && has < 0; i++) {
+            ShardHeader header;
+            FILE* file = fopen((checkpoint_path(s.o.out, steps[i]) + "/" + shard_name(0)).c_str(), "r");
+            if (file && fread(&header, sizeof header, 1, file) == 1 && header.magic == shard_magic)
+                has = header.type[2] >= 0;
+            if (file) fclose(file);
+        }
+    }
+    comm_broadcast(Cpu{}, s.world, &has, 1, 0);
+    if (has >= 0) s.master = has ? "float" : "none";
+}
+
 void setup_memory(Setup& s) {
+    s.master = s.o.master;
+    if (s.o.resume && s.master == "auto") keep_master(s);
     s.memory = s.o.memory > 0 ? s.o.memory * (1 << 30) : machine_memory(s);
     std::vector<double> all(s.world.size);
     comm_gather(Cpu{}, s.world, all.data(), &s.memory, 1);
@@ -891,6 +942,16 @@ void setup_memory(Setup& s) {
     choose_layout(s);
     for (Layout more = s.layout; ++more.exchange.held < size_t(more.ring);) // what is left lets more steps start early
         if (memory_needed(s, more) < memory_usable(s)) s.layout = more;
+}
+
+// How the ranks of a ring share attention: as asked for, else as is fastest. False when they cannot.
+bool choose_exchange(Setup& s) {
+    RingBackend& backend = s.layout.exchange.backend;
+    backend = RingBackend(choice(s.o.ring_backend, "auto|ring|allgather|ulysses"));
+    if (backend == RingBackend::automatic)
+        backend = ring_backend_for(s.attention == Attention::full, s.layout.ring, s.config.K,
+                                   s.layout.tokens() * size_t(s.layout.ring));
+    return backend != RingBackend::ulysses || s.config.K % s.layout.ring == 0;
 }
 
 // For a layout that does not fit: changes after which it does, each kept while the next is tried, the mildest first.
@@ -908,7 +969,7 @@ std::string what_fits(Setup s) {
             if (change("--zero " + std::to_string(level))) return changes;
             if (level == 2) changes = before; // --zero 3 goes further
         }
-    if (s.o.master == "float" && (s.o.master = "none", change("--master none"))) return changes;
+    if (s.master == "float" && !s.o.resume && (s.master = "none", change("--master none"))) return changes;
     if (s.dtype == Type::bf16 && (s.grad_dtype == Type::f32 || s.layout.moments == Type::f32)) {
         s.o.grad_dtype = s.o.opt_dtype = "bf16";
         if (change("--grad_dtype bf16 --opt_dtype bf16")) return changes;
@@ -920,8 +981,14 @@ std::string what_fits(Setup s) {
     }
     const std::string before = changes;
     for (int ranks = 2 * s.layout.world; ranks <= 1024; ranks *= 2) {
-        changes = before, s.layout.world = s.layout.ring = ranks;
-        if (change("on " + std::to_string(ranks) + " ranks")) return changes;
+        s.layout.world = ranks;
+        if (!s.o.ring) s.layout.ring = ranks;
+        if (!choose_exchange(s)) break; // nor with more of them
+        const std::string on = "on " + std::to_string(ranks) + " ranks";
+        const int zero = s.layout.zero;
+        if (changes = before, change(on)) return changes;
+        if (s.layout.zero = 3, changes = before, zero < 3 && change("--zero 3 " + on)) return changes;
+        s.layout.zero = zero;
     }
     return "a smaller model or --context";
 }
@@ -945,7 +1012,7 @@ StepWork step_work(const Setup& s) {
     w.travel = l.exchange.backend == RingBackend::ulysses     ? KeysTravel::ulysses
                : l.exchange.backend == RingBackend::allgather ? KeysTravel::allgather
                                                               : KeysTravel::ring;
-    w.nccl = s.transport == Transport::nccl;
+    w.nccl = takes_nccl(s, l);
     w.weight = double(type_size(s.dtype)), w.gradient = double(type_size(s.grad_dtype));
     w.moment = double(type_size(l.moments)), w.master = l.master;
     w.again = {r.norm, r.swiglu, r.residual, r.qkv, r.ffn, r.attention};
@@ -1007,10 +1074,11 @@ void print_plan(const Setup& s) {
     if (s.gpu) printf("  %-20s %8.3f\n", "CUDA, cuBLASLt", gpu_overhead_bytes / (1 << 30));
     if (const double transfers = transfer_bytes(s, s.layout); s.gpu && transfers > 0)
         printf("  %-20s %8.3f\n", "transfers", transfers / (1 << 30));
+    if (!s.gpu) printf("  %-20s %8.3f\n", "attention's threads", threads_bytes(s, s.layout) / (1 << 30));
     const double needed = memory_needed(s, s.layout);
     printf("  %-20s %8.3f of %.1f\n", "all", needed / (1 << 30), s.memory / (1 << 30));
     if (needed >= memory_usable(s)) printf("\n  does not fit; this would: %s\n", what_fits(s).c_str());
-    if (s.layout.train) print_estimate(s);
+    else if (s.layout.train) print_estimate(s);
 }
 
 // --prompt's token ids, or BOS alone.
@@ -1033,7 +1101,7 @@ std::vector<int32_t> prompt_read(const Setup& s) {
 // The device: as asked for, else GPUs if every rank has one that can be used.
 void setup_device(Setup& s) {
     const Options& o = s.o;
-    const std::string fault = gpu_fault(comm_host(s.world).rank);
+    const std::string fault = gpu_fault(s.host.rank);
     const uint8_t faulty = !fault.empty();
     std::vector<uint8_t> all(s.world.size);
     comm_gather(Cpu{}, s.world, all.data(), &faulty, 1);
@@ -1046,13 +1114,28 @@ void setup_device(Setup& s) {
         printf("on the CPU, though this machine has an NVIDIA driver: %s\n", fault.c_str());
 }
 
+// An option that names a file to write must not cost a model or data.
+void check_output(const char* option, const std::string& path) {
+    int32_t magic = 0;
+    FILE* file = path.empty() ? nullptr : fopen(path.c_str(), "rb");
+    if (file && fread(&magic, sizeof magic, 1, file) != 1) magic = 0;
+    if (file) fclose(file);
+    if (magic == weights_magic || tokens_are(magic))
+        fail("--%s would overwrite %s, which holds %s: name a new file", option, path.c_str(),
+             magic == weights_magic ? "weights" : "tokens");
+}
+
 // Reads the command line's meaning; bad combinations end here, before any work.
 Setup setup_read(const Options& options, const Comm& world) {
     Setup s;
-    s.o = options, s.world = world;
+    s.o = options, s.world = world, s.host = comm_host(world);
     const Options& o = s.o;
     if (o.out.empty() && (o.resume || o.save_every)) fail("--resume and --save_every need --out, the run's folder");
     if (!o.dump_logits.empty() && world.size > 1) fail("--dump_logits runs on one rank");
+    if ((o.generate > 0) + !o.eval.empty() + !o.dump_logits.empty() > 1)
+        fail("--generate, --eval and --dump_logits are a run each");
+    if (o.ranks && !o.plan) fail("--ranks goes with --plan; ranks are started by mpirun -np %lld", (long long)o.ranks);
+    check_output("eval", o.eval), check_output("dump_logits", o.dump_logits);
     setup_device(s);
     s.attention = Attention(choice(o.attention, "full|intra|intra_reset|anchor"));
     s.boundary = Boundary(choice(o.boundary_loss, "mask|next|bos"));
@@ -1066,12 +1149,7 @@ Setup setup_read(const Options& options, const Comm& world) {
     s.layout.S = o.context ? size_t(o.context) : size_t(s.config.rope.max_context);
     if (s.layout.S < 2) fail("--context must be at least 2: a row holds the anchor and something to predict");
     s.layout.B = size_t(o.batch), s.layout.head_chunk = o.head_chunk ? size_t(o.head_chunk) : s.gpu ? 2048 : 512;
-    RingBackend& backend = s.layout.exchange.backend;
-    backend = RingBackend(choice(o.ring_backend, "auto|ring|allgather|ulysses"));
-    if (backend == RingBackend::automatic)
-        backend = ring_backend_for(s.attention == Attention::full, s.layout.ring, s.config.K,
-                                   s.layout.tokens() * size_t(s.layout.ring));
-    if (backend == RingBackend::ulysses && s.config.K % s.layout.ring)
+    if (!choose_exchange(s))
         fail(
             "--ring_backend ulysses gives each rank of a ring whole KV heads: %d of them do not go over %d ranks; pass "
             "another --ring or --ring_backend",
@@ -1102,7 +1180,7 @@ struct TrainState {
     UpdateState update; // its place while training is the device
 };
 
-// Reads weights of any element type into the model's.
+// Reads weights of any element type into the model's, and the slice of the master copy, which keeps all their bits.
 template <class Dev, class E, class G> void weights_load(Model<Dev, E, G>& m, const WeightsFile& file) {
     if (file.elements != m.elements)
         fail("%s: %llu elements, the model has %zu", file.file.path.c_str(), (unsigned long long)file.elements,
@@ -1111,13 +1189,20 @@ template <class Dev, class E, class G> void weights_load(Model<Dev, E, G>& m, co
         const size_t piece = 1 << 22;
         std::vector<X> buffer(std::min(piece, m.elements));
         std::vector<E> rounded(buffer.size());
-        for (const Part<E, G>& part : m.parts)
+        std::vector<Acc<E>> exact(m.master ? buffer.size() : 0);
+        for (const Part<E, G>& part : m.parts) {
+            const size_t first = part.begin + m.shard_begin(part), last = first + m.shard_count(part);
             for (size_t i = part.held_begin, n; i < part.held_end; i += n) {
                 n = std::min(piece, part.held_end - i);
                 weights_read(file, i, n, buffer.data());
                 convert(Cpu{}, rounded.data(), buffer.data(), n);
                 copy_to_device(m.dev, part.held + (i - part.held_begin), rounded.data(), n * sizeof(E));
+                const size_t from = std::max(i, first), to = std::min(i + n, last);
+                if (!m.master || from >= to) continue;
+                convert(Cpu{}, exact.data(), buffer.data() + (from - i), to - from);
+                copy_to_device(m.dev, m.master + part.at + (from - first), exact.data(), (to - from) * sizeof(Acc<E>));
             }
+        }
     };
     if (file.dtype == Type::f32) read_as.template operator()<float>();
     if (file.dtype == Type::bf16) read_as.template operator()<bf16>();
@@ -1170,7 +1255,15 @@ template <class Dev, class E, class G> void save(Model<Dev, E, G>& m, const Setu
 // Goes on from the newest sound checkpoint, whatever number of ranks wrote it; false when there is none.
 template <class Dev, class E, class G> bool resume(Model<Dev, E, G>& m, const Setup& s, TrainState& state) {
     Checkpoint from = checkpoint_newest(patient(m.world), s.o.out);
-    if (from.step < 0) return false;
+    if (from.step < 0) {
+        if (s.world.rank == 0)
+            for (const std::string& name : directory_list(s.o.out))
+                if (step_from_name(name) >= 0)
+                    fail("no checkpoint in %s can be used (why stands above): they are left as they are; begin anew "
+                         "with another --out",
+                         s.o.out.c_str());
+        return false;
+    }
     const WeightsFile weights = weights_open(from.path + "/weights.bin");
     const WeightsHeader theirs = header_from_config(weights.config, Type::f32, 0);
     const WeightsHeader ours = header_from_config(m.config, Type::f32, 0);
@@ -1200,6 +1293,17 @@ template <class Dev, class E, class G> bool resume(Model<Dev, E, G>& m, const Se
     if (had_master && !m.master) fail("%s has master weights: resume with --master float", from.path.c_str());
     if (m.master) read(ShardField::master, type_of<Acc<E>>(), m.master);
     return true;
+}
+
+// Ids of one tokenizer mean nothing to a model, or beside text, of another.
+void check_tokenizers(const Setup& s, const Corpus& training, const Corpus& validation) {
+    auto hash = [](const Corpus& c) { return c.shards.empty() ? 0 : c.shards[0].tokenizer; };
+    if (hash(training) && hash(validation) && hash(training) != hash(validation))
+        fail("--train_data and --val_data were made with different tokenizers");
+    for (const Corpus* c : {&training, &validation})
+        if (s.world.rank == 0 && c->bos >= 0 && c->bos != s.config.bos)
+            printf("%s begins documents with token %d, the model with %d: is it another tokenizer's?\n",
+                   c->shards[0].path.c_str(), c->bos, s.config.bos);
 }
 
 // This ring's rows among the next `count`: row j goes to ring j mod rings. The others are stepped over, so that
@@ -1248,9 +1352,11 @@ template <class E, class G> void model_tune(Model<Gpu, E, G>& m, const Setup& s,
     text.resize(size_t(size));
     comm_broadcast(Cpu{}, s.world, (uint8_t*)text.data(), text.size(), 0);
     if (s.world.rank > 0) matmul_algos_read(m.dev, text);
-    FILE* file = path.empty() || s.world.rank > 0 ? nullptr : fopen(path.c_str(), "w");
-    if (file && (fwrite(text.data(), 1, text.size(), file) != text.size() || fclose(file) != 0))
-        fail("%s: %s", path.c_str(), strerror(errno));
+    if (!path.empty() && s.world.rank == 0) {
+        FILE* file = fopen(path.c_str(), "w");
+        if (!file || fwrite(text.data(), 1, text.size(), file) != text.size() || fclose(file) != 0)
+            fail("%s: %s", path.c_str(), strerror(errno));
+    }
     device_wait(m.dev); // no step is charged with it
 }
 
@@ -1382,10 +1488,11 @@ struct Score {
     float loss;
 };
 
-// One document without a label.
-Row blank_row(size_t S) {
+// One document without a label; document 0 where the mask has an anchor.
+Row blank_row(size_t S, Attention attention) {
+    const bool anchored = attention == Attention::anchor || attention == Attention::full;
     Row row;
-    row.token.assign(S, 0), row.doc.assign(S, 0), row.pos.assign(S, 0), row.label.assign(S, -1);
+    row.token.assign(S, 0), row.doc.assign(S, anchored ? 0 : 1), row.pos.assign(S, 0), row.label.assign(S, -1);
     return row;
 }
 
@@ -1399,7 +1506,7 @@ std::vector<Score> score_rows(Model<Dev, E, G>& m, const Setup& s, Loader& loade
         const int64_t start = loader.cursor.rows;
         std::vector<Row> rows = take_rows(loader, s, std::min(at_once, count - first));
         const bool none = rows.empty(); // at the data's end: then a blank row, since all rings fetch weights together
-        if (none) rows.push_back(blank_row(s.layout.S));
+        if (none) rows.push_back(blank_row(s.layout.S, s.attention));
         Batch b = batch_make(rows, s.attention, s.ring, attention_tiles<E>(m.dev, m.config.D), s.layout.exchange);
         model_forward(m, b);
         head_forward(m, b, [](size_t, size_t) {});
@@ -1423,6 +1530,7 @@ template <class Dev, class E, class G> double validation_loss(Model<Dev, E, G>& 
     double sums[2] = {};
     for (const Score& score : score_rows(m, s, loader, s.o.val_rows)) sums[0] += score.loss, sums[1] += 1;
     comm_sum(Cpu{}, s.world, sums, 2);
+    if (sums[1] == 0) fail("--val_data: its first %lld rows have no token to predict", (long long)s.o.val_rows);
     return sums[0] / sums[1];
 }
 
@@ -1444,6 +1552,7 @@ template <class Dev, class E, class G> void evaluate(Model<Dev, E, G>& m, const 
         scores.insert(scores.end(), all.begin() + r * most, all.begin() + r * most + counts[r]);
     std::sort(scores.begin(), scores.end(),
               [](const Score& a, const Score& b) { return std::pair(a.row, a.index) < std::pair(b.row, b.index); });
+    if (scores.empty()) fail("--eval: the first %lld rows have no token to predict", (long long)s.o.val_rows);
     fprintf(file, "row,index,doc,label,correct,loss\n");
     double loss = 0, correct = 0;
     for (const Score& x : scores) {
@@ -1631,22 +1740,23 @@ template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setu
     }
     TrainState state;
     bool resumed = o.resume && resume(m, s, state);
+    const std::string changes = resumed && s.world.rank == 0 ? log_changes(o, o.out) : "";
     Log log = log_open(o, o.out, s.world.rank);
     if (o.resume && !resumed) log_note(log, "no checkpoint in '%s': a new run", o.out.c_str());
     if (resumed) log_note(log, "going on from step %lld", (long long)state.step);
-    else master_from_params(m);
+    if (!changes.empty()) log_note(log, "changed since the last start: %s", changes.c_str());
 
     Loader loader, validation;
     loader_open(loader, o.train_data, pack_options(s, true));
     loader_seek(loader, state.cursor);
     if (o.domain_tags && loader.corpus.max_tags == 0) log_note(log, "--domain_tags: no source of this data has tags");
     if (!o.val_data.empty()) loader_open(validation, o.val_data, pack_options(s, false));
+    check_tokenizers(s, loader.corpus, validation.corpus);
     std::vector<std::string> pieces = pieces_read(o.vocab_file);
     announce(log, s, loader, comm_transport(m.dev, s.world));
 
+    for (int number : {SIGTERM, SIGUSR1, SIGHUP}) signal(number, [](int) { signal_caught = 1; });
     if (state.step < o.steps) model_tune(m, s, loader, log);
-    signal(SIGTERM, [](int) { signal_caught = 1; });
-    signal(SIGUSR1, [](int) { signal_caught = 1; });
     const size_t longest = std::min(m.layout.tokens(), s.layout.S); // that a sample can be
     if (state.step >= o.steps) log_note(log, "nothing to do: --steps is %lld", (long long)o.steps);
     int skips = 0;
@@ -1666,14 +1776,15 @@ template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setu
         StepResult r = step_gradients(m, s, state, loader);
         step_update(m, s, state, r);
         state.cursor = loader.cursor;
-        bool lost = under_way && !finish(*under_way);
+        const bool lost_before = under_way && !finish(*under_way);
         under_way.reset();
-        bool val_due = !o.val_data.empty() && due(o.val_every), leave = r.stop || lost;
+        bool val_due = !o.val_data.empty() && due(o.val_every), leave = r.stop || lost_before;
         if (may_wait && !leave && state.step < o.steps && !val_due && !due(o.save_every) && !due(o.sample_every)) {
             under_way = r;
             continue;
         }
-        lost = !finish(r) || lost, leave = leave || lost;
+        const bool lost = !finish(r); // a good update after the last bad one: the run is not
+        leave = r.stop || lost;
         const bool last = leave || state.step == o.steps;
         if (last || due(o.save_every)) save(m, s, state); // first: what follows may fail
         if (!o.val_data.empty() && !leave && (last || val_due)) {
@@ -1706,6 +1817,8 @@ template <class Dev, class E, class G> int run(Dev dev, Setup& s) {
     Arena arena = measure(s, s.layout);
     if (memory_needed(s, s.layout) > s.memory) {
         if (s.world.rank == 0) print_plan(s);
+        fflush(stdout);
+        comm_barrier(s.world); // the others would end rank 0 before it has said what fits
         fail("%.2f GiB are needed and a rank has %.2f", memory_needed(s, s.layout) / (1 << 30), s.memory / (1 << 30));
     }
     const size_t planned = arena.used;
@@ -1713,7 +1826,7 @@ template <class Dev, class E, class G> int run(Dev dev, Setup& s) {
     model_place(m, arena);
     REQUIRE(arena.used == planned, "every rank must place what was measured");
     for (const Comm& group : {s.world, s.ring, s.layers}) comm_open(dev, group, arena.base, planned, s.transport);
-    if (s.weights.empty()) model_init(m, uint64_t(s.o.seed));
+    if (s.weights.empty()) model_init(m, uint64_t(s.o.seed)), master_from_params(m);
     else weights_load(m, weights_open(s.weights));
     if (s.layout.train) return train(m, s);
 
@@ -1768,7 +1881,7 @@ void set_threads(const Comm& world) {
 double memory_gib(Gpu) { return gpu_memory_used() / (1 << 30); }
 
 int run_gpu(Setup& setup) {
-    Gpu gpu = gpu_open(comm_host(setup.world).rank, setup.o.deterministic, setup.o.portable_attention);
+    Gpu gpu = gpu_open(setup.host.rank, setup.o.deterministic, setup.o.portable_attention);
     const int status = setup.dtype == Type::f32        ? run<Gpu, float, float>(gpu, setup)
                        : setup.grad_dtype == Type::f32 ? run<Gpu, bf16, float>(gpu, setup)
                                                        : run<Gpu, bf16, bf16>(gpu, setup);
@@ -1786,6 +1899,7 @@ int main(int argc, char** argv) {
     if (options.options_table) return options_markdown(), 0;
     Comm world = comm_init(&argc, &argv);
     world.timeout = double(options.timeout);
+    signal(SIGPIPE, SIG_IGN); // when nobody reads what is printed any more, the run goes on, and so does log.jsonl
     set_threads(world);
 
     Setup setup = setup_read(options, world);

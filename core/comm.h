@@ -90,11 +90,10 @@ std::string comm_transport(Gpu, const Comm& comm); // in words
 inline std::string comm_transport(Cpu, const Comm&) { return comm_backend(); }
 
 // GPU memory that transfers take beside the data, for so many groups, of which `rank_sets` differ in their ranks: NCCL
-// connects those once. Its share is an estimate.
+// connects those once. Its share is what it took between two H200s (2.28, dev/LOG.md).
 constexpr size_t comm_scratch_bytes = size_t(128) << 20, comm_flag_bytes = size_t(2) << 20;
-constexpr size_t comm_nccl_bytes = size_t(512) << 20;
-inline double comm_gpu_bytes(int ranks, Transport transport, int groups, int rank_sets) {
-    const bool nccl = transport == Transport::nccl || (transport == Transport::automatic && ranks > 8); // hosts of 8
+constexpr size_t comm_nccl_bytes = size_t(976) << 20;
+inline double comm_gpu_bytes(int ranks, bool nccl, int groups, int rank_sets) {
     if (ranks == 1) return 0;
     return double(comm_scratch_bytes + groups * comm_flag_bytes + (nccl ? rank_sets * comm_nccl_bytes : 0));
 }

@@ -40,9 +40,8 @@ struct AttentionCeilings {
 };
 struct Ceilings {
     const char* gpu; // as its driver names it
-    double products; // FLOP/s, bf16, with so many tokens or more:
-    double products_tokens;
-    double copy; // bytes/s, read and written
+    double products; // FLOP/s, bf16; with few tokens they are slower
+    double copy;     // bytes/s, read and written
     std::vector<AttentionCeilings> attention;
     RateCurve ipc, nccl; // bytes/s that a rank receives, by bytes of a message
 };
@@ -51,8 +50,8 @@ struct Ceilings {
 // clang-format off
 inline const Ceilings known_ceilings[] = {{
     "NVIDIA H200",
-    666e12, 16384, // "matrix products, H200": the tuned choice over all fifteen products of 7B
-    4290e9,        // "memory-bound kernels, H200, commit b4e3d60": the copy
+    666e12, // "matrix products, H200": the tuned choice over all fifteen products of 7B, 16384 tokens
+    4290e9, // "memory-bound kernels, H200, commit b4e3d60": the copy
     {// "Hopper attention and the peers", commit cd91bf1: 16K anchor 2048, 4K causal, 64K anchor 4096, 8K causal, 64K
      // anchor 16384, then 16K, 32K and 64K causal
      {false, false, 128,
@@ -134,7 +133,8 @@ inline LayerBytes layer_bytes(const Config& c, double e) {
     return {2 * 2 * C * e, 2 * (c.H + c.K) * D * e + 4 * D, 3 * F * e, 2 * 4 * C * e, 5 * F * e};
 }
 
-// Visible keys a query in the mean, in one of the calls that share its keys; a plain ring has as many as ranks.
+// Visible keys a query in the mean of one call of attention. A ring has a call for own keys, and one for each other
+// rank's that the mask does not hide.
 inline double keys_a_query(const StepWork& w) {
     return w.pairs / w.T / (w.travel == KeysTravel::ring ? 1 + (w.ring - 1) * w.moved : 1);
 }

@@ -2,6 +2,8 @@
 #pragma once
 #include "device.h"
 #include "options.h"
+#include <fstream>
+#include <sys/file.h>
 
 inline std::string json_text(const std::string& s) {
     std::string out = "\"";
@@ -26,14 +28,36 @@ struct Log {
     bool terminal = false;
 };
 
+// What is asked for otherwise than at the run's last start in this folder, as "--seed 1 -> 2, --lr 1e-4 -> 2e-5".
+inline std::string log_changes(const Options& options, const std::string& folder) {
+    const std::string is_start = "{\"event\": \"start\"";
+    std::string start, line, changes;
+    for (std::ifstream file(folder + "/log.jsonl"); std::getline(file, line);)
+        if (line.compare(0, is_start.size(), is_start) == 0) start = line;
+    auto compare = [&](auto& value, const char* name, char, const char*, const char*) {
+        const std::string key = std::string(", \"") + name + "\": ", now = json_text(option_text(value));
+        const size_t at = start.find(key), from = at + key.size();
+        if (at == std::string::npos || !strcmp(name, "resume") || start.compare(from, now.size(), now) == 0) return;
+        const std::string was = start.substr(from + 1, start.find('"', from + 1) - from - 1);
+        changes += (changes.empty() ? "--" : ", --") + std::string(name) + " " + (was.empty() ? "none" : was) + " -> " +
+                   (now.size() > 2 ? now.substr(1, now.size() - 2) : "none");
+    };
+    options_visit(options, compare, [](const char*) {});
+    return changes;
+}
+
 // Opens log.jsonl for appending on rank 0, and writes the options of this run as its first line.
 inline Log log_open(const Options& options, const std::string& folder, int rank) {
     Log log;
     log.terminal = rank == 0;
     if (rank != 0 || folder.empty()) return log;
     std::string path = folder + "/log.jsonl";
-    log.file = fopen(path.c_str(), "a");
+    log.file = fopen(path.c_str(), "a+");
     if (!log.file) fail("%s: %s", path.c_str(), strerror(errno));
+    if (flock(fileno(log.file), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+        fail("another run writes to %s", folder.c_str());
+    if (fseek(log.file, -1, SEEK_END) == 0 && fgetc(log.file) != '\n')
+        fputc('\n', log.file); // a killed run's last line
     std::string line = "{\"event\": \"start\"";
     auto field = [&](auto& value, const char* name, char, const char*, const char*) {
         line += std::string(", \"") + name + "\": " + json_text(option_text(value));

@@ -35,7 +35,7 @@ using Flag = bool;
     OPTION(Int, total_batch, 0, 0, "0..1000000000000", "tokens per update, over all ranks and micro-steps; "           \
            "0: one micro-step")                                                                                        \
     OPTION(Flag, shuffle, 0, true, "", "a new document order every epoch; --shuffle=0 keeps the file's")               \
-    OPTION(Int, generator_mean, 0, 256, "2..16777216", "mean document length of the built-in generator, in tokens")    \
+    OPTION(Int, generator_mean, 0, 256, "2..1000000", "mean document length of the built-in generator, in tokens")     \
     SECTION("Attention and positions")                                                                                 \
     OPTION(Text, attention, 0, "anchor", "full|intra|intra_reset|anchor", "who sees whom in a packed row: everything " \
            "before; the own document; the same with positions restarted; the own document and one shared first token") \
@@ -188,7 +188,9 @@ template <class O> bool option_set(O& o, const std::string& name, const char* te
         constexpr bool flag = std::is_same_v<std::decay_t<decltype(field)>, Flag>;
         if (flag && !*took_text) text = "1";
         else *took_text = true;
-        if (!text) fail("option --%s wants a value: %s%s", long_name, option_wants(field), range);
+        if (!text)
+            fail("option --%s wants a value%s%s%s", long_name, *range ? ": " : "", *range ? option_wants(field) : "",
+                 range);
         if (!option_parse(field, text, range))
             fail("option --%s takes %s%s, not '%s'", long_name, option_wants(field), range, text);
     };

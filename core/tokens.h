@@ -24,6 +24,7 @@
 #include <vector>
 
 constexpr int32_t tokens_magic = 20261120, tokens_version = 1;
+inline bool tokens_are(int32_t magic) { return magic == tokens_magic || magic == 20240520 || magic == 20240801; }
 constexpr int64_t tokens_header_bytes = 1024;
 
 // Where documents come from. The tags are put before a document's text when domain tags are asked for.

@@ -97,7 +97,7 @@ template <class F> void with_type(Type type, F f) {
 
 // Ends every rank with this status. Defined by the communicator that is linked in (core/comm_*.cpp).
 [[noreturn]] void abort_all_ranks(int status);
-// This process's rank in the world, 0 before the communicator is up; for messages only.
+// This process's rank in the world, 0 before the communicator is up.
 int world_rank();
 
 // Prints one line, "train_llama: rank R: <message>", and ends all ranks. For what a user did or has.

@@ -2,6 +2,7 @@
 #pragma once
 #include "types.h"
 #include <memory>
+#include <utility>
 
 #if defined(__AVX512F__)
 constexpr size_t vector_bytes = 64, vector_registers = 32;
@@ -23,6 +24,11 @@ template <> struct NativeVector<double> {
     typedef double type __attribute__((vector_size(vector_bytes)));
     typedef double loose __attribute__((vector_size(vector_bytes), aligned(8), may_alias));
 };
+
+// f(0), f(1), .., unrolled at every optimisation level, so that arrays of vectors become registers.
+template <class F, int... I> __attribute__((always_inline)) inline void unroll(F f, std::integer_sequence<int, I...>) {
+    (f(I), ...);
+}
 
 // Scratch memory on cache line boundaries, so that no vector straddles two of them; not set to anything.
 template <class A> struct VectorScratch {

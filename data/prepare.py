@@ -77,9 +77,12 @@ def list_inputs(paths):
 
 def read_pieces(path, args, tokenizer, bar):
     default = args.source or path.name.split(".")[0]
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
+    name = path.name.lower()
+    if name.endswith((".json", ".json.gz")):
+        raise Fault(f"{path}: a .json file is no text; write one document a line, as {{\"text\": ...}}, to a .jsonl")
+    if name.endswith((".jsonl", ".jsonl.gz")):
         rows = read_jsonl(path, bar)
-    elif path.suffix == ".parquet":
+    elif name.endswith(".parquet"):
         rows = read_parquet(path, bar)
     else:
         return read_text(path, args.split, default, bar)
@@ -90,9 +93,9 @@ def read_jsonl(path, bar):
     number = 0
     with open(path, "rb") as raw:
         try:
-            for line in gzip.open(raw) if path.suffix == ".gz" else raw:
+            for line in gzip.open(raw) if path.suffix.lower() == ".gz" else raw:
                 number += 1
-                bar.update(raw.tell() - bar.n_file if path.suffix == ".gz" else len(line))
+                bar.update(raw.tell() - bar.n_file if path.suffix.lower() == ".gz" else len(line))
                 if line.strip():
                     yield f"{path}:{number}", parse_row(line, f"{path}:{number}")
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:

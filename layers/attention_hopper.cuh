@@ -581,7 +581,7 @@ forward_compute(const AttentionForward<bf16>& a, const ForwardMaps& maps, Forwar
 }
 
 // Block: 128 queries of one head at a time; warpgroups as above; shared memory: two slots each of Q (and O on its way
-// out), K and V, the anchor's key and value, labels, 203 KiB. Bound by the tensor cores (4 D FLOP a pair of query and
+// out), K and V, the anchor's key and value, labels, 201 KiB. Bound by the tensor cores (4 D FLOP a pair of query and
 // key), with the exponentials, half as long, under them, and by power, which takes a sixth of the clock. On an H200:
 // 727 TFLOP/s at 16384 causal tokens, D = 128, 74% of the tensor cores' peak (6dc3c3d).
 template <int D, bool PAIR> __global__ void __launch_bounds__(block_threads, 1)
@@ -1088,7 +1088,7 @@ backward_compute(const AttentionBackward<bf16>& a, const BackwardMaps& maps, Bac
 
 // Block: 128 keys of one KV head at a time, which visit tiles of 64 queries; dK and dV stay in registers, dQ is added
 // in memory, 32 KiB a step. Shared memory: K, V, three slots of Q, two of dO and dS, dQ on its way out, LSE, delta,
-// labels, 212 KiB. Bound by shared memory: a step's products read 256 KiB of it and all else moves 112 KiB, 2900 cycles
+// labels, 213 KiB. Bound by shared memory: a step's products read 256 KiB of it and all else moves 112 KiB, 2900 cycles
 // at 128 bytes a cycle, in which its 10 D FLOP a pair keep the tensor cores busy for 2560; and by power. On an H200:
 // 568 TFLOP/s at 16384 causal tokens, D = 128, with the passes before and after, 57% of the peak, and 599 at 65536.
 template <int D, bool PAIR> __global__ void __launch_bounds__(block_threads, 1)
@@ -1126,7 +1126,7 @@ template <int D, bool PAIR> __global__ void __launch_bounds__(block_threads, 1)
 #endif
 }
 
-// (T, heads, D) of bf16 or fp32, tokens `stride` elements apart, in boxes of `rows` tokens and `halves` times 128 bytes
+// (T, heads, D) of bf16 or fp32, tokens `stride` elements apart, in boxes of `rows` tokens and `parts` times 128 bytes
 // of one head. Coordinates: column of the 128 bytes, token, 128-byte part, head.
 inline CUtensorMap head_map(const void* base, bool fp32, size_t stride, size_t T, size_t heads, size_t D, uint32_t rows,
                             uint32_t parts) {

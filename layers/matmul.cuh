@@ -62,12 +62,6 @@ constexpr size_t gemm_grain = 1 << 18;
 
 constexpr size_t gemm_pieces(size_t size, size_t piece) { return (size + piece - 1) / piece; }
 
-// f(0), f(1), .., unrolled at every optimisation level, so that arrays of vectors become registers.
-template <class F, int... I>
-__attribute__((always_inline)) inline void gemm_unroll(F f, std::integer_sequence<int, I...>) {
-    (f(I), ...);
-}
-
 template <class A, class E> inline typename NativeVector<A>::type gemm_load(const E* p) {
     using V = typename NativeVector<A>::type;
     if constexpr (std::is_same_v<E, bf16>) return (V)(__builtin_convertvector(*(const GemmHalves*)p, GemmBits) << 16);
@@ -102,12 +96,12 @@ inline void gemm_transpose(A* target, size_t pitch, const E* source, size_t stri
     constexpr auto all = std::make_integer_sequence<int, width>{};
     constexpr auto half = std::make_integer_sequence<int, width / 2>{};
     V x[width], y[width];
-    gemm_unroll([&](int i) { x[i] = size_t(i) < valid ? gemm_load<A>(source + i * stride) : V{}; }, all);
+    unroll([&](int i) { x[i] = size_t(i) < valid ? gemm_load<A>(source + i * stride) : V{}; }, all);
     for (int round = 1; round < width; round *= 2) {
-        gemm_unroll([&](int i) { gemm_zip(y + 2 * i, x[i], x[i + width / 2]); }, half);
-        gemm_unroll([&](int i) { x[i] = y[i]; }, all);
+        unroll([&](int i) { gemm_zip(y + 2 * i, x[i], x[i + width / 2]); }, half);
+        unroll([&](int i) { x[i] = y[i]; }, all);
     }
-    gemm_unroll([&](int i) { *(V*)(target + i * pitch) = x[i]; }, all);
+    unroll([&](int i) { *(V*)(target + i * pitch) = x[i]; }, all);
 }
 
 // Element (lane, k) is data[lane * lane_stride + k * k_stride], one of the strides being 1. The lanes
@@ -154,11 +148,11 @@ template <class A> void gemm_tile(A* tile, const A* a, const A* b, size_t kc, bo
     V sum[S::mr][2] = {};
     for (size_t k = 0; k < kc; k++, a += S::a_pitch, b += S::nr) {
         V b0 = ((const V*)b)[0], b1 = ((const V*)b)[1];
-        gemm_unroll([&](int i) { sum[i][0] += a[i] * b0, sum[i][1] += a[i] * b1; }, rows);
+        unroll([&](int i) { sum[i][0] += a[i] * b0, sum[i][1] += a[i] * b1; }, rows);
     }
     V* c = (V*)tile;
-    if (add) gemm_unroll([&](int i) { sum[i][0] += c[2 * i], sum[i][1] += c[2 * i + 1]; }, rows);
-    gemm_unroll([&](int i) { c[2 * i] = sum[i][0], c[2 * i + 1] = sum[i][1]; }, rows);
+    if (add) unroll([&](int i) { sum[i][0] += c[2 * i], sum[i][1] += c[2 * i + 1]; }, rows);
+    unroll([&](int i) { c[2 * i] = sum[i][0], c[2 * i + 1] = sum[i][1]; }, rows);
 }
 
 struct GemmBlock {

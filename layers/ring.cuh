@@ -27,7 +27,7 @@
 // ring_steps_held, n the number of ranks. In brackets: what ulysses has there, X = (3 H + 2 K) D.
 template <class E> struct RingScratch {
     Acc<E>* state = nullptr;       // (T, H, D) o in the forward, dq in the backward [(n T, H / n, D)]
-    Acc<E>* delta = nullptr;       // (T, H) [(n T, H / n)]
+    Acc<E>* delta = nullptr;       // (H, T) [(H / n, n T)]
     Acc<E>* dkv = nullptr;         // (T, 2, K, D) of the own tokens [(n T, 2, K / n, D)]
     E* anchor = nullptr;           // (B, 2, K, D) k0, v0
     Acc<E>* danchor = nullptr;     // (B, 2, K, D)
@@ -330,7 +330,8 @@ const E* ulysses_anchor(Dev dev, const RingPlan& plan, RingScratch<E>& scratch, 
     return scratch.anchor;
 }
 
-// The received messages come where the attention's inputs were, its outputs stand where messages came before.
+// scratch.receive takes the messages, then attention's outputs, which are sent from there; scratch.gathered takes its
+// inputs, then the messages that answer.
 template <class Dev, class E> void ulysses_forward(Dev dev, const Comm& comm, const RingPlan& plan, E* out, Acc<E>* lse,
                                                    const E* qkv, RingScratch<E>& scratch, size_t H, size_t K,
                                                    size_t D) {

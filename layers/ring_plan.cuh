@@ -151,7 +151,7 @@ inline Placement ring_placement(const int32_t* doc /*(S)*/, size_t S, size_t siz
 enum class RingBackend { automatic, ring, allgather, ulysses };
 
 // The fastest one, as far as it was measured (dev/LOG.md, "Several GPUs"). With a full mask Ulysses, whose heads attend
-// to whole rows in one piece; the ranks must divide the K KV heads, and places count the `tokens` of whole rows. With
+// to whole rows in one piece; the ranks must divide the K KV heads, and the `tokens` of whole rows be an int32. With
 // documents the ring, which leaves out what the mask hides.
 inline RingBackend ring_backend_for(bool full, size_t ring, size_t K, size_t tokens) {
     return full && ring > 1 && K % ring == 0 && tokens <= size_t(INT32_MAX) ? RingBackend::ulysses : RingBackend::ring;

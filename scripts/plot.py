@@ -19,10 +19,15 @@ def read_log(run):
     resumed) the later one counts."""
     path = pathlib.Path(run)
     path = path / "log.jsonl" if path.is_dir() else path
+    lines = []
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, json.JSONDecodeError) as error:
-        sys.exit(f"plot.py: {path}: {error}")
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                print(f"plot.py: {path}:{number}: left out, not a line of a log", file=sys.stderr)
+    except OSError as error:
+        sys.exit(f"plot.py: {path}: {error.strerror}")
     pick = {kind: {e["step"]: e for e in lines if e["event"] == kind} for kind in ("step", "validation")}
     return [[events[k] for k in sorted(events)] for events in pick.values()]
 

@@ -2,6 +2,7 @@
 # One sequence over all GPUs of several nodes, by mpirun alone. Every node has this folder at the same path.
 #   sh scripts/run_nodes.sh hosts.txt -e llama2-7b.bin -i 'data/books_0*.bin' -c 262144 --rope_base 5e7 -o run
 # hosts.txt has a line for each node with its number of GPUs: node1 slots=8
+[ $# -gt 1 ] || { sed -n '2,4s/^# *//p' "$0"; exit 1; }
 hosts=$1
 shift
 exec mpirun --hostfile "$hosts" --map-by slot --bind-to none -x PATH -x LD_LIBRARY_PATH -x OMP_NUM_THREADS=8 \

@@ -443,6 +443,17 @@ def test_window(tmp_path):
     assert "sliding_window" not in convert(tmp_path / "q", tmp_path / "m.bin")
 
 
+def test_only_a_weights_file_is_overwritten(tmp_path):
+    hashed.write_hf_folder(tmp_path / "a", "llama2")
+    model = tmp_path / "a" / "model.safetensors"
+    before = model.read_bytes()
+    with pytest.raises(hf.Fault, match="no weights file of this trainer"):
+        convert(tmp_path / "a", model)
+    assert model.read_bytes() == before
+    for _ in range(2):
+        convert(tmp_path / "a", tmp_path / "m.bin")
+
+
 def test_bad_export(tmp_path):
     hashed.write_hf_folder(tmp_path / "a", "llama2")
     hashed.write_hf_folder(tmp_path / "b", "llama3")

@@ -323,7 +323,17 @@ def test_bad_files_and_options(tmp_path):
     assert "SOURCE=TEXT" in run(good, "-o", out, "--tags", "x", fails=True)
     assert "at most 15 fit" in run(good, "-o", out, "--tags", "*=0123456789abcdef", fails=True)
     assert "all of it is held out" in run(good, "-o", out, "--val_documents", 1, fails=True)
+    (tmp_path / "a.json").write_text('{"text": "fine"}')
+    assert "a .json file is no text" in run(tmp_path / "a.json", "-o", out, fails=True)
     assert list(tmp_path.glob("o_*")) == []
+
+
+def test_capitals_in_a_suffix(tmp_path):
+    small, large = jsonl(tmp_path / "a.jsonl", [{"text": "fine"}]), jsonl(tmp_path / "B.JSONL", [{"text": "fine"}])
+    for path, out in ((small, "a"), (large, "b")):
+        run(path, "-o", tmp_path / out, "--tokenizer", "bytes")
+    a, b = (token_file.read_shard(tmp_path / f"{out}_000000.bin")["tokens"] for out in "ab")
+    assert np.array_equal(a, b)
 
 
 def test_command_line(tmp_path):

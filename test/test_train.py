@@ -7,6 +7,7 @@ import pathlib
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -105,6 +106,12 @@ def test_every_option_refuses_a_bad_value_by_name():
     (["--resume"], "--out"),
     (["--save_every", "5"], "--out"),
     (["--eval", "/nonexistent/x.csv"], "/nonexistent/x.csv"),
+    (["--eval", "x.csv", "--generate", "4"], "a run each"),
+    (["--ranks", "4"], "--plan"),
+    (["--rope_scaling", "linear"], "--rope_factor"),
+    (["--rope_scaling", "none", "--rope_factor", "4"], "--rope_factor"),
+    (["-e", "30m"], "llama2-7b"),
+    (["-e", "."], "is a folder"),
 ])
 def test_bad_input_ends_with_a_clear_line(args, message, tmp_path):
     shown = run(*SMALL, *args, ok=False, cwd=tmp_path)
@@ -252,6 +259,18 @@ def test_ranks_train_alike(tmp_path, attention):
 
 
 @needs_ranks
+@pytest.mark.parametrize("attention", ["full", "intra", "intra_reset", "anchor"])
+def test_a_ring_without_a_row_waits_for_the_validation_of_others(tmp_path, attention):
+    write_tokens(tmp_path / "val.bin", [[62, *range(3, 40)] for _ in range(8)], 64, bos=62)
+    args = [*SMALL, "--attention", attention, "-j", tmp_path / "val.bin", "--val_rows", 1, "--steps", 2, "-l", 1e-9]
+    loss = []
+    for ranks in (1, 2):
+        run(*args, "-o", tmp_path / str(ranks), "--ring", 1, ranks=ranks)
+        loss.append(events(tmp_path / str(ranks), "validation")[-1]["loss"])
+    assert abs(loss[0] - loss[1]) < 1e-4
+
+
+@needs_ranks
 @pytest.mark.parametrize("attention", ["full", "anchor"])
 def test_every_ring_backend_trains_alike(tmp_path, attention):
     """Differences as in test_ranks_train_alike."""
@@ -323,6 +342,45 @@ def test_sigusr1_to_mpirun_saves_and_leaves(tmp_path):
     assert process.wait(60) == 0 and "saved, leaving" in rest
 
 
+def test_a_closed_terminal_does_not_end_a_run(tmp_path):
+    """Nobody reads what it prints (head has gone), then SIGHUP: it saves."""
+    run_ = subprocess.Popen(command(*SMALL, "--steps", 1000000, "-o", tmp_path), stdout=subprocess.PIPE,
+                            stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run_.stdout.readline()
+    run_.stdout.close()
+    while len(events(tmp_path) if (tmp_path / "log.jsonl").exists() else []) < 50:
+        assert run_.poll() is None
+        time.sleep(0.05)
+    run_.send_signal(signal.SIGHUP)
+    assert run_.wait(60) == 0 and newest(tmp_path)
+
+
+def test_one_run_a_folder_and_a_cut_log_goes_on(tmp_path):
+    first = subprocess.Popen(command(*SMALL, "--steps", 1000000, "-o", tmp_path), stdout=subprocess.DEVNULL,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (tmp_path / "log.jsonl").exists() or not events(tmp_path):
+        time.sleep(0.05)
+    assert "another run" in run(*SMALL, "--steps", 2, "-o", tmp_path, "--resume", ok=False)
+    first.kill()
+    first.wait()
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"event": "st')
+    run(*SMALL, "--steps", 2, "-o", tmp_path, "--resume")
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert lines.count('{"event": "st') == 1 and json.loads(lines[-1])["step"] == 2
+
+
+def test_checkpoints_that_cannot_be_used_are_kept(tmp_path):
+    run(*SMALL, "--steps", 4, "--save_every", 2, "-o", tmp_path)
+    for step in tmp_path.glob("step_*"):
+        with open(step / "weights.bin", "r+b") as f:
+            f.truncate(5000)
+    before = {f: f.read_bytes() for f in tmp_path.glob("step_*/*")}
+    message = run(*SMALL, "--steps", 6, "--save_every", 2, "-o", tmp_path, "--resume", ok=False)
+    assert "no checkpoint" in message and message.count("not used") == 2
+    assert {f: f.read_bytes() for f in tmp_path.glob("step_*/*")} == before
+
+
 def test_killed_at_any_instant_the_newest_checkpoint_loads(tmp_path):
     folder, reached = tmp_path / "run", 0
     for i in range(12):
@@ -349,6 +407,75 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path):
     done = subprocess.run(command(*SMALL, "--steps", 5, "-o", tmp_path / "run", "--resume"), capture_output=True, text=True)
     assert done.returncode == 0 and "going on from step 2" in done.stdout
     assert "weights.bin" in done.stderr and "step_00000004" in done.stderr
+
+
+def masters(checkpoint):
+    """The master copy of every part, as shard_add writes it."""
+    data, at, found = (checkpoint / "optimizer_00000.bin").read_bytes(), 0, []
+    while at < len(data):
+        begin, end, *types = struct.unpack_from("<QQ3i", data, at + 8)
+        assert types == [1, 1, 0]  # moments in bf16, a master in float
+        at += 64 + 2 * 2 * (end - begin)
+        found.append((begin, np.frombuffer(data, np.float32, end - begin, at)))
+        at += 4 * (end - begin)
+    return found
+
+
+def test_a_master_copy_has_all_bits_of_the_weights_file(tmp_path):
+    run(*SMALL, "--dtype", "float", "--steps", 3, "-o", tmp_path / "float")
+    weights = newest(tmp_path / "float") / "weights.bin"
+    exact = np.fromfile(weights, np.float32)[256:]
+    run("-e", weights, "-c", 64, "--dtype", "bf16", "--master", "float", "--steps", 1, "-l", 1e-20, "-o",
+        tmp_path / "bf16")
+    assert sum(len(values) for _, values in masters(newest(tmp_path / "bf16"))) == len(exact)
+    for begin, values in masters(newest(tmp_path / "bf16")):
+        assert np.array_equal(values, exact[begin:begin + len(values)])
+
+
+def test_a_resumed_run_says_what_has_changed(tmp_path):
+    args = [*SMALL, "-o", tmp_path, "--schedule", "cosine"]
+    run(*args, "--steps", 2)
+    assert "changed" not in run(*args, "--steps", 2, "--resume")
+    out = run(*args, "--steps", 3, "--resume", "--seed", 4, "--attention", "full")
+    assert re.search(r"^changed since the last start: (.*)$", out, re.M).group(1).split(", ") == [
+        "--attention anchor -> full", "--steps 2 -> 3", "--seed 1337 -> 4"]
+
+
+@pytest.mark.parametrize("master", ["none", "float"])
+def test_a_resumed_run_keeps_its_kind_of_master(tmp_path, master):
+    args = [*SMALL, "--dtype", "bf16", "-o", tmp_path]
+    run(*args, "--master", master, "--steps", 2)
+    assert f"master {master}" in run(*args, "--steps", 4, "--resume")
+
+
+def test_no_option_overwrites_weights_or_tokens(tmp_path):
+    run(*SMALL, "--steps", 1, "-o", tmp_path / "run")
+    write_tokens(tmp_path / "val.bin", [[62, 5, 6, 7]], 64, bos=62)
+    for target in (newest(tmp_path / "run") / "weights.bin", tmp_path / "val.bin"):
+        before = target.read_bytes()
+        for option in ("--eval", "--dump_logits"):
+            assert "would overwrite" in run(*SMALL, "-j", tmp_path / "val.bin", option, target, ok=False)
+        assert target.read_bytes() == before
+
+
+def test_text_without_a_token_to_predict_is_refused(tmp_path):
+    write_tokens(tmp_path / "val.bin", [[5]] * 100, 64)
+    args = [*SMALL, "--attention", "intra", "-j", tmp_path / "val.bin"]
+    assert "no token to predict" in run(*args, "--eval", tmp_path / "x.csv", ok=False)
+    assert "no token to predict" in run(*args, "--steps", 1, ok=False)
+
+
+def test_texts_of_two_tokenizers_are_refused(tmp_path):
+    for name, tokenizer in (("train", 1), ("val", 2)):
+        write_tokens(tmp_path / f"{name}.bin", [[62, 5, 6, 7]] * 9, 64, bos=62)
+        raw = bytearray((tmp_path / f"{name}.bin").read_bytes())
+        struct.pack_into("<Q", raw, 4 * 12, tokenizer)  # its hash
+        (tmp_path / f"{name}.bin").write_bytes(raw)
+    args = ["-i", tmp_path / "train.bin", "-c", 64, "--steps", 1]
+    run(*SMALL, *args, "-j", tmp_path / "train.bin")
+    assert "different tokenizers" in run(*SMALL, *args, "-j", tmp_path / "val.bin", ok=False)
+    run(*SMALL, "--steps", 1, "-o", tmp_path / "run")  # its documents begin with another token
+    assert "another tokenizer's" in run("-e", newest(tmp_path / "run") / "weights.bin", *args)
 
 
 def test_trained_weights_start_another_run(tmp_path):
@@ -422,6 +549,24 @@ def test_the_plan_of_a_7b_needs_no_gpu():
     assert "6.74B parameters" in out and "8 ranks in rings of 8 by ring" in out
     total = float(re.search(r"  all +([\d.]+) of", out).group(1))
     assert 40 < total < 139
+
+
+@needs_ranks
+def test_all_ranks_let_the_plan_say_what_would_fit(tmp_path):
+    done = subprocess.run(command("-e", "llama2-13b", "--layers", 80, "--memory", 1, ranks=2), capture_output=True,
+                          text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode and "does not fit; this would: " in done.stdout and "GiB are needed" in done.stderr
+
+
+def test_what_would_fit_keeps_to_what_was_asked_for():
+    def fits(*args):
+        out = run("--device", "gpu", "--plan", "--ranks", 4, *args)
+        return re.search(r"this would: (.*)", out).group(1)
+
+    # 8 KV heads go over 8 ranks at most; rings stay as large as they were asked for
+    assert "ranks" not in fits("-e", "llama3-8b", "-c", 4194304, "--ring_backend", "ulysses", "--zero", 3)
+    assert "ranks" not in fits("-e", "llama2-7b", "-c", 4194304, "--ring", 2)
+    assert "ranks" in fits("-e", "llama2-7b", "-c", 4194304)
 
 
 @pytest.mark.parametrize("attention, ranks, backend", [("anchor", 8, "ring"), ("full", 8, "ulysses"), ("full", 6, "ring")])
