@@ -940,8 +940,13 @@ void setup_memory(Setup& s) {
     comm_gather(Cpu{}, s.world, all.data(), &s.memory, 1);
     s.memory = *std::min_element(all.begin(), all.end()); // all ranks must come to the same layout
     choose_layout(s);
-    for (Layout more = s.layout; ++more.exchange.held < size_t(more.ring);) // what is left lets more steps start early
-        if (memory_needed(s, more) < memory_usable(s)) s.layout = more;
+    // What is left lets more steps of the ring start early: as many as fit.
+    for (size_t low = s.layout.exchange.held + 1, high = size_t(s.layout.ring); low < high;) {
+        Layout more = s.layout;
+        more.exchange.held = (low + high) / 2;
+        if (memory_needed(s, more) < memory_usable(s)) s.layout = more, low = more.exchange.held + 1;
+        else high = more.exchange.held;
+    }
 }
 
 // How the ranks of a ring share attention: as asked for, else as is fastest. False when they cannot.
@@ -1041,6 +1046,10 @@ void print_estimate(const Setup& s) {
     if (!attention || s.dtype != Type::bf16) {
         const std::string of = !s.gpu ? "CPUs" : !ceilings ? name : name + " with these heads, types and kernels";
         printf("\n  no estimate of the time: no ceilings of %s are known\n", of.c_str());
+        return;
+    }
+    if (constexpr int most = 256; s.layout.ring > most) { // its plan alone would take many seconds
+        printf("\n  no estimate of the time of rings of more than %d ranks\n", most);
         return;
     }
     const StepWork w = step_work(s);

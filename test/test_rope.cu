@@ -336,18 +336,18 @@ bool find_model(RopeOptions& o) {
     return false;
 }
 
+void say_no_model() {
+    printf("\nNo --model, and neither rope/run nor demo/long holds one: only the check above was run. To train one,\n"
+           "  make demo                                            (a small one, two minutes on two cores)\n"
+           "  sh scripts/run_rope.sh books.jsonl tokenizer.model   (110M parameters on text, one GPU)\n"
+           "and start ./test_rope again, or convert one with scripts/convert_hf.py and pass\n"
+           "  ./test_rope --model weights.bin --data tokens.bin\n");
+}
+
 // False when there is no model to look at.
 bool read_study(Study& s) {
     RopeOptions& o = s.o;
-    if (o.model.empty() && !find_model(o)) {
-        printf(
-            "\nNo --model, and neither rope/run nor demo/long holds one: only the check above was run. To train one,\n"
-            "  make demo                                            (a small one, two minutes on two cores)\n"
-            "  sh scripts/run_rope.sh books.jsonl tokenizer.model   (110M parameters on text, one GPU)\n"
-            "and start ./test_rope again, or convert one with scripts/convert_hf.py and pass\n"
-            "  ./test_rope --model weights.bin --data tokens.bin\n");
-        return false;
-    }
+    if (o.model.empty() && !find_model(o)) return false;
     if (o.data.empty()) fail("--model needs --data, token shards of its tokenizer: data/prepare.py makes them");
     const WeightsFile file = weights_open(o.model);
     s.config = file.config;
@@ -368,9 +368,6 @@ bool read_study(Study& s) {
     if (size_t(o.sink_key) >= s.T) fail("option --sink_key takes a key of the sequence, less than %zu", s.T);
     s.swept = o.sweep ? std::min(size_t(o.sweep), count) : count;
     s.sequences = read_sequences(s, count, s.swept, std::max(s.T, longest));
-    printf("\n%s: %.2fM parameters, %d layers, %d heads, RoPE base %g, weights %s; %s: %zu sequences of %zu tokens\n",
-           o.model.c_str(), double(param_count(s.config)) / 1e6, s.config.L, s.config.H, s.config.rope.base,
-           o.start.c_str(), o.data.c_str(), s.sequences.size(), s.T);
     return true;
 }
 
@@ -404,10 +401,15 @@ int main(int argc, char** argv) {
     if (options.device == "gpu" && !fault.empty()) fail("%s; --device cpu runs without a GPU", fault.c_str());
     s.gpu = options.device != "cpu" && fault.empty();
 
+    const bool local_alone = options.experiments == "local", on_model = !local_alone && read_study(s);
     directory_make(options.out);
     if (s.wants("local")) run_local(options, s.bases);
-    const bool on_model = options.experiments != "local" && read_study(s);
+    if (!on_model && !local_alone) say_no_model();
     if (on_model) {
+        printf(
+            "\n%s: %.2fM parameters, %d layers, %d heads, RoPE base %g, weights %s; %s: %zu sequences of %zu tokens\n",
+            s.o.model.c_str(), double(param_count(s.config)) / 1e6, s.config.L, s.config.H, s.config.rope.base,
+            s.o.start.c_str(), s.o.data.c_str(), s.sequences.size(), s.T);
         Tables tables(options.out);
         s.tables = &tables;
 #ifdef __CUDACC__
