@@ -48,6 +48,18 @@ static void check_map(const Tokens& q, const Tokens& k, int tile_q, int tile_k) 
     CHECK(map.pairs == pairs);
 }
 
+TEST_CASE("attention: the backward's parts keep the threads at work, and are few") {
+    const int threads = omp_get_max_threads();
+    for (int n : {1, 2, 3, 7, 16, 64})
+        for (size_t K : {1, 2, 4, 6, 8, 32}) {
+            omp_set_num_threads(n);
+            const size_t parts = attention_parts(K), rounds = (K * parts + n - 1) / n;
+            CHECK(100 * K * parts >= 85 * n * rounds);
+            CHECK(parts <= n / std::gcd(K, size_t(n)));
+        }
+    omp_set_num_threads(threads);
+}
+
 TEST_CASE("the tile map is exact for any documents, tile sizes and sets of queries and keys") {
     for (Mode mode : modes)
         for (size_t S : {1, 17, 65, 200})

@@ -8,7 +8,7 @@ Config tiny() { return make_config(2, 4, 2, 1, 6, 10, 10000, 64); }
 
 // Round rates: seconds are read off the sizes.
 Ceilings round_ceilings(double link) {
-    return {"none", 10, 1, 100, {{false, false, 2, {{1, 2.0}, {4, 4.0}}, {{1, 1.0}}}}, {{1, link}}, {{1, link / 2}}};
+    return {"none", 10, 100, {{false, false, 2, {{1, 2.0}, {4, 4.0}}, {{1, 1.0}}}}, {{1, link}}, {{1, link / 2}}};
 }
 // 3 tokens, causal.
 StepWork three_tokens() {
