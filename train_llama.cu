@@ -1174,6 +1174,11 @@ Setup setup_read(const Options& options, const Comm& world) {
     if (o.total_batch % step_tokens)
         fail("--total_batch %lld is not a multiple of context x batch x rings = %lld", (long long)o.total_batch,
              (long long)step_tokens);
+    const double rows = double(sizeof(int32_t) * 4) * double(s.rows_per_update() / s.groups()) * double(s.layout.S);
+    const double host = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE));
+    if (rows > host / 2)
+        fail("--total_batch: the tokens of an update take %.0f GiB, and this machine has %.0f", rows / (1 << 30),
+             host / (1 << 30));
     s.prompt = prompt_read(s);
     s.ring = comm_split(world, o.plan ? 0 : s.group(), world.rank);
     s.layers = comm_split(world, 0, world.rank);

@@ -64,7 +64,10 @@ def main():
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for run in args.run:
         draw_loss(axes, run)
-    figure.savefig(args.out, dpi=150)
+    try:
+        figure.savefig(args.out, dpi=150)
+    except (OSError, ValueError) as error:  # no such folder; no such format
+        sys.exit(f"plot.py: {args.out}: {error}")
     print(args.out)
 
 

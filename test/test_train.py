@@ -108,6 +108,7 @@ def test_every_option_refuses_a_bad_value_by_name():
     (["--eval", "/nonexistent/x.csv"], "/nonexistent/x.csv"),
     (["--eval", "x.csv", "--generate", "4"], "a run each"),
     (["--ranks", "4"], "--plan"),
+    (["--total_batch", "640000000000"], "--total_batch"),
     (["--rope_scaling", "linear"], "--rope_factor"),
     (["--rope_scaling", "none", "--rope_factor", "4"], "--rope_factor"),
     (["-e", "30m"], "llama2-7b"),
