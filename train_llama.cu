@@ -220,7 +220,7 @@ template <class Dev, class E, class G> struct Model {
     void *moment1, *moment2;         // this rank's shard, of layout.moments
     A* master;                       // this rank's shard in full precision, or null
     UpdateState* update;             // sums of the update under way, and what is decided on it
-    Mail mail[2];                    // copies of it on their way to the host, by the parity of the step
+    Readback readback[2];            // copies of it on their way to the host, by the parity of the step
 
     std::vector<LayerActs<E>> acts;
     void* token_order;             // the batch's in device memory
@@ -1416,7 +1416,7 @@ double slowest_over_mean(const Comm& ring, const std::vector<double>& pairs /*(s
 // micro-batch weighs its tokens alike, however the update is cut.
 template <class Dev, class E, class G>
 StepResult step_gradients(Model<Dev, E, G>& m, const Setup& s, const TrainState& state, Loader& loader) {
-    mail_open(m.dev, m.mail[(state.step + 1) % 2], sizeof *m.update);
+    readback_open(m.dev, m.readback[(state.step + 1) % 2], sizeof *m.update);
     std::vector<Row> rows = take_rows(loader, s, s.rows_per_update());
     StepResult r;
     for (const Row& row : rows) r.counted += row.counted, r.inputs += row.inputs;
@@ -1451,22 +1451,22 @@ StepResult step_gradients(Model<Dev, E, G>& m, const Setup& s, const TrainState&
 template <class Dev, class E, class G>
 void step_update(Model<Dev, E, G>& m, const Setup& s, TrainState& state, StepResult& r) {
     const Options& o = s.o;
-    mail_mark(m.dev, m.mail[(state.step + 1) % 2]);
+    readback_mark(m.dev, m.readback[(state.step + 1) % 2]);
     model_norm(m);
     comm_sum(m.dev, s.world, &m.update->loss_sum, 1);
     update_decide(m.dev, m.update, {double(r.counted), o.clip, o.max_z_loss, o.max_z_grad});
     r.lr = learning_rate(s, state.step);
     model_update(m, {r.lr, o.beta1, o.beta2, o.adam_eps, o.weight_decay, uint64_t(o.seed)});
     r.step = ++state.step, r.tokens = state.tokens += r.inputs;
-    mail_send(m.dev, m.mail[r.step % 2], m.update, sizeof *m.update);
+    readback_send(m.dev, m.readback[r.step % 2], m.update, sizeof *m.update);
 }
 
 // Waits until the update is done, and reads what was decided.
 template <class Dev, class E, class G> void step_finish(Model<Dev, E, G>& m, StepResult& r) {
-    Mail& mail = m.mail[r.step % 2];
-    const UpdateState& u = *(const UpdateState*)mail_wait(m.dev, mail);
+    Readback& readback = m.readback[r.step % 2];
+    const UpdateState& u = *(const UpdateState*)readback_wait(m.dev, readback);
     r.loss = u.loss, r.norm = u.norm, r.skipped = verdict_text(u.verdict);
-    r.seconds = mail.seconds, r.optimizer = mail.since_mark;
+    r.seconds = readback.seconds, r.optimizer = readback.since_mark;
 }
 
 // What this rank's transfers have cost so far, while layers were computed and in the update.

@@ -429,7 +429,7 @@ void shift_wait(Gpu gpu, Shift& shift) {
 
 namespace {
 // What ranks tell each other to map their memory.
-struct Card {
+struct IpcHandles {
     uint64_t host, bytes;
     int32_t can;
     cudaIpcMemHandle_t memory, flags;
@@ -464,19 +464,19 @@ bool peer_try(CommGpu& c, Group& g, int rank) {
 // Maps the memory of all ranks that allow it, both ways or not at all.
 void map_peers(CommGpu& c, Group& g) {
     const int rank = g.comm.rank, size = g.comm.size;
-    Card mine{host_number(), g.bytes, 0, {}, {}};
+    IpcHandles mine{host_number(), g.bytes, 0, {}, {}};
     mine.can = cudaIpcGetMemHandle(&mine.memory, g.memory) == cudaSuccess &&
                cudaIpcGetMemHandle(&mine.flags, g.flags) == cudaSuccess;
-    std::vector<Card> cards(size);
-    comm_gather(Cpu(), g.comm, (uint8_t*)cards.data(), (const uint8_t*)&mine, sizeof mine);
+    std::vector<IpcHandles> handles(size);
+    comm_gather(Cpu(), g.comm, (uint8_t*)handles.data(), (const uint8_t*)&mine, sizeof mine);
     std::vector<uint8_t> mapped(size), all(size_t(size) * size);
     for (int r = 0; r < size; r++) {
-        REQUIRE(cards[r].bytes == g.bytes, "ranks give comm_open the same size of memory");
-        if (r == rank || cards[r].host != mine.host || !mine.can || !cards[r].can) continue;
+        REQUIRE(handles[r].bytes == g.bytes, "ranks give comm_open the same size of memory");
+        if (r == rank || handles[r].host != mine.host || !mine.can || !handles[r].can) continue;
         constexpr unsigned lazy = cudaIpcMemLazyEnablePeerAccess;
         Peer& p = g.peers[r];
-        mapped[r] = cudaIpcOpenMemHandle((void**)&p.memory, cards[r].memory, lazy) == cudaSuccess &&
-                    cudaIpcOpenMemHandle((void**)&p.flags, cards[r].flags, lazy) == cudaSuccess && peer_try(c, g, r);
+        mapped[r] = cudaIpcOpenMemHandle((void**)&p.memory, handles[r].memory, lazy) == cudaSuccess &&
+                    cudaIpcOpenMemHandle((void**)&p.flags, handles[r].flags, lazy) == cudaSuccess && peer_try(c, g, r);
     }
     cudaGetLastError(); // what could not be mapped is no error
     comm_barrier(g.comm);

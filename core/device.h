@@ -29,22 +29,22 @@ inline double seconds_now() {
 }
 
 // A value on its way from the device to the host: sent in order with the work, looked at when the host wants it. The
-// times from mail_open and from mail_mark, between the two, to mail_send are the device's.
-struct Mail {
+// times from readback_open and from readback_mark, between the two, to readback_send are the device's.
+struct Readback {
     void* memory = nullptr;
     void *opened = nullptr, *marked = nullptr, *sent = nullptr; // the GPU's events
-    double seconds = 0, since_mark = 0;                         // the CPU's clock there; after mail_wait the times
+    double seconds = 0, since_mark = 0;                         // the CPU's clock there; after readback_wait the times
 };
-inline void mail_open(Cpu, Mail& mail, size_t bytes) {
-    if (!mail.memory) mail.memory = malloc(bytes);
-    mail.seconds = seconds_now();
+inline void readback_open(Cpu, Readback& readback, size_t bytes) {
+    if (!readback.memory) readback.memory = malloc(bytes);
+    readback.seconds = seconds_now();
 }
-inline void mail_mark(Cpu, Mail& mail) { mail.since_mark = seconds_now(); }
-inline void mail_send(Cpu, Mail& mail, const void* from, size_t bytes) {
-    memcpy(mail.memory, from, bytes);
-    mail.seconds = seconds_now() - mail.seconds, mail.since_mark = seconds_now() - mail.since_mark;
+inline void readback_mark(Cpu, Readback& readback) { readback.since_mark = seconds_now(); }
+inline void readback_send(Cpu, Readback& readback, const void* from, size_t bytes) {
+    memcpy(readback.memory, from, bytes);
+    readback.seconds = seconds_now() - readback.seconds, readback.since_mark = seconds_now() - readback.since_mark;
 }
-inline const void* mail_wait(Cpu, Mail& mail) { return mail.memory; }
+inline const void* readback_wait(Cpu, Readback& readback) { return readback.memory; }
 
 #ifdef __CUDACC__
 // A CUDA call that fails ends all ranks; one that fails after a kernel names the kernel's file too.
@@ -120,29 +120,31 @@ inline void copy_on_device(Gpu gpu, void* to, const void* from, size_t bytes) {
 }
 inline void fill_zero(Gpu gpu, void* to, size_t bytes) { CUDA_CHECK(cudaMemsetAsync(to, 0, bytes, gpu.stream)); }
 
-inline void mail_open(Gpu gpu, Mail& mail, size_t bytes) {
-    if (!mail.memory) {
-        CUDA_CHECK(cudaMallocHost(&mail.memory, bytes));
-        CUDA_CHECK(cudaEventCreate((cudaEvent_t*)&mail.opened));
-        CUDA_CHECK(cudaEventCreate((cudaEvent_t*)&mail.marked));
-        CUDA_CHECK(cudaEventCreate((cudaEvent_t*)&mail.sent));
+inline void readback_open(Gpu gpu, Readback& readback, size_t bytes) {
+    if (!readback.memory) {
+        CUDA_CHECK(cudaMallocHost(&readback.memory, bytes));
+        CUDA_CHECK(cudaEventCreate((cudaEvent_t*)&readback.opened));
+        CUDA_CHECK(cudaEventCreate((cudaEvent_t*)&readback.marked));
+        CUDA_CHECK(cudaEventCreate((cudaEvent_t*)&readback.sent));
     }
-    CUDA_CHECK(cudaEventRecord((cudaEvent_t)mail.opened, gpu.stream));
-    CUDA_CHECK(cudaEventRecord((cudaEvent_t)mail.marked, gpu.stream)); // until mail_mark says otherwise
+    CUDA_CHECK(cudaEventRecord((cudaEvent_t)readback.opened, gpu.stream));
+    CUDA_CHECK(cudaEventRecord((cudaEvent_t)readback.marked, gpu.stream)); // until readback_mark says otherwise
 }
-inline void mail_mark(Gpu gpu, Mail& mail) { CUDA_CHECK(cudaEventRecord((cudaEvent_t)mail.marked, gpu.stream)); }
-inline void mail_send(Gpu gpu, Mail& mail, const void* from, size_t bytes) {
-    CUDA_CHECK(cudaMemcpyAsync(mail.memory, from, bytes, cudaMemcpyDeviceToHost, gpu.stream));
-    CUDA_CHECK(cudaEventRecord((cudaEvent_t)mail.sent, gpu.stream));
+inline void readback_mark(Gpu gpu, Readback& readback) {
+    CUDA_CHECK(cudaEventRecord((cudaEvent_t)readback.marked, gpu.stream));
 }
-inline const void* mail_wait(Gpu, Mail& mail) {
+inline void readback_send(Gpu gpu, Readback& readback, const void* from, size_t bytes) {
+    CUDA_CHECK(cudaMemcpyAsync(readback.memory, from, bytes, cudaMemcpyDeviceToHost, gpu.stream));
+    CUDA_CHECK(cudaEventRecord((cudaEvent_t)readback.sent, gpu.stream));
+}
+inline const void* readback_wait(Gpu, Readback& readback) {
     float ms = 0;
-    CUDA_CHECK(cudaEventSynchronize((cudaEvent_t)mail.sent));
-    CUDA_CHECK(cudaEventElapsedTime(&ms, (cudaEvent_t)mail.opened, (cudaEvent_t)mail.sent));
-    mail.seconds = 1e-3 * ms;
-    CUDA_CHECK(cudaEventElapsedTime(&ms, (cudaEvent_t)mail.marked, (cudaEvent_t)mail.sent));
-    mail.since_mark = 1e-3 * ms;
-    return mail.memory;
+    CUDA_CHECK(cudaEventSynchronize((cudaEvent_t)readback.sent));
+    CUDA_CHECK(cudaEventElapsedTime(&ms, (cudaEvent_t)readback.opened, (cudaEvent_t)readback.sent));
+    readback.seconds = 1e-3 * ms;
+    CUDA_CHECK(cudaEventElapsedTime(&ms, (cudaEvent_t)readback.marked, (cudaEvent_t)readback.sent));
+    readback.since_mark = 1e-3 * ms;
+    return readback.memory;
 }
 
 // Why this host's GPU number `device` cannot be used, or an empty string.

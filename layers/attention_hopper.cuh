@@ -500,7 +500,7 @@ template <int D, bool PAIR> struct ForwardGroup {
         ptx::product_commit();
     }
     // The scores have come: to p, without any wait between.
-    __device__ __forceinline__ void soften(uint32_t (&p)[forward_keys / 4]) {
+    __device__ __forceinline__ void mask_and_softmax(uint32_t (&p)[forward_keys / 4]) {
         const ForwardStep step = s.step[k.slot];
         ptx::settle(scores);
         if (step.masked) {
@@ -530,7 +530,7 @@ template <int D, bool PAIR> struct ForwardGroup {
         issue_scores();
         issue_output(p_before);
         ptx::product_wait<1>();
-        soften(p_now);
+        mask_and_softmax(p_now);
         ptx::barrier_wait(&s.v_full[v.slot ^ 1], v.slot ? v.phase ^ 1 : v.phase);
         finish_output();
         if (risen) rescale(o, alpha);
@@ -560,7 +560,7 @@ forward_compute(const AttentionForward<bf16>& a, const ForwardMaps& maps, Forwar
             ptx::product_fence();
             w.issue_scores();
             ptx::product_wait<0>();
-            w.soften(p);
+            w.mask_and_softmax(p);
             ptx::barrier_wait(&s.v_full[w.v.slot], w.v.phase);
             if (w.risen) rescale(w.o, w.alpha);
             bool odd = false;
@@ -899,7 +899,7 @@ template <int D, bool PAIR> struct BackwardGroup {
         ptx::product_fence();
         issue_scores(p);
         ptx::product_wait<0>();
-        soften(p);
+        masked_probabilities(p);
     }
     // dV and dS, from P.
     __device__ __forceinline__ void step_values(float (&x)[backward_queries / 2],
@@ -934,7 +934,7 @@ template <int D, bool PAIR> struct BackwardGroup {
         issue_dq(dq, number - 1);
         issue_dk(q_slot);
         ptx::product_wait<2>(); // S
-        soften(p);
+        masked_probabilities(p);
         ptx::product_wait<1>();   // dQ
         write_dq(dq, number - 1); // and sent with the next fence, in store_ds
         ptx::product_wait<0>();   // dK
@@ -962,7 +962,7 @@ template <int D, bool PAIR> struct BackwardGroup {
         q.next();
         number++;
     }
-    __device__ __forceinline__ void soften(float (&p)[backward_queries / 2]) {
+    __device__ __forceinline__ void masked_probabilities(float (&p)[backward_queries / 2]) {
         ptx::settle(p);
         const BackwardStep& step = s.step[q.slot];
         probabilities<D>(p, s.lse[q.slot], at.t);

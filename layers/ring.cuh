@@ -282,8 +282,8 @@ void heads_exchange(Dev dev, const Comm& comm, const RingPlan& plan, const std::
 }
 
 // From all heads of the own tokens to the own heads of all tokens.
-template <class Dev, class E> void heads_spread(Dev dev, const Comm& comm, const RingPlan& plan,
-                                                const std::vector<HeadPart<E>>& parts, E* send, E* receive) {
+template <class Dev, class E> void heads_scatter(Dev dev, const Comm& comm, const RingPlan& plan,
+                                                 const std::vector<HeadPart<E>>& parts, E* send, E* receive) {
     using Part = HeadPart<E>;
     auto pack = [&](const Part& p, int rank, E* to, size_t width) {
         ring_copy(dev, to, width, p.from + rank * p.width, p.from_stride, plan.local.size(), p.width);
@@ -296,8 +296,8 @@ template <class Dev, class E> void heads_spread(Dev dev, const Comm& comm, const
 }
 
 // From the own heads of all tokens to all heads of the own tokens.
-template <class Dev, class E> void heads_collect(Dev dev, const Comm& comm, const RingPlan& plan,
-                                                 const std::vector<HeadPart<E>>& parts, E* send, E* receive) {
+template <class Dev, class E> void heads_gather(Dev dev, const Comm& comm, const RingPlan& plan,
+                                                const std::vector<HeadPart<E>>& parts, E* send, E* receive) {
     using Part = HeadPart<E>;
     auto pack = [&](const Part& p, int rank, E* to, size_t width) {
         ring_gather(dev, to, width, p.from, p.from_stride, plan.places[rank], p.width);
@@ -338,12 +338,12 @@ template <class Dev, class E> void ulysses_forward(Dev dev, const Comm& comm, co
     const size_t h = H / plan.size, k = K / plan.size, stride = (h + 2 * k) * D;
     const E *q = scratch.gathered, *kv = q + h * D; // (n T, h + 2k, D)
     E* heads_out = scratch.receive;                 // (n T, h, D)
-    heads_spread(dev, comm, plan, qkv_parts(scratch.gathered, h, k, qkv, H, K, D), scratch.send, scratch.receive);
+    heads_scatter(dev, comm, plan, qkv_parts(scratch.gathered, h, k, qkv, H, K, D), scratch.send, scratch.receive);
     const E* anchor = ulysses_anchor(dev, plan, scratch, h, k, D);
     attention_forward(dev, heads_out, lse, scratch.state, q, stride, kv, stride, anchor, plan.own, {true, true},
                       plan.gathered, plan.gathered, h, k, D);
-    heads_collect(dev, comm, plan, std::vector<HeadPart<E>>{{out, H * D, heads_out, h * D, h * D}}, scratch.send,
-                  scratch.gathered);
+    heads_gather(dev, comm, plan, std::vector<HeadPart<E>>{{out, H * D, heads_out, h * D, h * D}}, scratch.send,
+                 scratch.gathered);
 }
 
 template <class Dev, class E> void ulysses_backward(Dev dev, const Comm& comm, const RingPlan& plan, E* dqkv,
@@ -358,7 +358,7 @@ template <class Dev, class E> void ulysses_backward(Dev dev, const Comm& comm, c
     std::vector<HeadPart<E>> parts = qkv_parts(scratch.gathered, h, k, qkv, H, K, D);
     parts.push_back({heads_out, h * D, out, H * D, h * D});
     parts.push_back({heads_dout, h * D, dout, H * D, h * D});
-    heads_spread(dev, comm, plan, parts, scratch.send, scratch.receive);
+    heads_scatter(dev, comm, plan, parts, scratch.send, scratch.receive);
     const E* anchor = ulysses_anchor(dev, plan, scratch, h, k, D);
     if (dkv) fill_zero(dev, dkv, all * width * sizeof(*dkv));
     if (danchor) fill_zero(dev, danchor, B * width * sizeof(*danchor));
@@ -367,7 +367,7 @@ template <class Dev, class E> void ulysses_backward(Dev dev, const Comm& comm, c
     attention_backward(dev, dq, dkv, dheads + h * D, stride, danchor, (const E*)heads_dout, q, stride, kv, stride, lse,
                        scratch.delta, plan.own, plan.gathered, plan.gathered, h, k, D);
     attention_store_dq(dev, dheads, stride, dq, all, h, D);
-    heads_collect(dev, comm, plan, qkv_parts(dqkv, H, K, (const E*)dheads, h, k, D), scratch.send, scratch.gathered);
+    heads_gather(dev, comm, plan, qkv_parts(dqkv, H, K, (const E*)dheads, h, k, D), scratch.send, scratch.gathered);
 }
 
 inline void ring_require(const Comm& comm, const RingPlan& plan, size_t H, size_t K) {

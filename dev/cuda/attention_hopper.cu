@@ -96,7 +96,7 @@ template <int N> struct Warpgroup {
     __device__ __forceinline__ void wait_output() { ptx::product_wait<0>(), ptx::settle(o); }
 
     // S, of the keys from `begin` on, becomes exp(S - m). Touches neither O nor P.
-    __device__ __forceinline__ void soften(int begin) {
+    __device__ __forceinline__ void mask_and_softmax(int begin) {
         if (begin + N > first) { // some key comes after some query
             const int row = first + 16 * at.warp + at.g;
 #pragma unroll
@@ -133,7 +133,7 @@ __device__ __forceinline__ void put_tile(bf16* tile, const bf16* from) {
     }
 }
 
-// One warpgroup: load, multiply, soften, multiply. While one of these goes on, only other blocks do the others.
+// One warpgroup: load, multiply, softmax, multiply. While one of these goes on, only other blocks do the others.
 __global__ void __launch_bounds__(128) version5(bf16* out, const bf16* qkv) {
     auto& tiles = shared_memory<Tiles<64, 1>>();
     const int first = (gridDim.x - 1 - blockIdx.x) * 64, head = blockIdx.y; // the long tiles first
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(128) version5(bf16* out, const bf16* qkv) {
         __syncthreads();
         w.issue_scores(tiles.k[0]);
         w.wait_scores<0>();
-        w.soften(begin);
+        w.mask_and_softmax(begin);
         w.prepare_output();
         w.issue_output(tiles.v[0]);
         w.wait_output();
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(128) version6(bf16* out, const __grid_constant
         ptx::barrier_wait(&tiles.k_full[slot], hopper::phase_of(n));
         w.issue_scores(tiles.k[slot]);
         w.wait_scores<0>();
-        w.soften(n * 64);
+        w.mask_and_softmax(n * 64);
         w.prepare_output();
         ptx::barrier_wait(&tiles.v_full[slot], hopper::phase_of(n));
         w.issue_output(tiles.v[slot]);
@@ -229,7 +229,7 @@ __device__ __forceinline__ void steps_in_turn(Warpgroup<128>& w, RoleTiles& tile
         w.issue_scores(tiles.k[slot]);
         w.wait_scores<0>();
         release(&tiles.k_empty[slot], w.at.lane);
-        w.soften(n * 128);
+        w.mask_and_softmax(n * 128);
         w.prepare_output();
         ptx::barrier_wait(&tiles.v_full[slot], hopper::phase_of(n));
         w.issue_output(tiles.v[slot]);
@@ -247,7 +247,7 @@ __device__ __forceinline__ void steps_overlapped(Warpgroup<128>& w, RoleTiles& t
     w.issue_scores(tiles.k[0]);
     w.wait_scores<0>();
     release(&tiles.k_empty[0], w.at.lane);
-    w.soften(0);
+    w.mask_and_softmax(0);
     ptx::barrier_wait(&tiles.v_full[0], 0);
     w.prepare_output();
     for (int n = 1; n < steps; n++) {
@@ -257,7 +257,7 @@ __device__ __forceinline__ void steps_overlapped(Warpgroup<128>& w, RoleTiles& t
         w.issue_output(tiles.v[slot ^ 1]);
         w.wait_scores<1>();
         release(&tiles.k_empty[slot], w.at.lane);
-        w.soften(n * 128);
+        w.mask_and_softmax(n * 128);
         ptx::barrier_wait(&tiles.v_full[slot], hopper::phase_of(n));
         w.wait_output();
         release(&tiles.v_empty[slot ^ 1], w.at.lane);
