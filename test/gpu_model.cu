@@ -133,7 +133,7 @@ static std::vector<double> losses(TestModel<E, G, Dev>& model, const std::vector
         model.gradients(rows, Attention::anchor, Comm{}, counted, 2);
         fill_zero(model.m.dev, &model.m.update->loss_sum, 8);
         sum(model.m.dev, &model.m.update->loss_sum, model.m.loss, rows.size() * rows[0].token.size(), true);
-        mail_open(model.m.dev, model.m.mail[(state.step + 1) % 2], sizeof(UpdateState));
+        readback_open(model.m.dev, model.m.readback[(state.step + 1) % 2], sizeof(UpdateState));
         step_update(model.m, s, state, r);
         step_finish(model.m, r);
         values.push_back(r.loss);
@@ -188,7 +188,7 @@ TEST_CASE("a skipped update on the GPU touches nothing, and the next one goes on
         if (poison != 0) gradient[5] = bf16(poison);
         copy_to_device(t.m.dev, t.m.grad_flat, gradient.data(), gradient.size() * 2);
         copy_to_device(t.m.dev, &t.m.update->loss_sum, &loss_sum, 8);
-        mail_open(t.m.dev, t.m.mail[(state.step + 1) % 2], sizeof(UpdateState));
+        readback_open(t.m.dev, t.m.readback[(state.step + 1) % 2], sizeof(UpdateState));
         step_update(t.m, s, state, r);
         step_finish(t.m, r);
         return r.skipped;

@@ -136,7 +136,7 @@ TEST_CASE("a bad update is decided on before it is made, and leaves weights and 
         r.counted = 10, t.m.update->loss_sum = 10 * loss;
         for (size_t i = 0; i < t.m.elements; i++) t.m.grad_flat[i] = float(0.01 * hash_normal(state.step, i));
         if (poison != 0) t.m.grad_flat[5] = poison;
-        mail_open(t.m.dev, t.m.mail[(state.step + 1) % 2], sizeof(UpdateState));
+        readback_open(t.m.dev, t.m.readback[(state.step + 1) % 2], sizeof(UpdateState));
         step_update(t.m, s, state, r);
         step_finish(t.m, r);
         return r.skipped;
@@ -167,7 +167,7 @@ TEST_CASE("an update without labels is skipped and said") {
     TrainState state;
     StepResult r;
     memset((void*)t.m.grad_flat, 0, t.m.elements * 4);
-    mail_open(t.m.dev, t.m.mail[(state.step + 1) % 2], sizeof(UpdateState));
+    readback_open(t.m.dev, t.m.readback[(state.step + 1) % 2], sizeof(UpdateState));
     step_update(t.m, s, state, r);
     step_finish(t.m, r);
     CHECK(r.skipped == "no token of this update has a label");
