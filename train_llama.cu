@@ -376,8 +376,7 @@ Batch batch_make(const std::vector<Row>& rows, Attention attention, const Comm& 
         b.counted += row.counted;
         b.pairs += visible_pairs(row.doc.data(), S);
     }
-    bool anchored = attention == Attention::anchor || attention == Attention::full;
-    ring_plan_build(b.plan, doc.data(), anchored, B, padded, ring.rank, ring.size, tiles, exchange);
+    ring_plan_build(b.plan, doc.data(), has_anchor(attention), B, padded, ring.rank, ring.size, tiles, exchange);
     b.T = b.plan.local.index.size();
     b.pos.resize(b.T), b.label.resize(b.T);
     std::vector<int32_t> token(b.T);
@@ -868,11 +867,13 @@ double memory_needed(const Setup& s, const Layout& layout) {
 // What of it a run may take. A GPU's is ours; a machine's is also the system's and the messages'.
 double memory_usable(const Setup& s) { return (s.gpu ? 0.998 : 0.92) * s.memory; }
 
+double host_memory() { return double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE)); }
+
 double machine_memory(const Setup& s) {
     constexpr double h200 = 139.8 * (1 << 30); // as its driver says
     if (s.gpu) return s.o.plan && !gpu_fault(0).empty() ? h200 : gpu_memory(s.host.rank);
     int sharers = s.o.plan && s.o.ranks ? int(s.o.ranks) : s.host.size;
-    return double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE)) / sharers;
+    return host_memory() / sharers;
 }
 
 // Element types, master weights and recomputation: what was asked for, else the most precise and fastest that fits.
@@ -915,18 +916,14 @@ bool choose_layout(Setup& s) {
 // A run that is resumed has a master copy if its checkpoints have one: the newest that tells.
 void keep_master(Setup& s) {
     int64_t has = -1; // unknown: there is no checkpoint
-    if (s.world.rank == 0 && access(s.o.out.c_str(), R_OK) == 0) {
-        std::vector<int64_t> steps;
-        for (const std::string& name : directory_list(s.o.out))
-            if (step_from_name(name) >= 0) steps.push_back(step_from_name(name));
-        std::sort(steps.rbegin(), steps.rend());
-        for (size_t i = 0; i < steps.size() && has < 0; i++) {
-            ShardHeader header;
-            FILE* file = fopen((checkpoint_path(s.o.out, steps[i]) + "/" + shard_name(0)).c_str(), "r");
-            if (file && fread(&header, sizeof header, 1, file) == 1 && header.magic == shard_magic)
-                has = header.type[2] >= 0;
-            if (file) fclose(file);
-        }
+    std::vector<int64_t> steps;
+    if (s.world.rank == 0) steps = checkpoint_steps(s.o.out);
+    for (; !steps.empty() && has < 0; steps.pop_back()) {
+        ShardHeader header;
+        FILE* file = fopen((checkpoint_path(s.o.out, steps.back()) + "/" + shard_name(0)).c_str(), "r");
+        if (file && fread(&header, sizeof header, 1, file) == 1 && header.magic == shard_magic)
+            has = header.type[int(ShardField::master)] >= 0;
+        if (file) fclose(file);
     }
     comm_broadcast(Cpu{}, s.world, &has, 1, 0);
     if (has >= 0) s.master = has ? "float" : "none";
@@ -1175,10 +1172,9 @@ Setup setup_read(const Options& options, const Comm& world) {
         fail("--total_batch %lld is not a multiple of context x batch x rings = %lld", (long long)o.total_batch,
              (long long)step_tokens);
     const double rows = double(sizeof(int32_t) * 4) * double(s.rows_per_update() / s.groups()) * double(s.layout.S);
-    const double host = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE));
-    if (rows > host / 2)
+    if (rows > host_memory() / 2)
         fail("--total_batch: the tokens of an update take %.0f GiB, and this machine has %.0f", rows / (1 << 30),
-             host / (1 << 30));
+             host_memory() / (1 << 30));
     s.prompt = prompt_read(s);
     s.ring = comm_split(world, o.plan ? 0 : s.group(), world.rank);
     s.layers = comm_split(world, 0, world.rank);
@@ -1270,12 +1266,10 @@ template <class Dev, class E, class G> void save(Model<Dev, E, G>& m, const Setu
 template <class Dev, class E, class G> bool resume(Model<Dev, E, G>& m, const Setup& s, TrainState& state) {
     Checkpoint from = checkpoint_newest(patient(m.world), s.o.out);
     if (from.step < 0) {
-        if (s.world.rank == 0)
-            for (const std::string& name : directory_list(s.o.out))
-                if (step_from_name(name) >= 0)
-                    fail("no checkpoint in %s can be used (why stands above): they are left as they are; begin anew "
-                         "with another --out",
-                         s.o.out.c_str());
+        if (s.world.rank == 0 && !checkpoint_steps(s.o.out).empty())
+            fail("no checkpoint in %s can be used (why stands above): they are left as they are; begin anew with "
+                 "another --out",
+                 s.o.out.c_str());
         return false;
     }
     const WeightsFile weights = weights_open(from.path + "/weights.bin");
@@ -1504,9 +1498,9 @@ struct Score {
 
 // One document without a label; document 0 where the mask has an anchor.
 Row blank_row(size_t S, Attention attention) {
-    const bool anchored = attention == Attention::anchor || attention == Attention::full;
     Row row;
-    row.token.assign(S, 0), row.doc.assign(S, anchored ? 0 : 1), row.pos.assign(S, 0), row.label.assign(S, -1);
+    row.token.assign(S, 0), row.doc.assign(S, has_anchor(attention) ? 0 : 1), row.pos.assign(S, 0),
+        row.label.assign(S, -1);
     return row;
 }
 

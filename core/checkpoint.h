@@ -199,6 +199,15 @@ inline int64_t step_from_name(const std::string& name, const std::string& tail =
 }
 
 // Calls use(data, bytes) for all that a file holds, a block after the other, in host memory.
+// The steps of the checkpoints in dir, sound or not, ascending; none when there is no such folder.
+inline std::vector<int64_t> checkpoint_steps(const std::string& dir) {
+    std::vector<int64_t> steps;
+    for (const std::string& name : directory_list(dir))
+        if (step_from_name(name) >= 0) steps.push_back(step_from_name(name));
+    std::sort(steps.begin(), steps.end());
+    return steps;
+}
+
 template <class Use> void visit_pieces(const CheckpointFile& file, Use use) {
     constexpr size_t block = size_t(4) << 20; // stays in cache between checksum and write
     std::vector<char> fetched;
@@ -343,13 +352,12 @@ inline Checkpoint checkpoint_newest(const Comm& world, const std::string& dir) {
         if (world.rank == 0) fprintf(stderr, "train_llama: %s: not used: %s\n", path.c_str(), why.c_str());
     };
     std::vector<int64_t> steps;
-    if (world.rank == 0)
-        for (const std::string& name : directory_list(dir)) {
+    if (world.rank == 0) {
+        steps = checkpoint_steps(dir);
+        for (const std::string& name : directory_list(dir))
             if (step_from_name(name, ".tmp") >= 0 || step_from_name(name, ".replaced.tmp") >= 0)
                 pass_over(dir + "/" + name, "unfinished");
-            if (step_from_name(name) >= 0) steps.push_back(step_from_name(name));
-        }
-    std::sort(steps.begin(), steps.end());
+    }
     for (;;) {
         std::string text, fault;
         Checkpoint candidate;

@@ -20,6 +20,8 @@
 
 enum class Attention { full, intra, intra_reset, anchor };
 inline constexpr const char* attention_names[] = {"full", "intra", "intra_reset", "anchor"};
+// Whether document 0 exists, whose first token all see: in full mode it is everything.
+inline bool has_anchor(Attention a) { return a == Attention::full || a == Attention::anchor; }
 
 // The label of a document's last token: none, the token next to it in the row (none at the row's end), or BOS.
 enum class Boundary { mask, next, bos };

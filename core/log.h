@@ -56,8 +56,9 @@ inline Log log_open(const Options& options, const std::string& folder, int rank)
     if (!log.file) fail("%s: %s", path.c_str(), strerror(errno));
     if (flock(fileno(log.file), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
         fail("another run writes to %s", folder.c_str());
-    if (fseek(log.file, -1, SEEK_END) == 0 && fgetc(log.file) != '\n')
-        fputc('\n', log.file); // a killed run's last line
+    const bool cut = fseek(log.file, -1, SEEK_END) == 0 && fgetc(log.file) != '\n'; // the last line of a killed run
+    fseek(log.file, 0, SEEK_END);
+    if (cut) fputc('\n', log.file);
     std::string line = "{\"event\": \"start\"";
     auto field = [&](auto& value, const char* name, char, const char*, const char*) {
         line += std::string(", \"") + name + "\": " + json_text(option_text(value));

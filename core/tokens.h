@@ -24,7 +24,8 @@
 #include <vector>
 
 constexpr int32_t tokens_magic = 20261120, tokens_version = 1;
-inline bool tokens_are(int32_t magic) { return magic == tokens_magic || magic == 20240520 || magic == 20240801; }
+constexpr int32_t gpt2_magic = 20240520, llama3_magic = 20240801; // llm.c's
+inline bool tokens_are(int32_t magic) { return magic == tokens_magic || magic == gpt2_magic || magic == llama3_magic; }
 constexpr int64_t tokens_header_bytes = 1024;
 
 // Where documents come from. The tags are put before a document's text when domain tags are asked for.
@@ -229,7 +230,7 @@ inline void shard_open(Shard& s, int32_t V) {
     int32_t word[256];
     memcpy(word, s.bytes.get(), sizeof word);
     if (word[0] == tokens_magic) shard_open_own(s, word);
-    else if (word[0] == 20240520 || word[0] == 20240801) shard_open_llmc(s, word, word[0] == 20240520);
+    else if (tokens_are(word[0])) shard_open_llmc(s, word, word[0] == gpt2_magic);
     else fail("%s: not a token file (magic %d); make one with data/prepare.py", path, word[0]);
     if (s.vocabulary > V)
         fail("%s: vocabulary of %d, the model has %d: tokenise with the model's own tokenizer", path, s.vocabulary, V);

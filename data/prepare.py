@@ -90,12 +90,12 @@ def read_pieces(path, args, tokenizer, bar):
 
 
 def read_jsonl(path, bar):
-    number = 0
+    number, zipped = 0, path.suffix.lower() == ".gz"
     with open(path, "rb") as raw:
         try:
-            for line in gzip.open(raw) if path.suffix.lower() == ".gz" else raw:
+            for line in gzip.open(raw) if zipped else raw:
                 number += 1
-                bar.update(raw.tell() - bar.n_file if path.suffix.lower() == ".gz" else len(line))
+                bar.update(raw.tell() - bar.n_file if zipped else len(line))
                 if line.strip():
                     yield f"{path}:{number}", parse_row(line, f"{path}:{number}")
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:

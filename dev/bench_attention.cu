@@ -70,8 +70,8 @@ int main(int argc, char** argv) {
            gpu.context->name, kernels);
     for (const AttentionCase& c : attention_cases) {
         if (!strstr(c.name, only)) continue;
-        std::this_thread::sleep_for(
-            std::chrono::seconds(2)); // behind a long case a short one is slower by up to a sixth
+        // A rest: behind a long case a short one is slower by up to a sixth.
+        std::this_thread::sleep_for(std::chrono::seconds(2));
         run(gpu, c, kernels);
     }
 }

@@ -70,7 +70,7 @@ def convert(source, out, asked="keep", binary=None, say=print):
     source, out = pathlib.Path(source), pathlib.Path(out)
     if out.suffix == ".hf":
         raise hf.Fault(f"{out}: the weights file must not end in .hf; that name is kept for the folder beside it")
-    if out.is_file() and out.stat().st_size and out.open("rb").read(4) != b"LLAM":
+    if out.is_file() and out.stat().st_size and np.fromfile(out, "<i4", 1) != hf.MAGIC:
         raise hf.Fault(f"{out}: there is such a file, and it is no weights file of this trainer")
     if not (source / "config.json").is_file():
         raise hf.Fault(f"{source}: no config.json; name the folder of a Hugging Face model")
