@@ -1763,7 +1763,8 @@ template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setu
     std::vector<std::string> pieces = pieces_read(o.vocab_file);
     announce(log, s, loader, comm_transport(m.dev, s.world));
 
-    for (int number : {SIGTERM, SIGUSR1, SIGHUP}) signal(number, [](int) { signal_caught = 1; });
+    for (int number : {SIGTERM, SIGUSR1, SIGHUP})
+        if (signal(number, [](int) { signal_caught = 1; }) == SIG_IGN) signal(number, SIG_IGN); // as nohup wants it
     if (state.step < o.steps) model_tune(m, s, loader, log);
     const size_t longest = std::min(m.layout.tokens(), s.layout.S); // that a sample can be
     if (state.step >= o.steps) log_note(log, "nothing to do: --steps is %lld", (long long)o.steps);

@@ -356,6 +356,22 @@ def test_a_closed_terminal_does_not_end_a_run(tmp_path):
     assert run_.wait(60) == 0 and newest(tmp_path)
 
 
+def test_nohup_keeps_a_run_alive(tmp_path):
+    run_ = subprocess.Popen(command(*SMALL, "--steps", 1000000, "-o", tmp_path), stdout=subprocess.DEVNULL,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    steps = lambda: len(events(tmp_path)) if (tmp_path / "log.jsonl").exists() else 0  # noqa: E731
+    while not steps():
+        time.sleep(0.05)
+    run_.send_signal(signal.SIGHUP)
+    reached = steps()
+    while steps() < reached + 20:
+        assert run_.poll() is None
+        time.sleep(0.05)
+    run_.send_signal(signal.SIGTERM)
+    assert run_.wait(60) == 0
+
+
 def test_one_run_a_folder_and_a_cut_log_goes_on(tmp_path):
     first = subprocess.Popen(command(*SMALL, "--steps", 1000000, "-o", tmp_path), stdout=subprocess.DEVNULL,
                              env={**os.environ, "OMP_NUM_THREADS": "1"})
