@@ -346,7 +346,8 @@ def test_sigusr1_to_mpirun_saves_and_leaves(tmp_path):
 def test_a_closed_terminal_does_not_end_a_run(tmp_path):
     """Nobody reads what it prints (head has gone), then SIGHUP: it saves."""
     run_ = subprocess.Popen(command(*SMALL, "--steps", 1000000, "-o", tmp_path), stdout=subprocess.PIPE,
-                            stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # nohup's is inherited
     run_.stdout.readline()
     run_.stdout.close()
     while len(events(tmp_path) if (tmp_path / "log.jsonl").exists() else []) < 50:
