@@ -21,14 +21,17 @@
 // goes through shared memory, because dQ sums over the keys of both warpgroups; it is computed one step late, so that
 // neither has to wait for the other. Step n:
 //
-//   issue dP(n) = V dO(n)^T, then dV += P(n) dO(n)
-//   dS(n) = P(n) (dP(n) - delta), to shared memory             dV; the other warpgroup's
-//   send dQ(n-2)
-//   issue S(n+1) = K Q(n+1)^T, dQ(n-1) = dS(n-1) K, dK += dS(n) Q(n)
-//   P(n+1) = exp(S(n+1) - LSE)                                 dQ, dK; the other warpgroup's
+//   issue dP(n) = V dO(n)^T - delta, then dV += P(n) dO(n)
+//   send dQ(n-2)                                               dP
+//   dS(n) = P(n) dP(n), to shared memory                       dV; the other warpgroup's
+//   issue S(n+1) = K Q(n+1)^T - LSE, dQ(n-1) = dS(n-1) K, dK += dS(n) Q(n)
+//   tell that dS(n) is there                                   S
+//   P(n+1) = exp(S(n+1))                                       dQ, dK; the other warpgroup's
 //   dQ(n-1) to shared memory
 //
-// dQ is sent, and added in memory, by the copy engine: the order of these additions is not fixed.
+// dQ is sent, and added in memory, by the copy engine: the order of these additions is not fixed. LSE and delta are
+// subtracted by the products themselves, which read a quarter of what it takes to bring them to every thread: shared
+// memory is what the backward has least of.
 //
 // Where tiles visit much (pairs_from), blocks work in pairs: neighbouring tiles visit the same, and each block loads
 // half the columns of it for both. At full power what the L2 cache must bring is a part of the heat, which sets the
@@ -268,12 +271,12 @@ __device__ __forceinline__ float2 bf16_values(uint32_t pair) {
     return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
 
-// Issues sum (64, N) = x y^T, of rows of two tiles of D columns that have x_rows and y_rows.
+// Issues sum (64, N) = x y^T, or += with `add`, of rows of two tiles of D columns that have x_rows and y_rows.
 template <int D, int N, int x_rows, int y_rows>
-__device__ __forceinline__ void issue_rows(float (&sum)[N / 2], uint64_t x, uint64_t y) {
+__device__ __forceinline__ void issue_rows(float (&sum)[N / 2], uint64_t x, uint64_t y, bool add = false) {
 #pragma unroll
     for (int i = 0; i < D / 16; i++)
-        ptx::product<N>(sum, x + i / 4 * x_rows * 8 + i % 4 * 2, y + i / 4 * y_rows * 8 + i % 4 * 2, i > 0);
+        ptx::product<N>(sum, x + i / 4 * x_rows * 8 + i % 4 * 2, y + i / 4 * y_rows * 8 + i % 4 * 2, add || i > 0);
 }
 
 // Issues sum (64, D) += p y, where p (64, R) is rounded and in registers, and y a tile of R rows by columns.
@@ -627,6 +630,24 @@ struct BackwardStep {
     bool masked, last;
 };
 
+// A value for each query that a product adds to all its sums of that query: an operand by columns whose first three
+// rows, in bf16, sum up to it, to 2^-24, and whose other rows are 0. In the operand that goes with it, from registers,
+// the first three columns are 1.
+struct alignas(1024) Offset {
+    static constexpr int words = 16 * backward_queries / 2;
+    uint32_t pair[words];
+
+    // Of queries 2 i and 2 i + 1.
+    __device__ __forceinline__ void set(int i, float x, float y) {
+#pragma unroll
+        for (int row = 0; row < 3; row++) {
+            const uint32_t rounded = ptx::pair(x, y);
+            pair[row * backward_queries / 2 + ((i / 4 ^ row) * 4) + i % 4] = rounded;
+            x -= bf16_values(rounded).x, y -= bf16_values(rounded).y;
+        }
+    }
+};
+
 template <int D> struct alignas(1024) BackwardShared {
     static constexpr int q_slots = 3;
     bf16 k[backward_keys * D];
@@ -635,11 +656,11 @@ template <int D> struct alignas(1024) BackwardShared {
     bf16 dout[2][backward_queries * D];
     bf16 ds[2][backward_queries * backward_keys]; // (queries, keys): the halves are the two warpgroups' keys
     float out[8][16 * 64];                        // a warp's part of dQ, later of dK and dV, on its way out
+    Offset score_offset[q_slots], dp_offset[2];   // -sqrt(D) (LSE + log(D) / 2), -delta
     Label q_label[q_slots][backward_queries], k_label[backward_keys];
-    float lse[q_slots][backward_queries], delta[2][backward_queries]; // times -log2(e), times -1 / sqrt(D)
     BackwardItem item;
     BackwardStep step[q_slots];
-    int2 ds_place[8][2]; // first query and head of a warp's dS until its dQ has been sent; head < 0: none
+    int2 place[8]; // first query and head of step number i % 8
     ptx::Barrier kv_full, kv_empty, q_full[q_slots], q_empty[q_slots], dout_full[2], dout_empty[2];
     ptx::Barrier posted[q_slots], ds_full[2];
     ItemSlots items;
@@ -700,52 +721,47 @@ __device__ __forceinline__ void backward_load(const AttentionBackward<bf16>& a, 
     ptx::barrier_arrive(&s.posted[q.slot]);
 }
 
-// The second loading warp: LSE, delta and labels of the steps that the first one posts, LSE and delta multiplied as the
-// warpgroups want them.
+// The second loading warp: LSE, delta and labels of the steps that the first one posts. A query that sees nothing has
+// LSE = -inf and no visible pair: any number does.
 template <int D>
 __device__ __forceinline__ void backward_load_rows(const AttentionBackward<bf16>& a, BackwardShared<D>& s, int lane) {
     Ring<BackwardShared<D>::q_slots> q;
-    Ring<2> dout;
-    for (;; q.next(), dout.next()) {
+    for (uint32_t number = 0;; number++, q.next()) {
+        const int dout = slot_of(number);
         ptx::barrier_wait(&s.posted[q.slot], q.phase);
         const BackwardStep step = s.step[q.slot];
         if (step.head < 0) return;
+        if (lane == 0) s.place[number % 8] = {step.begin, step.head};
         if (step.masked && !a.map.seen)
             copy_row<backward_queries>(s.q_label[q.slot], (const Label*)a.q_label, step.begin, a.T, lane);
         ptx::barrier_arrive_copies(&s.q_full[q.slot]);
-        float2 row[backward_queries / 32]; // LSE, delta
+        float lse[2], delta[2]; // of queries 2 lane and 2 lane + 1
 #pragma unroll
-        for (int i = 0; i < backward_queries / 32; i++) {
-            const int token = step.begin + 32 * i + lane;
+        for (int i = 0; i < 2; i++) {
+            const int token = step.begin + 2 * lane + i;
             const size_t from = size_t(step.head) * a.T + token;
-            row[i] = token < a.T ? float2{a.lse[from], a.delta[from]} : float2{0, 0};
+            lse[i] = token < a.T ? a.lse[from] : 0, delta[i] = token < a.T ? a.delta[from] : 0;
+            lse[i] = lse[i] == minus_infinity<float> ? 0 : -sqrtf(float(D)) * (lse[i] + logf(float(D)) / 2);
         }
-#pragma unroll
-        for (int i = 0; i < backward_queries / 32; i++) s.lse[q.slot][32 * i + lane] = -log2e * row[i].x;
+        s.score_offset[q.slot].set(lane, lse[0], lse[1]);
+        ptx::fence_async();
         ptx::barrier_arrive(&s.q_full[q.slot]);
-        ptx::barrier_wait(&s.dout_empty[dout.slot], dout.phase ^ 1);
-#pragma unroll
-        for (int i = 0; i < backward_queries / 32; i++)
-            s.delta[dout.slot][32 * i + lane] = -(1 / sqrtf(float(D))) * row[i].y;
-        ptx::barrier_arrive(&s.dout_full[dout.slot]);
+        ptx::barrier_wait(&s.dout_empty[dout], phase_of(number) ^ 1);
+        s.dp_offset[dout].set(lane, -delta[0], -delta[1]);
+        ptx::fence_async();
+        ptx::barrier_arrive(&s.dout_full[dout]);
     }
 }
 
-// s^T (keys, queries) becomes P^T = exp(S / sqrt(D) - LSE).
-template <int D>
-__device__ __forceinline__ void probabilities(float (&s)[backward_queries / 2], const float* lse, int t) {
+// s^T (keys, queries) with its offset becomes P^T / sqrt(D). So dQ and dK need no scale; dV needs the inverse.
+template <int D> __device__ __forceinline__ void probabilities(float (&s)[backward_queries / 2]) {
     const float scale = log2e / sqrtf(float(D));
 #pragma unroll
-    for (int j = 0; j < backward_queries / 8; j++) {
-        const float2 two = ((const float2*)lse)[4 * j + t];
-        const float offset[2] = {two.x, two.y};
-#pragma unroll
-        for (int i = 0; i < 4; i++) s[4 * j + i] = ptx::exp2(s[4 * j + i] * scale + offset[i % 2]);
-    }
+    for (int i = 0; i < backward_queries / 2; i++) s[i] = ptx::exp2(s[i] * scale);
 }
 
 // P^T = 0 where the query does not see the key, for keys from number `keys` on, and from column `queries` on. What
-// stood there may be infinite: queries that see nothing have LSE = -inf.
+// stood there may be infinite: the LSE of a query that sees nothing bounds no score.
 __device__ __forceinline__ void backward_mask(float (&p)[backward_queries / 2], const Label* q_label, int queries,
                                               const Label* k_label, int first_key, int keys, int t) {
     Label k[2];
@@ -767,19 +783,6 @@ __device__ __forceinline__ void backward_mask(float (&p)[backward_queries / 2], 
     }
 }
 
-// dp^T becomes dS^T = P^T (dP^T - delta) / sqrt(D): with the scale in it, dQ and dK need none.
-template <int D> __device__ __forceinline__ void
-score_gradients(float (&dp)[backward_queries / 2], const float (&p)[backward_queries / 2], const float* delta, int t) {
-    const float scale = 1 / sqrtf(float(D));
-#pragma unroll
-    for (int j = 0; j < backward_queries / 8; j++) {
-        const float2 two = ((const float2*)delta)[4 * j + t];
-        const float offset[2] = {two.x, two.y};
-#pragma unroll
-        for (int i = 0; i < 4; i++) dp[4 * j + i] = p[4 * j + i] * (dp[4 * j + i] * scale + offset[i % 2]);
-    }
-}
-
 // A warpgroup's place in the rings, and what it carries from step to step.
 template <int D, bool PAIR> struct BackwardGroup {
     static constexpr int dq_columns = D / 2; // of dQ, which the two warpgroups share out by columns
@@ -789,13 +792,19 @@ template <int D, bool PAIR> struct BackwardGroup {
     const Worker<PAIR> worker;
     const Place at;
     Ring<BackwardShared<D>::q_slots> q;
-    uint32_t number = 0; // of the step, over all items
+    uint32_t number = 0, first; // of the step, over all items; of the item's first one
+    bool masked, last;          // of the step
+    uint32_t ones[4];           // the operand for an Offset
     float dk[D / 2], dv[D / 2];
     uint32_t rounded[backward_queries / 4]; // P, then dS
 
     __device__ __forceinline__ BackwardGroup(const AttentionBackward<bf16>& a, const BackwardMaps& maps,
                                              BackwardShared<D>& s, int group)
-        : a(a), maps(maps), s(s), at(group) {}
+        : a(a), maps(maps), s(s), at(group) {
+        constexpr uint32_t one = 0x3f80; // in bf16
+        ones[0] = ones[1] = at.t == 0 ? one << 16 | one : at.t == 1 ? one : 0;
+        ones[2] = ones[3] = 0;
+    }
 
     // The named barrier at which a warpgroup waits to overwrite a buffer of dS: the other one is done with it.
     static __device__ __forceinline__ int ds_free(int slot, int group) { return 1 + 2 * slot + group; }
@@ -841,14 +850,18 @@ template <int D, bool PAIR> struct BackwardGroup {
 
     __device__ __forceinline__ void issue_scores(float (&p)[backward_queries / 2]) {
         const uint64_t keys = ptx::matrix(ptx::address(s.k) + at.group * rows_of_group * 128);
+        const uint64_t offset = ptx::matrix(ptx::address(&s.score_offset[q.slot]));
+        ptx::product<backward_queries>(p, ones, offset, false);
         issue_rows<D, backward_queries, backward_keys, backward_queries>(p, keys,
-                                                                         ptx::matrix(ptx::address(s.q[q.slot])));
+                                                                         ptx::matrix(ptx::address(s.q[q.slot])), true);
         ptx::product_commit();
     }
     __device__ __forceinline__ void issue_dp(float (&dp)[backward_queries / 2]) {
         const uint64_t values = ptx::matrix(ptx::address(s.v) + at.group * rows_of_group * 128);
+        const uint64_t offset = ptx::matrix(ptx::address(&s.dp_offset[slot_of(number)]));
+        ptx::product<backward_queries>(dp, ones, offset, false);
         issue_rows<D, backward_queries, backward_keys, backward_queries>(
-            dp, values, ptx::matrix(ptx::address(s.dout[slot_of(number)])));
+            dp, values, ptx::matrix(ptx::address(s.dout[slot_of(number)])), true);
         ptx::product_commit();
     }
     __device__ __forceinline__ void issue_dv() {
@@ -873,29 +886,30 @@ template <int D, bool PAIR> struct BackwardGroup {
             ptx::product<dq_columns, true>(dq, x + i / 4 * backward_queries * 8 + i % 4 * 2, y + i * 128, i > 0);
         ptx::product_commit();
     }
-    // dQ to shared memory, and leave for the other warpgroup to overwrite dS.
-    __device__ __forceinline__ void write_dq(float (&dq)[dq_columns / 2], uint32_t number) {
+    // dQ of step `of`, if the item has it, to shared memory, and leave for the other warpgroup to overwrite its dS.
+    __device__ __forceinline__ void write_dq(float (&dq)[dq_columns / 2], uint32_t of) {
         ptx::settle(dq);
-        if (s.ds_place[4 * at.group + at.warp][slot_of(number)].y < 0) return;
-        ptx::named_arrive(ds_free(slot_of(number), at.group ^ 1), 256);
+        if (int32_t(of - first) < 0) return;
+        ptx::named_arrive(ds_free(slot_of(of), at.group ^ 1), 256);
         write_split<dq_columns>(dq);
     }
-    // Lane 0, after a fence.
-    __device__ __forceinline__ void send_dq(uint32_t number) {
-        const int2 place = s.ds_place[4 * at.group + at.warp][slot_of(number)];
-        if (place.y >= 0) send_rows(maps.dq, place.x + 16 * at.warp, at.group * (D / 64), place.y);
-        s.ds_place[4 * at.group + at.warp][slot_of(number)].y = -1;
-    }
-    __device__ __forceinline__ void send_dq_now(uint32_t number) {
+    __device__ __forceinline__ void send_dq(uint32_t of) {
+        if (int32_t(of - first) < 0) return;
+        const int2 place = s.place[of % 8];
         ptx::fence_async();
         __syncwarp();
-        if (at.lane == 0) send_dq(number);
-        __syncwarp();
+        if (at.lane == 0) send_rows(maps.dq, place.x + 16 * at.warp, at.group * (D / 64), place.y);
     }
 
+    // Waits for the queries of the step, and looks at what it is before it is needed.
+    __device__ __forceinline__ void wait_queries() {
+        ptx::barrier_wait(&s.q_full[q.slot], q.phase);
+        masked = s.step[q.slot].masked, last = s.step[q.slot].last;
+    }
     // P of the item's first step.
     __device__ __forceinline__ void start_steps(float (&p)[backward_queries / 2]) {
-        ptx::barrier_wait(&s.q_full[q.slot], q.phase);
+        first = number;
+        wait_queries();
         ptx::product_fence();
         issue_scores(p);
         ptx::product_wait<0>();
@@ -911,10 +925,12 @@ template <int D, bool PAIR> struct BackwardGroup {
         ptx::settle(dv), ptx::settle(rounded);
         ptx::product_fence();
         issue_dv();
+        send_dq(number - 2);
         ptx::product_wait<1>(); // dP
         ptx::settle(x);
         ptx::named_sync(ds_free(slot_of(number), at.group), 256);
-        score_gradients<D>(x, p, s.delta[slot_of(number)], at.t);
+#pragma unroll
+        for (int i = 0; i < backward_queries / 2; i++) x[i] *= p[i];
         store_ds(x);
         ptx::product_wait<0>(); // dV
         ptx::settle(dv), ptx::settle(rounded);
@@ -926,18 +942,19 @@ template <int D, bool PAIR> struct BackwardGroup {
         float dq[dq_columns / 2];
         const int q_slot = q.slot;
         q.next();
-        ptx::barrier_wait(&s.q_full[q.slot], q.phase);
+        wait_queries();
         ptx::product_fence();
         issue_scores(p);
         round_scores(rounded, x);
         ptx::settle(dk), ptx::settle(rounded);
         issue_dq(dq, number - 1);
         issue_dk(q_slot);
+        post_ds();
         ptx::product_wait<2>(); // S
         masked_probabilities(p);
-        ptx::product_wait<1>();   // dQ
-        write_dq(dq, number - 1); // and sent with the next fence, in store_ds
-        ptx::product_wait<0>();   // dK
+        ptx::product_wait<1>(); // dQ
+        write_dq(dq, number - 1);
+        ptx::product_wait<0>(); // dK
         ptx::settle(dk), ptx::settle(rounded);
         worker.release(&s.q_empty[q_slot], at.lane);
         number++;
@@ -950,25 +967,26 @@ template <int D, bool PAIR> struct BackwardGroup {
         ptx::product_fence();
         issue_dk(q.slot);
         issue_dq(dq, number - 1);
+        post_ds();
         ptx::product_wait<0>();
         ptx::settle(dk), ptx::settle(rounded);
         write_dq(dq, number - 1);
-        send_dq_now(number - 1);
+        send_dq(number - 1);
         issue_dq(dq, number);
         ptx::product_wait<0>();
         worker.release(&s.q_empty[q.slot], at.lane);
         write_dq(dq, number);
-        send_dq_now(number);
+        send_dq(number);
         q.next();
         number++;
     }
     __device__ __forceinline__ void masked_probabilities(float (&p)[backward_queries / 2]) {
         ptx::settle(p);
         const BackwardStep& step = s.step[q.slot];
-        probabilities<D>(p, s.lse[q.slot], at.t);
+        probabilities<D>(p);
         const int row = rows_of_group * at.group + 16 * at.warp + at.g;
-        if (step.masked && a.map.seen) interval_mask(p, s.k_label + row, step.begin, step.queries, at.t, 0.f);
-        else if (step.masked)
+        if (masked && a.map.seen) interval_mask(p, s.k_label + row, step.begin, step.queries, at.t, 0.f);
+        else if (masked)
             backward_mask(p, s.q_label[q.slot], step.queries, s.k_label, row, s.item.end - s.item.begin, at.t);
     }
     // dS^T of this step, rounded, to shared memory as (queries, keys).
@@ -981,14 +999,12 @@ template <int D, bool PAIR> struct BackwardGroup {
             ptx::store_matrices_transposed(to + j * 1024, ptx::pair(x[4 * j], x[4 * j + 1]),
                                            ptx::pair(x[4 * j + 2], x[4 * j + 3]), ptx::pair(x[4 * j + 4], x[4 * j + 5]),
                                            ptx::pair(x[4 * j + 6], x[4 * j + 7]));
+    }
+    // Tells both warpgroups that dS is there.
+    __device__ __forceinline__ void post_ds() {
         ptx::fence_async();
         __syncwarp();
-        if (at.lane == 0) {
-            ptx::barrier_arrive(&s.ds_full[slot_of(number)]);
-            send_dq(number - 2);
-            s.ds_place[4 * at.group + at.warp][slot_of(number)] = {s.step[q.slot].begin, s.step[q.slot].head};
-        }
-        __syncwarp();
+        if (at.lane == 0) ptx::barrier_arrive(&s.ds_full[slot_of(number)]);
     }
 
     // A warp's 16 rows of dK or dV, rounded, to dkv_out; rows from `rows` on are not the tile's.
@@ -1042,6 +1058,8 @@ template <int D, bool PAIR> struct BackwardGroup {
             own[i] = s.k_label[row + 8 * i + at.g].y == hidden_doc && token + 8 * i + at.g < item.end;
         __syncwarp();
         if (at.lane == 0) ptx::barrier_arrive(&s.kv_empty);
+#pragma unroll
+        for (int i = 0; i < D / 2; i++) dv[i] *= sqrtf(float(D)); // P was divided by it
         if (!a.dkv_out) {
 #pragma unroll
             for (int part = 0; part < D / 64; part++) {
@@ -1065,7 +1083,6 @@ template <int D, bool PAIR> __device__ __forceinline__ void
 backward_compute(const AttentionBackward<bf16>& a, const BackwardMaps& maps, BackwardShared<D>& s, int group) {
     BackwardGroup<D, PAIR> w(a, maps, s, group);
     for (int slot = 0; slot < 2; slot++) ptx::named_arrive(w.ds_free(slot, group ^ 1), 256);
-    if (w.at.lane < 2) s.ds_place[4 * group + w.at.warp][w.at.lane].y = -1;
     for (uint32_t phase = 0;; phase ^= 1) {
         ptx::barrier_wait(&s.kv_full, phase);
         if (s.item.head < 0) break;
@@ -1076,7 +1093,7 @@ backward_compute(const AttentionBackward<bf16>& a, const BackwardMaps& maps, Bac
             w.start_steps(p);
             for (;;) {
                 w.step_values(x, p);
-                if (s.step[w.q.slot].last) break;
+                if (w.last) break;
                 w.step_keys(p, x);
             }
             w.finish_steps(x);
@@ -1088,9 +1105,10 @@ backward_compute(const AttentionBackward<bf16>& a, const BackwardMaps& maps, Bac
 
 // Block: 128 keys of one KV head at a time, which visit tiles of 64 queries; dK and dV stay in registers, dQ is added
 // in memory, 32 KiB a step. Shared memory: K, V, three slots of Q, two of dO and dS, dQ on its way out, LSE, delta,
-// labels, 213 KiB. Bound by shared memory: a step's products read 256 KiB of it and all else moves 112 KiB, 2900 cycles
-// at 128 bytes a cycle, in which its 10 D FLOP a pair keep the tensor cores busy for 2560; and by power. On an H200:
-// 568 TFLOP/s at 16384 causal tokens, D = 128, with the passes before and after, 57% of the peak, and 599 at 65536.
+// labels, 221 KiB. Bound by shared memory: a step's products read 264 KiB of it and all else moves 112 KiB, 3008 cycles
+// at 128 bytes a cycle (measured: 3360), in which its 10 D FLOP a pair keep the tensor cores busy for 2560, and LSE and
+// delta for 128 more; and by power. On an H200: 594 TFLOP/s at 16384 causal tokens, D = 128, with the passes before and
+// after, 60% of the peak, and 630 at 65536.
 template <int D, bool PAIR> __global__ void __launch_bounds__(block_threads, 1)
     attention_hopper_backward_kernel(const __grid_constant__ AttentionBackward<bf16> a,
                                      const __grid_constant__ BackwardMaps maps,
@@ -1111,6 +1129,11 @@ template <int D, bool PAIR> __global__ void __launch_bounds__(block_threads, 1)
         s.items.init();
         ptx::barrier_init_fence();
     }
+    for (int i = threadIdx.x; i < Offset::words; i += block_threads) {
+        for (Offset& offset : s.score_offset) offset.pair[i] = 0;
+        for (Offset& offset : s.dp_offset) offset.pair[i] = 0;
+    }
+    ptx::fence_async();
     block_sync<PAIR>();
     if (group == 0) {
         ptx::registers_give<24>();
