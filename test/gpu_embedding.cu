@@ -78,6 +78,30 @@ TEST_CASE("gpu embedding: forward copies the rows") {
         for (size_t shift : {0, 1}) check(bf16(0), T, V, C, shift), check(float(), T, V, C, shift);
 }
 
+// Each forward reads what the one before wrote and overwrites what it read, and every second order comes just before
+// it: a kernel that starts early must wait for all of that.
+TEST_CASE("gpu embedding: forward comes after the kernel and the copy before it (small)") {
+    const size_t T = 3000, C = 520, orders = 5;
+    Buffer<bf16> x[2] = {Buffer<bf16>(T * C, 1), Buffer<bf16>(T * C)};
+    DeviceBuffer<bf16> first(x[0]), second(x[1]);
+    bf16* x_gpu[2] = {first, second};
+    DeviceBuffer<uint8_t> memory(token_order_bytes(Gpu(), T));
+    std::vector<TokenOrder> order;
+    for (size_t k = 0; k < orders; k++) {
+        std::vector<int32_t> token(T);
+        for (size_t t = 0; t < T; t++) token[t] = int32_t(hash64(20 + k, t) % T);
+        order.push_back(token_order(token));
+    }
+    for (size_t i = 0; i < 2 * orders; i++) {
+        if (i % 2 == 0) token_order_upload(the_gpu(), order[i / 2], memory.data());
+        embedding_forward(the_gpu(), x_gpu[(i + 1) % 2], order[i / 2], x_gpu[i % 2], C);
+    }
+    for (size_t i = 0; i < 2 * orders; i++)
+        embedding_forward(Cpu(), x[(i + 1) % 2].data(), order[i / 2], x[i % 2].data(), C);
+    CHECK(same_bits(first.host(), x[0]));
+    CHECK(same_bits(second.host(), x[1]));
+}
+
 TEST_CASE("gpu embedding: backward adds the right integers to what is there") {
     for (auto [T, V, C] : sizes) {
         check_integer_sums<float, float>(T, V, C, random_tokens(T, V));
