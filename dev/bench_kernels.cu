@@ -12,6 +12,7 @@
 #include "../layers/swiglu.cuh"
 #include "../rope.cuh"
 #include "bench.h"
+#include <chrono>
 #include <set>
 
 namespace {
@@ -38,13 +39,18 @@ __global__ void busy_kernel(long long clocks) {
 }
 
 // Milliseconds of a call among others as in training, where the host runs ahead of the GPU: alone, the launches would
-// show. The GPU is first kept busy (2 ms) until the host has given it ten calls; median of 7 times ten.
+// show. First 0.2 s to settle: behind the allocations, the first 20 ms of a run have been slower. Then the GPU is kept
+// busy (2 ms) until the host has given it ten calls; median of 15 times ten.
 template <class F> double mean_ms(Gpu gpu, F f) {
-    constexpr int calls = 10, rounds = 7;
+    constexpr int calls = 10, rounds = 15;
     cudaEvent_t begin, end;
     CUDA_CHECK(cudaEventCreate(&begin));
     CUDA_CHECK(cudaEventCreate(&end));
-    for (int i = 0; i < 3; i++) f();
+    const auto since = std::chrono::steady_clock::now();
+    do {
+        for (int i = 0; i < calls; i++) f();
+        CUDA_CHECK(cudaStreamSynchronize(gpu.stream));
+    } while (std::chrono::steady_clock::now() - since < std::chrono::milliseconds(200));
     std::vector<float> times(rounds);
     for (float& ms : times) {
         busy_kernel<<<1, 1, 0, gpu.stream>>>(4000000);
