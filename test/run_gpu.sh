@@ -1,8 +1,8 @@
 #!/bin/bash
 # Runs every test that needs a GPU and closes with "N passed, N failed": the kernels and the model, the same small cases
 # under the four tools of compute-sanitizer, the ranks, and the program on the GPU. Arguments: the test program, the
-# attention's tests built for racecheck, then the programs that run on 1 to 4 ranks. All of it takes eight minutes on an
-# H200 with 16 cores; PART="kernels sanitizers ranks program" names what is wanted.
+# attention's tests built for racecheck, then the programs that run on 1 to 4 ranks.
+# PART="kernels sanitizers ranks program" names what is wanted.
 cd "$(dirname "$0")/.."
 log=build/test_gpu.log
 skipped=""
@@ -48,32 +48,63 @@ else
     skipped="$skipped; sanitizers (no compute-sanitizer)"
 fi
 
-# Ranks share a GPU where there are fewer; those tests then leave NCCL out, and the program wants a GPU a rank. One after
-# the other: some measure the memory that is taken of a GPU.
+# Ranks share a GPU where there are fewer; those tests then leave NCCL out, and the program wants a GPU a rank. They and
+# the program's tests run side by side, as many at a time as JOBS says; only what measures the memory that is taken of a
+# GPU runs alone.
 gpus=$(nvidia-smi -L 2> /dev/null | wc -l)
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+jobs_most=${JOBS:-4}
+titles=()
+beside() { # $1 title, then the command
+    while [ "$(jobs -rp | wc -l)" -ge "$jobs_most" ]; do wait -n; done
+    local n=${#titles[@]}
+    titles+=("$1")
+    shift
+    (
+        start=$SECONDS
+        "$@" > $log.$n 2>&1
+        echo "$? $((SECONDS - start))" > $log.$n.end
+    ) &
+}
+count_beside() {
+    local n status seconds
+    wait
+    for n in "${!titles[@]}"; do
+        read -r status seconds < $log.$n.end
+        mv $log.$n $log
+        rm $log.$n.end
+        count "${titles[$n]}" "$status" $((SECONDS - seconds))
+    done
+    titles=()
+}
+on_ranks() { # $1 how many, $2 the program
+    export OMP_NUM_THREADS=$((($(nproc) + $1 * jobs_most - 1) / ($1 * jobs_most)))
+    $([ "$1" = 1 ] || echo mpirun --oversubscribe --bind-to none -np "$1") "$2" --no-colors
+}
+case " $parts " in *" ranks "* | *" program "*) echo "ranks and program, $jobs_most at a time:" ;; esac
 if wanted ranks; then
-    for binary in "$@"; do
-        for n in 1 2 3 4; do
-            start=$SECONDS
-            launch="mpirun --oversubscribe --bind-to none -np $n"
-            OMP_NUM_THREADS=$((($(nproc) + n - 1) / n)) $([ $n = 1 ] || echo $launch) "$binary" --no-colors > $log 2>&1
-            count "$binary on $n ranks" $? $start
-        done
+    for n in 4 3 2 1; do
+        for binary in "$@"; do beside "$binary on $n ranks" on_ranks $n "$binary"; done
     done
     [ $# -gt 0 ] || skipped="$skipped; ranks (no mpicxx)"
 fi
 [ "$gpus" -ge 4 ] || skipped="$skipped; NCCL and the program on more than $gpus ranks (there are $gpus GPUs)"
 
+program() { # $1 shard (test/conftest.py), then the files
+    TRAIN_DEVICE=gpu TRAIN_GPUS=$gpus SHARD=$1 $PYTHON -m pytest -q -p no:cacheprovider "${@:2}"
+}
 if ! wanted program; then :
 elif $PYTHON -c 'import pytest, numpy' 2> /dev/null; then
+    beside "the program, golden vectors and test_rope" program 1/1 test/test_golden.py test/test_rope_program.py
+    for shard in 1 2 3; do beside "the program, part $shard of 3" program $shard/3 test/test_train.py; done
+    count_beside
     start=$SECONDS
-    TRAIN_DEVICE=gpu TRAIN_GPUS=$gpus $PYTHON -m pytest -q -p no:cacheprovider test/test_train.py test/test_golden.py \
-        test/test_rope_program.py > $log 2>&1
-    count "the program on the GPU (pytest)" $? $start
+    program alone test/test_train.py > $log 2>&1
+    count "the program, alone on the GPU" $? $start
 else
     skipped="$skipped; the program (no pytest and numpy: sh scripts/install.sh)"
 fi
+count_beside
 [ -z "$skipped" ] || echo "skipped:${skipped#;}"
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ] && [ "$passed" -gt 0 ]

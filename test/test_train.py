@@ -547,6 +547,7 @@ def test_samples_and_validation_while_training(tmp_path):
     assert "<62>" in out
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(bool(os.environ.get("SAN")), reason="sanitizers take memory of their own")
 def test_the_plan_is_what_a_run_takes(tmp_path):
     """The arena is all but the program itself, which a run of a tiny model shows; on a GPU it is in the plan."""
