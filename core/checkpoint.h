@@ -198,7 +198,6 @@ inline int64_t step_from_name(const std::string& name, const std::string& tail =
     return "/" + name == checkpoint_path("", step) + tail ? step : -1;
 }
 
-// Calls use(data, bytes) for all that a file holds, a block after the other, in host memory.
 // The steps of the checkpoints in dir, sound or not, ascending; none when there is no such folder.
 inline std::vector<int64_t> checkpoint_steps(const std::string& dir) {
     std::vector<int64_t> steps;
@@ -208,6 +207,7 @@ inline std::vector<int64_t> checkpoint_steps(const std::string& dir) {
     return steps;
 }
 
+// Calls use(data, bytes) for all that a file holds, a block after the other, in host memory.
 template <class Use> void visit_pieces(const CheckpointFile& file, Use use) {
     constexpr size_t block = size_t(4) << 20; // stays in cache between checksum and write
     std::vector<char> fetched;
@@ -254,15 +254,12 @@ inline void checkpoint_publish(const std::string& dir, const std::string& tmp, c
 // Removes unfinished saves and all but the `keep` newest up to `step` (0: keeps all). Later steps are left alone:
 // they belong to a run that this one did not continue, or are damaged.
 inline void checkpoint_prune(const std::string& dir, int64_t step, int keep) {
-    std::vector<int64_t> steps;
-    for (const std::string& name : directory_list(dir)) {
+    for (const std::string& name : directory_list(dir))
         if (step_from_name(name, ".tmp") >= 0 || step_from_name(name, ".replaced.tmp") >= 0)
             directory_remove(dir + "/" + name);
-        int64_t s = step_from_name(name);
-        if (s >= 0 && s <= step) steps.push_back(s);
-    }
-    std::sort(steps.rbegin(), steps.rend());
-    for (size_t i = size_t(keep); keep > 0 && i < steps.size(); i++) {
+    std::vector<int64_t> steps = checkpoint_steps(dir);
+    while (!steps.empty() && steps.back() > step) steps.pop_back();
+    for (size_t i = 0; keep > 0 && i + size_t(keep) < steps.size(); i++) {
         // Renamed first: what a kill leaves half removed is not taken for a damaged checkpoint.
         std::string path = checkpoint_path(dir, steps[i]), tmp = path + ".tmp";
         FILE_CHECK(rename(path.c_str(), tmp.c_str()), path);

@@ -38,7 +38,9 @@ inline std::string log_changes(const Options& options, const std::string& folder
         const std::string key = std::string(", \"") + name + "\": ", now = json_text(option_text(value));
         const size_t at = start.find(key), from = at + key.size();
         if (at == std::string::npos || !strcmp(name, "resume") || start.compare(from, now.size(), now) == 0) return;
-        const std::string was = start.substr(from + 1, start.find('"', from + 1) - from - 1);
+        size_t end = from + 1; // of the text, whose own quotes stand behind a backslash
+        while (end < start.size() && start[end] != '"') end += start[end] == '\\' ? 2 : 1;
+        const std::string was = start.substr(from + 1, end - from - 1);
         changes += (changes.empty() ? "--" : ", --") + std::string(name) + " " + (was.empty() ? "none" : was) + " -> " +
                    (now.size() > 2 ? now.substr(1, now.size() - 2) : "none");
     };

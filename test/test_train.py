@@ -452,11 +452,14 @@ def test_a_master_copy_has_all_bits_of_the_weights_file(tmp_path):
 
 def test_a_resumed_run_says_what_has_changed(tmp_path):
     args = [*SMALL, "-o", tmp_path, "--schedule", "cosine"]
-    run(*args, "--steps", 2)
-    assert "changed" not in run(*args, "--steps", 2, "--resume")
+    vocab = tmp_path / 'the "new".vocab'
+    vocab.write_text("x\n" * 64)
+    run(*args, "--steps", 2, "--vocab_file", vocab)
+    assert "changed" not in run(*args, "--steps", 2, "--vocab_file", vocab, "--resume")
     out = run(*args, "--steps", 3, "--resume", "--seed", 4, "--attention", "full")
     assert re.search(r"^changed since the last start: (.*)$", out, re.M).group(1).split(", ") == [
-        "--attention anchor -> full", "--steps 2 -> 3", "--seed 1337 -> 4"]
+        "--attention anchor -> full", "--steps 2 -> 3", rf'--vocab_file {tmp_path}/the \"new\".vocab -> none',
+        "--seed 1337 -> 4"]
 
 
 @pytest.mark.parametrize("master", ["none", "float"])
