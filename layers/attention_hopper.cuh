@@ -753,7 +753,8 @@ __device__ __forceinline__ void backward_load_rows(const AttentionBackward<bf16>
     }
 }
 
-// s^T (keys, queries) with its offset becomes P^T / sqrt(D). So dQ and dK need no scale; dV needs the inverse.
+// s^T (keys, queries) with its offset becomes P^T / sqrt(D). So dQ and dK need no scale; dV needs the inverse, and its
+// P is rounded with it: a P of 1 is not exact when D = 128.
 template <int D> __device__ __forceinline__ void probabilities(float (&s)[backward_queries / 2]) {
     const float scale = log2e / sqrtf(float(D));
 #pragma unroll
