@@ -198,6 +198,11 @@ inline int64_t step_from_name(const std::string& name, const std::string& tail =
     return "/" + name == checkpoint_path("", step) + tail ? step : -1;
 }
 
+// Names of what a killed save leaves: its own folder, and the one that it was to replace.
+inline bool is_unfinished(const std::string& name) {
+    return step_from_name(name, ".tmp") >= 0 || step_from_name(name, ".replaced.tmp") >= 0;
+}
+
 // The steps of the checkpoints in dir, sound or not, ascending; none when there is no such folder.
 inline std::vector<int64_t> checkpoint_steps(const std::string& dir) {
     std::vector<int64_t> steps;
@@ -255,8 +260,7 @@ inline void checkpoint_publish(const std::string& dir, const std::string& tmp, c
 // they belong to a run that this one did not continue, or are damaged.
 inline void checkpoint_prune(const std::string& dir, int64_t step, int keep) {
     for (const std::string& name : directory_list(dir))
-        if (step_from_name(name, ".tmp") >= 0 || step_from_name(name, ".replaced.tmp") >= 0)
-            directory_remove(dir + "/" + name);
+        if (is_unfinished(name)) directory_remove(dir + "/" + name);
     std::vector<int64_t> steps = checkpoint_steps(dir);
     while (!steps.empty() && steps.back() > step) steps.pop_back();
     for (size_t i = 0; keep > 0 && i + size_t(keep) < steps.size(); i++) {
@@ -352,8 +356,7 @@ inline Checkpoint checkpoint_newest(const Comm& world, const std::string& dir) {
     if (world.rank == 0) {
         steps = checkpoint_steps(dir);
         for (const std::string& name : directory_list(dir))
-            if (step_from_name(name, ".tmp") >= 0 || step_from_name(name, ".replaced.tmp") >= 0)
-                pass_over(dir + "/" + name, "unfinished");
+            if (is_unfinished(name)) pass_over(dir + "/" + name, "unfinished");
     }
     for (;;) {
         std::string text, fault;
