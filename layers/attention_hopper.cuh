@@ -660,7 +660,7 @@ template <int D> struct alignas(1024) BackwardShared {
     Label q_label[q_slots][backward_queries], k_label[backward_keys];
     BackwardItem item;
     BackwardStep step[q_slots];
-    int2 place[8]; // first query and head of step number i % 8
+    int2 place[8]; // first query and head of the last steps, number n at n % 8
     ptx::Barrier kv_full, kv_empty, q_full[q_slots], q_empty[q_slots], dout_full[2], dout_empty[2];
     ptx::Barrier posted[q_slots], ds_full[2];
     ItemSlots items;
@@ -1108,8 +1108,8 @@ backward_compute(const AttentionBackward<bf16>& a, const BackwardMaps& maps, Bac
 // in memory, 32 KiB a step. Shared memory: K, V, three slots of Q, two of dO and dS, dQ on its way out, LSE, delta,
 // labels, 221 KiB. Bound by shared memory: a step's products read 264 KiB of it and all else moves 112 KiB, 3008 cycles
 // at 128 bytes a cycle (measured: 3360), in which its 10 D FLOP a pair keep the tensor cores busy for 2560, and LSE and
-// delta for 128 more; and by power. On an H200: 594 TFLOP/s at 16384 causal tokens, D = 128, with the passes before and
-// after, 60% of the peak, and 630 at 65536.
+// delta for 128 more; and by power. On an H200: 602 to 608 TFLOP/s at 16384 causal tokens, D = 128, with the passes
+// before and after, 61% of the peak, and 638 at 65536.
 template <int D, bool PAIR> __global__ void __launch_bounds__(block_threads, 1)
     attention_hopper_backward_kernel(const __grid_constant__ AttentionBackward<bf16> a,
                                      const __grid_constant__ BackwardMaps maps,

@@ -1,8 +1,8 @@
 #!/bin/bash
 # Runs every test that needs a GPU and closes with "N passed, N failed": the kernels and the model, the same small cases
 # under the four tools of compute-sanitizer, the ranks, and the program on the GPU. Arguments: the test program, the
-# attention's tests built for racecheck, then the programs that run on 1 to 4 ranks.
-# PART="kernels sanitizers ranks program" names what is wanted.
+# attention's tests built for racecheck, then the programs that run on 1 to 4 ranks. PART="kernels sanitizers ranks
+# program" names what is wanted.
 cd "$(dirname "$0")/.."
 log=build/test_gpu.log
 skipped=""
