@@ -797,7 +797,8 @@ template <class E> struct AttentionBackward {
 };
 
 // How a head's columns of dQ lie in memory while it is summed. Split: of every eight the even ones, then the odd ones,
-// which the Hopper kernel can bring out of its registers as they stand there. dq_place: where split has a column.
+// which the Hopper kernel can bring out of its registers as they stand there, and not yet divided by sqrt(D). dq_place:
+// where split has a column.
 enum class DqOrder { plain, split };
 HOST_DEVICE constexpr size_t dq_place(size_t column) { return column / 8 * 8 + column % 2 * 4 + column % 8 / 2; }
 

@@ -163,10 +163,23 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t to, uint32_t 
                  : "memory");
 }
 
+// And back into registers.
+__device__ __forceinline__ void load_matrices(uint32_t* x, uint32_t from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(from)
+                 : "memory");
+}
+
 __device__ __forceinline__ void store_pair(uint32_t to, float x, float y) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
 }
 
+// Keeps ptxas from putting off what x is made of; x is never negative, so that nothing is ever stored.
+__device__ __forceinline__ void need(float x) {
+    asm volatile("{ .reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p st.shared.u32 [%1], 0; }" ::"f"(x), "r"(0)
+                 : "memory");
+}
 // 2^x, with 2^-inf = 0.
 __device__ __forceinline__ float exp2(float x) {
     float y;
@@ -248,17 +261,18 @@ __device__ __forceinline__ void product(float (&d)[N / 2], uint64_t a, uint64_t 
                      : "l"(a), "l"(b), "r"(int(add)), "n"(int(columns)));
 }
 
-// The same with a from registers, four to a thread, and b by columns.
-template <int N> __device__ __forceinline__ void product(float (&d)[N / 2], const uint32_t* a, uint64_t b, bool add) {
+// The same with a from registers, four to a thread, and b by columns or, without `columns`, by rows.
+template <int N, bool columns = true>
+__device__ __forceinline__ void product(float (&d)[N / 2], const uint32_t* a, uint64_t b, bool add) {
     static_assert(N == 64 || N == 128);
     if constexpr (N == 64)
-        asm volatile(PTX_PRODUCT("64", PTX_LIST_32, "{%32, %33, %34, %35}, %36", "%37", "1")
+        asm volatile(PTX_PRODUCT("64", PTX_LIST_32, "{%32, %33, %34, %35}, %36", "%37", "%38")
                      : PTX_SUM_32(d, 0)
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(columns)));
     if constexpr (N == 128)
-        asm volatile(PTX_PRODUCT("128", PTX_LIST_64, "{%64, %65, %66, %67}, %68", "%69", "1")
+        asm volatile(PTX_PRODUCT("128", PTX_LIST_64, "{%64, %65, %66, %67}, %68", "%69", "%70")
                      : PTX_SUM_64(d)
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(columns)));
 }
 
 #undef PTX_SUM_4

@@ -11,10 +11,11 @@
 //
 //   issue S(n) = Q K(n)^T, then O += P(n-1) V(n-1)
 //   wait for S(n)                                              S(n)
-//   mask; m, P(n) = exp(S(n) - m), l; round P(n)               O, then what the other warpgroup has issued
-//   wait for O; rescale it if m rose much
+//   mask; m, P(n) = exp(S(n) - m), l                           O, then what the other warpgroup has issued
+//   wait for O; round P(n), rescale O if m rose much
 //
-// Exponentials take half the time of the products, so that with two warpgroups the tensor cores always have work.
+// Exponentials take half the time of the products, so that with two warpgroups the tensor cores always have work. Q
+// stays in registers, which leaves shared memory a fifth less to read.
 //
 // Backward: a tile of 128 keys of a KV head visits tiles of 64 queries of all heads of its group. The scores stand
 // transposed, (keys, queries), so that P^T and dS^T are, rounded in registers, operands of the next products. Only dS
@@ -485,25 +486,39 @@ template <int D, bool PAIR> struct ForwardGroup {
     const Worker<PAIR> worker;
     const Place at;
     Ring<2> q, k, v;
-    uint64_t queries; // its rows of Q
+    uint32_t query[D / 4]; // its rows of Q
     float o[D / 2], scores[forward_keys / 2], m[2], l[2], alpha[2];
-    bool risen, last; // the step's m rose, by alpha; the step was the tile's last
+    uint32_t p[forward_keys / 4]; // the scores' exponentials, rounded
+    bool risen, last;             // the step's m rose, by alpha; the step was the tile's last
 
     __device__ __forceinline__ ForwardGroup(const AttentionForward<bf16>& a, ForwardShared<D>& s, int group)
         : a(a), s(s), at(group) {}
 
+    __device__ __forceinline__ void load_queries() {
+        const int row = rows_of_group * at.group + 16 * at.warp + at.lane % 16;
+        const uint32_t from = ptx::address(s.q[q.slot]) + row * 128;
+#pragma unroll
+        for (int i = 0; i < D / 16; i++) {
+            const int chunk = i % 4 * 2 + at.lane / 16;
+            ptx::load_matrices(query + 4 * i, from + i / 4 * forward_queries * 128 + ((chunk ^ row % 8) << 4));
+        }
+    }
     __device__ __forceinline__ void issue_scores() {
-        issue_rows<D, forward_keys, forward_queries, forward_keys>(scores, queries,
-                                                                   ptx::matrix(ptx::address(s.k[k.slot])));
+        const uint64_t keys = ptx::matrix(ptx::address(s.k[k.slot]));
+        ptx::settle(query);
+#pragma unroll
+        for (int i = 0; i < D / 16; i++)
+            ptx::product<forward_keys, false>(scores, query + 4 * i, keys + i / 4 * forward_keys * 8 + i % 4 * 2,
+                                              i > 0);
         ptx::product_commit();
     }
-    __device__ __forceinline__ void issue_output(uint32_t (&p)[forward_keys / 4]) {
+    __device__ __forceinline__ void issue_output() {
         ptx::settle(o), ptx::settle(p);
         issue_columns<D, forward_keys>(o, p, ptx::matrix(ptx::address(s.v[v.slot]), forward_keys * 128));
         ptx::product_commit();
     }
-    // The scores have come: to p, without any wait between.
-    __device__ __forceinline__ void mask_and_softmax(uint32_t (&p)[forward_keys / 4]) {
+    // The scores have come: they become P.
+    __device__ __forceinline__ void mask_and_softmax() {
         const ForwardStep step = s.step[k.slot];
         ptx::settle(scores);
         if (step.masked) {
@@ -516,27 +531,48 @@ template <int D, bool PAIR> struct ForwardGroup {
         k.next();
         last = step.last;
         risen = softmax_step<D>(scores, m, l, alpha);
-        round_scores(p, scores);
     }
     // The output has come.
     __device__ __forceinline__ void finish_output() {
         ptx::product_wait<0>();
-        ptx::settle(o);
+        ptx::settle(o), ptx::settle(p), ptx::settle(scores);
         worker.release(&s.v_empty[v.slot], at.lane);
         v.next();
     }
-    // Scores, then p_now; meanwhile the output of the step before, by p_before.
-    __device__ __forceinline__ void step(uint32_t (&p_before)[forward_keys / 4], uint32_t (&p_now)[forward_keys / 4]) {
+    // P of the tile's first step.
+    __device__ __forceinline__ void start_steps() {
         ptx::barrier_wait(&s.k_full[k.slot], k.phase);
-        ptx::settle(o), ptx::settle(p_before);
         ptx::product_fence();
         issue_scores();
-        issue_output(p_before);
+        ptx::product_wait<0>();
+        mask_and_softmax();
+        round_scores(p, scores);
+        ptx::barrier_wait(&s.v_full[v.slot], v.phase);
+        if (risen) rescale(o, alpha);
+    }
+    // P of the next step; meanwhile the output by the P before.
+    __device__ __forceinline__ void step() {
+        ptx::barrier_wait(&s.k_full[k.slot], k.phase);
+        ptx::settle(o), ptx::settle(p);
+        ptx::product_fence();
+        issue_scores();
+        issue_output();
         ptx::product_wait<1>();
-        mask_and_softmax(p_now);
+        mask_and_softmax();
+        // ptxas puts most exponentials off until the output has come. That is faster with D = 128 (2% at 64K), slower
+        // with D = 64 (5% at 16K), where they take as long as the products.
+        if (D == 64) ptx::need(l[0] + l[1]);
         ptx::barrier_wait(&s.v_full[v.slot ^ 1], v.slot ? v.phase ^ 1 : v.phase);
         finish_output();
+        round_scores(p, scores);
         if (risen) rescale(o, alpha);
+    }
+    // The output by the P of the tile's last step.
+    __device__ __forceinline__ void finish_steps() {
+        ptx::settle(o), ptx::settle(p);
+        ptx::product_fence();
+        issue_output();
+        finish_output();
     }
 };
 
@@ -554,30 +590,13 @@ forward_compute(const AttentionForward<bf16>& a, const ForwardMaps& maps, Forwar
         if (s.tile[w.q.slot].head < 0) return;
         storing = true;
 
-        w.queries = ptx::matrix(ptx::address(s.q[w.q.slot]) + group * rows_of_group * 128);
-        forward_start(a, s, w.q.slot, w.at, w.queries, w.m, w.l, w.o);
-
+        w.load_queries();
+        const uint64_t queries = ptx::matrix(ptx::address(s.q[w.q.slot]) + group * rows_of_group * 128);
+        forward_start(a, s, w.q.slot, w.at, queries, w.m, w.l, w.o);
         if (s.tile[w.q.slot].any) {
-            uint32_t p[forward_keys / 4], p_odd[forward_keys / 4];
-            ptx::barrier_wait(&s.k_full[w.k.slot], w.k.phase);
-            ptx::product_fence();
-            w.issue_scores();
-            ptx::product_wait<0>();
-            w.mask_and_softmax(p);
-            ptx::barrier_wait(&s.v_full[w.v.slot], w.v.phase);
-            if (w.risen) rescale(w.o, w.alpha);
-            bool odd = false;
-            while (!w.last) {
-                w.step(p, p_odd);
-                odd = w.last;
-                if (!odd) w.step(p_odd, p);
-            }
-#pragma unroll
-            for (int i = 0; i < forward_keys / 4; i++) p[i] = odd ? p_odd[i] : p[i];
-            ptx::settle(w.o), ptx::settle(p);
-            ptx::product_fence();
-            w.issue_output(p);
-            w.finish_output();
+            w.start_steps();
+            while (!w.last) w.step();
+            w.finish_steps();
         }
         forward_finish(a, maps, s, w.q.slot, w.at, w.m, w.l, w.o);
     }
@@ -656,7 +675,7 @@ template <int D> struct alignas(1024) BackwardShared {
     bf16 dout[2][backward_queries * D];
     bf16 ds[2][backward_queries * backward_keys]; // (queries, keys): the halves are the two warpgroups' keys
     float out[8][16 * 64];                        // a warp's part of dQ, later of dK and dV, on its way out
-    Offset score_offset[q_slots], dp_offset[2];   // -sqrt(D) (LSE + log(D) / 2), -delta
+    Offset score_offset[q_slots], dp_offset[2];   // -sqrt(D) LSE, -delta
     Label q_label[q_slots][backward_queries], k_label[backward_keys];
     BackwardItem item;
     BackwardStep step[q_slots];
@@ -741,7 +760,7 @@ __device__ __forceinline__ void backward_load_rows(const AttentionBackward<bf16>
             const int token = step.begin + 2 * lane + i;
             const size_t from = size_t(step.head) * a.T + token;
             lse[i] = token < a.T ? a.lse[from] : 0, delta[i] = token < a.T ? a.delta[from] : 0;
-            lse[i] = lse[i] == minus_infinity<float> ? 0 : -sqrtf(float(D)) * (lse[i] + logf(float(D)) / 2);
+            lse[i] = lse[i] == minus_infinity<float> ? 0 : -sqrtf(float(D)) * lse[i];
         }
         s.score_offset[q.slot].set(lane, lse[0], lse[1]);
         ptx::fence_async();
@@ -753,8 +772,7 @@ __device__ __forceinline__ void backward_load_rows(const AttentionBackward<bf16>
     }
 }
 
-// s^T (keys, queries) with its offset becomes P^T / sqrt(D). So dQ and dK need no scale; dV needs the inverse, and its
-// P is rounded with it: a P of 1 is not exact when D = 128.
+// s^T (keys, queries) with its offset becomes P^T. dS lacks its 1 / sqrt(D), which dQ and dK get once, at their end.
 template <int D> __device__ __forceinline__ void probabilities(float (&s)[backward_queries / 2]) {
     const float scale = log2e / sqrtf(float(D));
 #pragma unroll
@@ -1060,7 +1078,7 @@ template <int D, bool PAIR> struct BackwardGroup {
         __syncwarp();
         if (at.lane == 0) ptx::barrier_arrive(&s.kv_empty);
 #pragma unroll
-        for (int i = 0; i < D / 2; i++) dv[i] *= sqrtf(float(D)); // P was divided by it
+        for (int i = 0; i < D / 2; i++) dk[i] *= 1 / sqrtf(float(D));
         if (!a.dkv_out) {
 #pragma unroll
             for (int part = 0; part < D / 64; part++) {

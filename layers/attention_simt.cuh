@@ -100,7 +100,7 @@ template <class E, int W, int LANES, int PACKS> __global__ void __launch_bounds_
     const bool anchored = a.anchor != nullptr;
     k0.load(a.anchor + at_anchor, lane, a.D, anchored && head < a.H);
     v0.load(a.anchor + at_anchor + width, lane, a.D, anchored && head < a.H);
-    float start[N]; // of dq, over ds0
+    float start[N]; // of dq, over its factor
 #pragma unroll
     for (int n = 0; n < N; n++) start[n] = k0[n];
     if constexpr (W == 4 && PACKS == 1)
@@ -133,7 +133,8 @@ template <class E, int W, int LANES, int PACKS> __global__ void __launch_bounds_
             score += __shfl_xor_sync(~0u, score, other);
             dp0 += __shfl_xor_sync(~0u, dp0, other);
         }
-        const float p0 = anchored ? exp_for<E>(scale * score - token.lse) : 0, ds0 = scale * p0 * (dp0 - delta);
+        const float p0 = anchored ? exp_for<E>(scale * score - token.lse) : 0;
+        const float dp_part = p0 * (dp0 - delta), ds0 = scale * dp_part, to_dq = a.split ? dp_part : ds0;
         const bool valid = t < last && head < a.H;
         if (valid && lane == 0) a.delta[size_t(head) * a.T + t] = delta;
         float* dq = a.dq + (size_t(t) * a.H + head) * a.D;
@@ -143,7 +144,7 @@ template <class E, int W, int LANES, int PACKS> __global__ void __launch_bounds_
 #pragma unroll
             for (int d = 0; d < W; d++) {
                 const int n = pack * W + d;
-                part[d] = ds0 * start[n];
+                part[d] = to_dq * start[n];
                 if (valid && anchored) dk0[n] += ds0 * token.q[n], dv0[n] += p0 * token.dout[n];
             }
             if (valid && (pack * LANES + lane) * W < a.D) pack_store<float, W>(dq + (pack * LANES + lane) * W, part);
@@ -254,17 +255,18 @@ void attention_backward_begin(Gpu gpu, float* delta /*(H, T)*/, float* dq /*(T, 
     else attention_begin_launch<1, 32, 8>(gpu, a, danchor, row_begin, B);
 }
 
-// The one rounding of gradients to their storage. Threads of a block lie along a token, or several tokens when it is
-// narrow. Bound by memory: of bf16, 4 bytes read and 2 written an element; 93 and 98% of a copy's speed there.
+// The one rounding of gradients to their storage, where those in split order get their `scale`. Threads of a block lie
+// along a token, or several tokens when it is narrow. Bound by memory: of bf16, 4 bytes read and 2 written an element;
+// 93 and 98% of a copy's speed there.
 template <class E, int W, DqOrder order>
-__global__ void attention_end_kernel(E* to, size_t stride, const float* from, size_t T, size_t width) {
+__global__ void attention_end_kernel(E* to, size_t stride, const float* from, size_t T, size_t width, float scale) {
     const size_t t = blockIdx.x * size_t(blockDim.y) + threadIdx.y;
     if (t >= T) return;
     for (size_t i = threadIdx.x * W; i < width; i += blockDim.x * W) {
         const auto x = pack_load<W>(from + t * width + i);
         float values[W];
 #pragma unroll
-        for (int j = 0; j < W; j++) values[j] = x[order == DqOrder::split ? dq_place(j) : j];
+        for (int j = 0; j < W; j++) values[j] = order == DqOrder::split ? x[dq_place(j)] * scale : x[j];
         pack_store<E, W>(to + t * stride + i, values);
     }
 }
@@ -278,7 +280,8 @@ template <class E> void attention_backward_end(Gpu gpu, E* dq_out, size_t stride
     const bool packs = packs_fit<E>(width, dq_out, dq) && stride % pack_width<E> == 0;
     auto launch = [&](auto kernel, size_t each) {
         const unsigned x = unsigned(std::min<size_t>(256, width / each)), y = 256 / x;
-        kernel<<<grid_blocks((T + y - 1) / y), dim3(x, y), 0, gpu.stream>>>(dq_out, stride, dq, T, width);
+        kernel<<<grid_blocks((T + y - 1) / y), dim3(x, y), 0, gpu.stream>>>(dq_out, stride, dq, T, width,
+                                                                            1 / std::sqrt(float(D)));
         CUDA_CHECK(cudaGetLastError());
     };
     if (order == DqOrder::split) {
