@@ -358,7 +358,8 @@ def test_a_closed_terminal_does_not_end_a_run(tmp_path):
 
 
 def test_nohup_keeps_a_run_alive(tmp_path):
-    run_ = subprocess.Popen(command(*SMALL, "--steps", 1000000, "-o", tmp_path), stdout=subprocess.DEVNULL,
+    out = open(tmp_path / "stdout", "w+")
+    run_ = subprocess.Popen(command(*SMALL, "--steps", 1000000, "-o", tmp_path), stdout=out, stderr=out,
                             env={**os.environ, "OMP_NUM_THREADS": "1"},
                             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     steps = lambda: len(events(tmp_path)) if (tmp_path / "log.jsonl").exists() else 0  # noqa: E731
@@ -367,7 +368,7 @@ def test_nohup_keeps_a_run_alive(tmp_path):
     run_.send_signal(signal.SIGHUP)
     reached = steps()
     while steps() < reached + 20:
-        assert run_.poll() is None
+        assert run_.poll() is None, (tmp_path / "stdout").read_text()[-2000:]
         time.sleep(0.05)
     run_.send_signal(signal.SIGTERM)
     assert run_.wait(60) == 0
