@@ -137,9 +137,17 @@ static void wait_all(Transfer& t) {
     }
 }
 
-Comm comm_init(int* argc, char*** argv) {
+// UCX, which MPI may load, takes SIGHUP for itself, even where nohup has it ignored: it stays as it was.
+static void mpi_start(int* argc, char*** argv) {
+    struct sigaction hangup;
     int threads = 0;
-    if (!mpi_is_up()) MPI_CHECK(MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &threads));
+    sigaction(SIGHUP, nullptr, &hangup);
+    MPI_CHECK(MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &threads));
+    sigaction(SIGHUP, &hangup, nullptr);
+}
+
+Comm comm_init(int* argc, char*** argv) {
+    if (!mpi_is_up()) mpi_start(argc, argv);
     Comm world = make_comm(MPI_COMM_WORLD, Comm().timeout);
     if (world.size < comm_launched_ranks())
         fail("started as one of %d ranks, but MPI sees %d: the launcher and this MPI do not know each other; use the "

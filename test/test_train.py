@@ -357,10 +357,16 @@ def test_a_closed_terminal_does_not_end_a_run(tmp_path):
     assert run_.wait(60) == 0 and newest(tmp_path)
 
 
-def test_nohup_keeps_a_run_alive(tmp_path):
+@pytest.mark.parametrize("ucx", [False, True])
+def test_nohup_keeps_a_run_alive(tmp_path, ucx):
+    """UCX, with which many clusters build their MPI, takes SIGHUP for itself."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if ucx:
+        env |= {"OMPI_MCA_pml": "ucx", "OMPI_MCA_pml_ucx_tls": "any", "OMPI_MCA_pml_ucx_devices": "any"}
+        if not HAS_MPI or subprocess.run(command("--dump_params"), env=env, capture_output=True).returncode:
+            pytest.skip("no MPI with UCX")
     out = open(tmp_path / "stdout", "w+")
-    run_ = subprocess.Popen(command(*SMALL, "--steps", 1000000, "-o", tmp_path), stdout=out, stderr=out,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"},
+    run_ = subprocess.Popen(command(*SMALL, "--steps", 1000000, "-o", tmp_path), stdout=out, stderr=out, env=env,
                             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     steps = lambda: len(events(tmp_path)) if (tmp_path / "log.jsonl").exists() else 0  # noqa: E731
     while not steps():
