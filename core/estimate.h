@@ -46,22 +46,22 @@ struct Ceilings {
     RateCurve ipc, nccl; // bytes/s that a rank receives, by bytes of a message
 };
 
-// Sections of dev/LOG.md; all measured on 2026-11-20. Keys a query are the row's visible pairs over its tokens.
+// Sections of dev/LOG.md. Keys a query are the row's visible pairs over its tokens.
 // clang-format off
 inline const Ceilings known_ceilings[] = {{
     "NVIDIA H200",
     666e12, // "matrix products, H200": the tuned choice over all fifteen products of 7B, 16384 tokens
     4290e9, // "memory-bound kernels, H200, commit b4e3d60": the copy
-    {// "Hopper attention and the peers", commit cd91bf1: 16K anchor 2048, 4K causal, 64K anchor 4096, 8K causal, 64K
-     // anchor 16384, then 16K, 32K and 64K causal
+    {// "Q in registers", commit 3c23a96: 16K anchor 2048, 4K causal, 64K anchor 4096, 8K causal, 64K anchor 16384, then
+     // 16K, 32K and 64K causal
      {false, false, 128,
-      {{837, 369e12}, {2048, 569e12}, {2587, 611e12}, {4096, 635e12}, {6048, 656e12}, {8192, 656e12}, {16384, 645e12},
-       {32768, 643e12}},
-      {{837, 356e12}, {2048, 498e12}, {2587, 475e12}, {4096, 513e12}, {6048, 540e12}, {8192, 565e12}, {16384, 585e12},
-       {32768, 589e12}}},
-     {false, false, 64, {{8192, 434e12}}, {{8192, 396e12}}}, // the same, 16K causal, D = 64
-     // the same, `--deterministic`: 16K and 64K causal; the forward is that of above
-     {false, true, 128, {{8192, 656e12}, {32768, 643e12}}, {{8192, 228e12}, {32768, 237e12}}},
+      {{837, 501e12}, {2048, 631e12}, {2587, 651e12}, {4096, 700e12}, {6048, 622e12}, {8192, 738e12}, {16384, 668e12},
+       {32768, 680e12}},
+      {{837, 416e12}, {2048, 548e12}, {2587, 520e12}, {4096, 616e12}, {6048, 568e12}, {8192, 585e12}, {16384, 613e12},
+       {32768, 620e12}}},
+     {false, false, 64, {{8192, 469e12}}, {{8192, 469e12}}}, // the same, 16K causal, D = 64
+     // `--deterministic`: 16K and 64K causal at 6dc3c3d; the forward is that of above
+     {false, true, 128, {{8192, 738e12}, {32768, 680e12}}, {{8192, 228e12}, {32768, 237e12}}},
      // "portable attention", commit 9fb9da9: 4K, 16K anchor 2048, 8K, 16K, 64K anchor 4096, 32K, 64K anchor 16384, 64K
      {true, false, 128,
       {{2048, 302e12}, {3587, 357e12}, {4096, 376e12}, {8192, 412e12}, {8955, 389e12}, {16384, 385e12}, {16512, 403e12},

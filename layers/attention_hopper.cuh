@@ -605,7 +605,7 @@ forward_compute(const AttentionForward<bf16>& a, const ForwardMaps& maps, Forwar
 // Block: 128 queries of one head at a time; warpgroups as above; shared memory: two slots each of Q (and O on its way
 // out), K and V, the anchor's key and value, labels, 201 KiB. Bound by the tensor cores (4 D FLOP a pair of query and
 // key), with the exponentials, half as long, under them, and by power, which takes a sixth of the clock. On an H200:
-// 727 TFLOP/s at 16384 causal tokens, D = 128, 74% of the tensor cores' peak (6dc3c3d).
+// 738 TFLOP/s at 16384 causal tokens, D = 128, 75% of the tensor cores' peak, and 680 at 65536 (3c23a96).
 template <int D, bool PAIR> __global__ void __launch_bounds__(block_threads, 1)
     attention_hopper_forward_kernel(const __grid_constant__ AttentionForward<bf16> a,
                                     const __grid_constant__ ForwardMaps maps,
@@ -1126,8 +1126,8 @@ backward_compute(const AttentionBackward<bf16>& a, const BackwardMaps& maps, Bac
 // in memory, 32 KiB a step. Shared memory: K, V, three slots of Q, two of dO and dS, dQ on its way out, LSE, delta,
 // labels, 221 KiB. Bound by shared memory: a step's products read 264 KiB of it and all else moves 112 KiB, 3008 cycles
 // at 128 bytes a cycle (measured: 3360), in which its 10 D FLOP a pair keep the tensor cores busy for 2560, and LSE and
-// delta for 128 more; and by power. On an H200: 602 to 608 TFLOP/s at 16384 causal tokens, D = 128, with the passes
-// before and after, 61% of the peak, and 638 at 65536.
+// delta for 128 more; and by power. On an H200: 585 to 596 TFLOP/s at 16384 causal tokens, D = 128, with the passes
+// before and after, 59 to 60% of the peak, and 618 to 630 at 65536 (3c23a96).
 template <int D, bool PAIR> __global__ void __launch_bounds__(block_threads, 1)
     attention_hopper_backward_kernel(const __grid_constant__ AttentionBackward<bf16> a,
                                      const __grid_constant__ BackwardMaps maps,

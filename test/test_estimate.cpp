@@ -172,7 +172,7 @@ TEST_CASE("gradients and weights are shared by the level of ZeRO") {
 
 // dev/LOG.md, "the whole step", commit cd91bf1. Over that day one kernel's rate moved between 624 and 718 TF/s, by 7%
 // from the middle, and most of a step is bound by power as it is.
-TEST_CASE("the steps of LLaMA-2-7B measured on an H200 are within 7% of the estimate") {
+TEST_CASE("the steps of LLaMA-2-7B measured on an H200 are within 5% of the estimate") {
     const Config c = make_config(32, 4096, 32, 32, 11008, 32000, 10000, 4096);
     const Ceilings& h200 = *ceilings_of("NVIDIA H200");
     struct Measured {
@@ -182,10 +182,10 @@ TEST_CASE("the steps of LLaMA-2-7B measured on an H200 are within 7% of the esti
         bool portable = false;
     };
     const LayersAgain most = {32, 32, 32, 32, 15, 0};
-    for (const Measured& m : {Measured{4, 4096, 2048.5, {}, 1163},
-                              {1, 32768, 16384.5, {32, 32, 23}, 3737},
-                              {1, 65536, 32768.5, most, 11226},
-                              {1, 65536, 3910, most, 5674},
+    for (const Measured& m : {Measured{4, 4096, 2048.5, {}, 1173},
+                              {1, 32768, 16384.5, {32, 32, 23}, 3701},
+                              {1, 65536, 32768.5, most, 10882},
+                              {1, 65536, 3539, most, 5541},
                               {1, 65536, 32768.5, most, 16192, true}}) {
         CAPTURE(m.ms);
         StepWork w;
@@ -194,7 +194,7 @@ TEST_CASE("the steps of LLaMA-2-7B measured on an H200 are within 7% of the esti
         CHECK(attention != nullptr);
         const double ms = 1e3 * step_seconds(step_parts(h200, *attention, c, w));
         CAPTURE(ms);
-        CHECK(ms == doctest::Approx(m.ms).epsilon(0.07));
+        CHECK(ms == doctest::Approx(m.ms).epsilon(0.05));
     }
 }
 
