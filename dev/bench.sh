@@ -2,7 +2,9 @@
 # One table of speeds on this GPU: every kernel, every product, attention, the whole training step of LLaMA-2-7B; with
 # PEERS=1 the PyTorch peers in the same run, and our speed over theirs. `make bench` runs all parts; PART="kernels matmul",
 # PART=attention or PART=step some of them, and STEPS="4k 32k" some of the steps: 4k, 32k, 64k, 64k-4096, 64k-16384,
-# 64k-14 and 64k-18 (bytes a parameter), 64k-portable. Other options of the trainer for all steps: OPTIONS="...".
+# 64k-14 and 64k-18 (bytes a parameter), 64k-portable. PART=ring spreads a row over RANKS GPUs (all of this host), by each
+# exchange: LENGTHS="16384 65536 262144" tokens, MASKS="full 4096" (mean length of the documents), BACKENDS="ring allgather
+# ulysses"; beyond 65536 tokens a GPU with 8 of the 32 layers. Other options of the trainer for all steps: OPTIONS="...".
 # Peers' scripts: the folder PEER_SCRIPTS (attention_peers.py, peer_titan.py).
 cd "$(dirname "$0")/.."
 build=${BUILD:-build/cuda}
@@ -10,25 +12,30 @@ python=${PYTHON:-python3}
 scripts=${PEER_SCRIPTS:-../shared/peers}
 part=${PART:-kernels matmul attention step}
 steps=${STEPS:-4k 32k 64k 64k-4096 64k-16384}
+ranks=${RANKS:-$(nvidia-smi -L 2> /dev/null | wc -l)}
+launch= # before our program; on several GPUs, mpirun
 echo "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1), commit $(git rev-parse --short HEAD 2> /dev/null || echo unknown)"
 
-# ours NAME OPTIONS...: the median of the steps after the third, and what the run took of the GPU's memory; sets tf.
+# ours NAME OPTIONS...: the median of the steps after the third, what the run took of the GPU's memory and, with several
+# GPUs, the shares of the step for data that nothing hid and for ranks that were late; sets tf.
 ours() {
     name=$1 tf=
     shift
-    ./train_llama -e llama2-7b --device gpu --grad_dtype bf16 --opt_dtype bf16 --master none --steps 8 "$@" $OPTIONS > build/step.log 2>&1 ||
+    $launch ./train_llama -e llama2-7b --device gpu --grad_dtype bf16 --opt_dtype bf16 --master none --steps 8 "$@" $OPTIONS > build/step.log 2>&1 ||
         { echo "| $name | failed: $(tail -1 build/step.log) |"; return; }
     grep '^step' build/step.log | tail -5 | awk -F'|' -v name="$name" '
         { split($5, ms, " "); split($6, tok, " "); split($7, tf, " "); split($8, gib, " ")
-          m[NR] = ms[1]; t[NR] = tok[1]; f[NR] = tf[1]; g = gib[1] }
-        END { n = asort_by(m, t, f); i = int((n + 1) / 2)
-              printf "| %-34s | %7.0f ms | %7.0f tokens/s | %5.1f TF/s | %6.2f GiB |\n", name, m[i], t[i], f[i], g }
-        function asort_by(m, t, f,   i, j, x) {
+          m[NR] = ms[1]; t[NR] = tok[1]; f[NR] = tf[1]; g = gib[1]; s[NR] = $9 }
+        END { n = asort_by(m, t, f, s); i = int((n + 1) / 2)
+              printf "| %-34s | %7.0f ms | %7.0f tokens/s | %5.1f TF/s | %6.2f GiB |%s\n", name, m[i], t[i], f[i], g,
+                     s[i] == "" ? "" : s[i] " |" }
+        function asort_by(m, t, f, s,   i, j, x) {
             for (i = 2; i <= NR; i++)
                 for (j = i; j > 1 && m[j] < m[j - 1]; j--) {
                     x = m[j]; m[j] = m[j - 1]; m[j - 1] = x
                     x = t[j]; t[j] = t[j - 1]; t[j - 1] = x
                     x = f[j]; f[j] = f[j - 1]; f[j - 1] = x
+                    x = s[j]; s[j] = s[j - 1]; s[j - 1] = x
                 }
             return NR
         }' | tee build/step.row
@@ -38,7 +45,7 @@ ours() {
 # peer ARGUMENTS...: of peer_titan.py, and the ratio of what `ours` has just measured to it.
 peer() {
     [ "$PEERS" = 1 ] || return
-    $python "$scripts/peer_titan.py" "$@" 2>&1 | tail -1 | tee build/peer.row
+    $python ${launch:+-m torch.distributed.run --nproc-per-node $ranks} "$scripts/peer_titan.py" "$@" 2>&1 | grep -E "^(titan|FAILED)" | tail -1 | tee build/peer.row
     awk -v ours="$tf" '{ for (i = 1; i < NF; i++) if ($i == "model") printf "    ratio %.2f\n", ours / $(i + 1) }' build/peer.row
 }
 attention() {
@@ -69,11 +76,32 @@ step() {
     esac
 }
 
+# One row of 7B over all ranks by every exchange; where there is a peer, the ratio is that of the last exchange.
+ring() {
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+    launch="mpirun --oversubscribe --bind-to none -np $ranks"
+    for length in ${LENGTHS:-16384 65536 262144}; do
+        for mask in ${MASKS:-full 4096}; do
+            layers=$((length > 65536 * ranks ? 8 : 32))
+            case $mask in
+                full) options="--attention full" ;;
+                *) options="--generator_mean $mask" ;;
+            esac
+            for backend in ${BACKENDS:-ring allgather ulysses}; do
+                ours "$length, $mask, $layers layers, $backend" -c $length --layers $layers $options --ring_backend $backend
+            done
+            [ "$mask" = full ] && peer $length $layers sdpa 1
+        done
+    done
+    launch=
+}
+
 for p in $part; do
     echo "== $p"
     case $p in
         attention) attention; PEERS=0 attention portable ;;
         step) for s in $steps; do step $s; done ;;
+        ring) ring ;;
         *) $build/bench_$p ;;
     esac
 done
