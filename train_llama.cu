@@ -891,7 +891,10 @@ bool choose_layout(Setup& s) {
     if (s.dtype == Type::f64 && (s.grad_dtype != Type::f64 || layout.moments != Type::f64))
         fail("--dtype double keeps gradients and moments in double: leave --grad_dtype and --opt_dtype away");
     if (s.dtype == Type::f32 && s.grad_dtype == Type::bf16) fail("--grad_dtype bf16 goes with --dtype bf16");
-    if (s.dtype != Type::bf16 && s.master == "float") fail("--master float goes with --dtype bf16");
+    if (s.dtype != Type::bf16 && s.master == "float") {
+        if (o.master == "auto") fail("%s holds a run in bf16 with master weights: pass --dtype bf16", o.out.c_str());
+        fail("--master float goes with --dtype bf16");
+    }
 
     const int L = s.config.L;
     auto fits = [&](bool master, int units) {
@@ -1314,11 +1317,11 @@ void check_tokenizers(const Setup& s, const Corpus& training, const Corpus& vali
                    c->shards[0].path.c_str(), c->bos, s.config.bos);
 }
 
-// This ring's rows among the next `count`: row j goes to ring j mod rings. The others are stepped over, so that
-// every rank's cursor is the same.
-std::vector<Row> take_rows(Loader& loader, const Setup& s, int64_t count) {
+// This ring's rows among the next `count`, or `once` among those up to the data's end: row j goes to ring j mod rings.
+// The others are stepped over, so that every rank's cursor is the same.
+std::vector<Row> take_rows(Loader& loader, const Setup& s, int64_t count, bool once = false) {
     std::vector<Row> mine;
-    for (int64_t j = 0; j < count; j++)
+    for (int64_t j = 0; j < count && !(once && loader_ended(loader)); j++)
         if (j % s.groups() == s.group()) loader_next(loader, mine.emplace_back());
         else loader_skip(loader);
     return mine;
@@ -1510,9 +1513,9 @@ template <class Dev, class E, class G>
 std::vector<Score> score_rows(Model<Dev, E, G>& m, const Setup& s, Loader& loader, int64_t count) {
     const int64_t at_once = int64_t(s.layout.B) * s.groups();
     std::vector<Score> scores;
-    for (int64_t first = 0; first < count && loader.cursor.epoch == 0; first += at_once) {
+    for (int64_t first = 0; first < count && !loader_ended(loader); first += at_once) {
         const int64_t start = loader.cursor.rows;
-        std::vector<Row> rows = take_rows(loader, s, std::min(at_once, count - first));
+        std::vector<Row> rows = take_rows(loader, s, std::min(at_once, count - first), true);
         const bool none = rows.empty(); // at the data's end: then a blank row, since all rings fetch weights together
         if (none) rows.push_back(blank_row(s.layout.S, s.attention));
         Batch b = batch_make(rows, s.attention, s.ring, attention_tiles<E>(m.dev, m.config.D), s.layout.exchange);
@@ -1851,6 +1854,7 @@ template <class Dev, class E, class G> int run(Dev dev, Setup& s) {
     }
     Loader loader;
     loader_open(loader, s.o.val_data.empty() ? s.o.train_data : s.o.val_data, pack_options(s, false));
+    check_tokenizers(s, loader.corpus, {});
     if (!s.o.eval.empty()) evaluate(m, s, loader);
     else dump_logits(m, s, loader);
     return 0;

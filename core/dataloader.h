@@ -150,6 +150,13 @@ inline Document next_document(Loader& l, int64_t* number) {
     }
 }
 
+// Whether all tokens have been taken once: the next row would begin with the first ones again.
+inline bool loader_ended(Loader& l) {
+    int64_t document;
+    next_document(l, &document);
+    return l.cursor.epoch > 0;
+}
+
 // Lays out one row's segments and moves the cursor behind them.
 inline void layout_segments(Loader& l) {
     const PackOptions& o = l.options;

@@ -5,6 +5,7 @@ documents [6], [8] sources, [9] BOS, [10] EOS (-1: none), [12] 64-bit tokenizer 
 of the two tables. Then the tokens; per document {int64 first token, int32 source, int32 0}; per source
 {char name[64], int32 number of tags, int32 tag[15]}. core/tokens.h reads it.
 """
+import contextlib
 import os
 import sys
 
@@ -31,9 +32,19 @@ class Shard:
         self.file = open(self.temporary, "wb")
         self.file.write(bytes(HEADER_BYTES))
 
+    @contextlib.contextmanager
+    def named(self):
+        """An error of writing, as of a full disk, gets the path that it does not carry."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or self.path
+            raise
+
     def add(self, ids, source):
         self.documents.append((self.tokens, source))
-        self.file.write(np.ascontiguousarray(ids, self.dtype).tobytes())
+        with self.named():
+            self.file.write(np.ascontiguousarray(ids, self.dtype).tobytes())
         self.tokens += len(ids)
 
     def close(self, sources):
@@ -51,19 +62,21 @@ class Shard:
         word[8:11] = len(sources), self.bos, self.eos
         word[12:14] = np.frombuffer(self.hash, "<i4")
         word[14:18] = np.array([at, at + documents.nbytes], "<i8").view("<i4")
-        self.file.write(documents.tobytes() + table.tobytes())
-        self.file.seek(0)
-        self.file.write(word.tobytes())
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+        with self.named():
+            self.file.write(documents.tobytes() + table.tobytes())
+            self.file.seek(0)
+            self.file.write(word.tobytes())
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
 
     def publish(self):
         os.replace(self.temporary, self.path)
 
     def abandon(self):
-        self.file.close()
-        if os.path.exists(self.temporary):
+        with contextlib.suppress(OSError):  # the last bytes may not fit either
+            self.file.close()
+        if os.path.lexists(self.temporary):
             os.unlink(self.temporary)
 
 

@@ -51,6 +51,22 @@ def check_tied_head(tensors, header):
                        "set tie_word_embeddings to false if the head is to be used")
 
 
+def check_kept(folder, source):
+    """The folder beside the weights may replace one that an earlier conversion left, and nothing else."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.exists() and folder.samefile(source):
+        raise hf.Fault(f"{folder}: is the model itself, and the folder beside the weights would replace it; give the "
+                       "weights file another name")
+    names = [f.name for f in folder.iterdir() if f.is_file()] if folder.is_dir() and not folder.is_symlink() else None
+    left = names is not None and len(names) == len(list(folder.iterdir())) and \
+        not any(name.endswith(".safetensors") for name in names) and \
+        (not names or any(name.endswith(hf.HEADER_SUFFIX) for name in names))
+    if not left:
+        raise hf.Fault(f"{folder}: stands where the folder beside the weights would, and no conversion left it; move "
+                       "it, or give the weights file another name")
+
+
 def keep_for_export(folder, source, tensors, headers, extra):
     """The folder beside the weights: small files, shard headers, tensors that are no weights."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -70,12 +86,16 @@ def convert(source, out, asked="keep", binary=None, say=print):
     source, out = pathlib.Path(source), pathlib.Path(out)
     if out.suffix == ".hf":
         raise hf.Fault(f"{out}: the weights file must not end in .hf; that name is kept for the folder beside it")
-    if out.is_file() and out.stat().st_size and np.fromfile(out, "<i4", 1) != hf.MAGIC:
+    if out.is_file() and out.stat().st_size and not np.array_equal(np.fromfile(out, "<i4", 1), [hf.MAGIC]):
         raise hf.Fault(f"{out}: there is such a file, and it is no weights file of this trainer")
     if not (source / "config.json").is_file():
         raise hf.Fault(f"{source}: no config.json; name the folder of a Hugging Face model")
+    kept = out.with_suffix(".hf")
+    check_kept(kept, source)
     header, warnings = hf.config_to_header(hf.read_json(source / "config.json"), source / "config.json")
     tensors, headers, _ = hf.open_model(source)
+    if any(t.path.endswith(hf.HEADER_SUFFIX) for t in tensors.values()):
+        raise hf.Fault(f"{source}: was left by a conversion, without the weights; name the model's own folder")
     layout, elements = hf.parameter_layout(header, hf.find_binary(binary))
     extra = hf.split_names(tensors, layout, source)
     weights = {name: t for name, t in tensors.items() if name not in extra}
@@ -95,7 +115,6 @@ def convert(source, out, asked="keep", binary=None, say=print):
         f.write(bytes(header.itemsize + elements * size - f.tell()))
     if bar is not None:
         bar.close()
-    kept = out.with_suffix(".hf")
     keep_for_export(kept, source, tensors, headers, extra)
     parameters = sum(int(np.prod(shape)) for _, shape, _ in layout)
     say(f"{out}: {parameters:,} parameters, {header['L']} layers, {dtype}, {out.stat().st_size:,} bytes; "

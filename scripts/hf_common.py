@@ -468,15 +468,22 @@ class Replacing:
         self.file = open(self.temporary, "wb")
         return self.file
 
-    def __exit__(self, kind, value, traceback):
-        if kind is None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        if kind is None:
+    def __exit__(self, kind, failed, traceback):
+        try:
+            if failed is None:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+            self.file.close()
+        except OSError as error:  # a disk that is full may say so at the last bytes
+            failed = failed or error
+        if failed is None:
             os.replace(self.temporary, self.path)
-        else:
-            os.unlink(self.temporary)
+            return
+        os.unlink(self.temporary)
+        if isinstance(failed, OSError) and not failed.filename:
+            raise Fault(f"{self.path}: {failed.strerror or failed}") from None
+        if kind is None:
+            raise failed
 
 
 def copy_small_files(source, target):

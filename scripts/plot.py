@@ -15,8 +15,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 def read_log(run):
-    """The steps and the validation losses of a run, each a list of dicts. Of a step that was done twice (the run was
-    resumed) the later one counts."""
+    """The steps and the validation losses of a run, each a list of dicts, and the tokens by then of every step, also of
+    those that were skipped. Of a step that was done twice (the run was resumed) the later one counts."""
     path = pathlib.Path(run)
     path = path / "log.jsonl" if path.is_dir() else path
     lines = []
@@ -29,7 +29,8 @@ def read_log(run):
     except OSError as error:
         sys.exit(f"plot.py: {path}: {error.strerror}")
     pick = {kind: {e["step"]: e for e in lines if e["event"] == kind} for kind in ("step", "validation")}
-    return [[events[k] for k in sorted(events)] for events in pick.values()]
+    tokens = {e["step"]: e["tokens"] for e in lines if e["event"] in ("step", "skip")}
+    return *([events[k] for k in sorted(events)] for events in pick.values()), tokens
 
 
 def smooth(values, share=0.05):
@@ -42,14 +43,13 @@ def smooth(values, share=0.05):
 
 
 def draw_loss(axes, run, label=None):
-    steps, validation = read_log(run)
+    steps, validation, tokens = read_log(run)
     millions = [s["tokens"] / 1e6 for s in steps]
     losses = [s["loss"] for s in steps]
     (line,) = axes.plot(millions, losses, alpha=0.25, linewidth=0.8)
     axes.plot(millions, smooth(losses), color=line.get_color(), label=label or pathlib.Path(run).name)
-    if validation:
-        tokens = {s["step"]: s["tokens"] / 1e6 for s in steps}
-        points = [(tokens[v["step"]], v["loss"]) for v in validation if v["step"] in tokens]
+    points = [(tokens[v["step"]] / 1e6, v["loss"]) for v in validation if v["step"] in tokens]
+    if points:
         axes.plot(*zip(*points), "o--", color=line.get_color(), markersize=3, label="validation")
     axes.set_xlabel("million tokens")
     axes.set_ylabel("loss (nats)")

@@ -454,6 +454,41 @@ def test_only_a_weights_file_is_overwritten(tmp_path):
         convert(tmp_path / "a", tmp_path / "m.bin")
 
 
+def test_the_folder_beside_the_weights_replaces_nothing_else(tmp_path):
+    def files(folder):
+        return {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    hashed.write_hf_folder(tmp_path / "m.hf", "llama2")
+    before = files(tmp_path / "m.hf")
+    refuses(tmp_path / "m.hf", tmp_path / "m.bin", "is the model itself")
+    (tmp_path / "n.hf" / "sub").mkdir(parents=True)
+    (tmp_path / "n.hf" / "sub" / "notes.txt").write_text("mine")
+    refuses(tmp_path / "m.hf", tmp_path / "n.bin", "no conversion left it")
+    hashed.write_hf_folder(tmp_path / "o.hf", "llama3")
+    refuses(tmp_path / "m.hf", tmp_path / "o.bin", "no conversion left it")
+    (tmp_path / "p.hf").write_text("mine")
+    refuses(tmp_path / "m.hf", tmp_path / "p.bin", "no conversion left it")
+    (tmp_path / "q.hf").symlink_to(tmp_path / "o.hf")
+    refuses(tmp_path / "m.hf", tmp_path / "q.bin", "no conversion left it")
+    assert files(tmp_path / "m.hf") == before and (tmp_path / "n.hf" / "sub" / "notes.txt").read_text() == "mine"
+    convert(tmp_path / "m.hf", tmp_path / "r.bin")
+    convert(tmp_path / "o.hf", tmp_path / "r.bin")  # one that a conversion left
+    refuses(tmp_path / "r.hf", tmp_path / "s.bin", "was left by a conversion")
+    (tmp_path / "t.bin").write_bytes(b"xy")
+    with pytest.raises(hf.Fault, match="no weights file of this trainer"):
+        convert(tmp_path / "m.hf", tmp_path / "t.bin")
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("size", [10, 1 << 20])
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, size):
+    """10 bytes fail as the file is closed, more at once."""
+    (tmp_path / "x.bin.tmp").symlink_to("/dev/full")
+    with pytest.raises(hf.Fault, match="x.bin: No space left"):
+        with hf.Replacing(tmp_path / "x.bin") as f:
+            f.write(bytes(size))
+    assert not list(tmp_path.iterdir())
+
+
 def test_bad_export(tmp_path):
     hashed.write_hf_folder(tmp_path / "a", "llama2")
     hashed.write_hf_folder(tmp_path / "b", "llama3")

@@ -18,6 +18,21 @@ import text_tokenizer  # noqa: E402
 import token_file  # noqa: E402
 
 
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("tokens", [3, 1 << 20])
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, tokens):
+    (tmp_path / "x.bin.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError) as error:
+        shard = token_file.Shard(str(tmp_path / "x.bin"), 64)
+        try:
+            shard.add(np.zeros(tokens, int), 0)
+            shard.close([("test", [])])
+        except BaseException:
+            shard.abandon()
+            raise
+    assert error.value.filename == str(tmp_path / "x.bin") and not list(tmp_path.iterdir())
+
+
 def run(*args, fails=False):
     """prepare.py with these arguments: what it prints, or the one line with which it must fail."""
     out, given = io.StringIO(), sys.argv

@@ -474,6 +474,8 @@ def test_a_resumed_run_keeps_its_kind_of_master(tmp_path, master):
     args = [*SMALL, "--dtype", "bf16", "-o", tmp_path]
     run(*args, "--master", master, "--steps", 2)
     assert f"master {master}" in run(*args, "--steps", 4, "--resume")
+    if master == "float" and not ON_GPU:  # there bf16 is the default
+        assert "--dtype bf16" in run(*SMALL, "-o", tmp_path, "--steps", 6, "--resume", ok=False)
 
 
 def test_no_option_overwrites_weights_or_tokens(tmp_path):
@@ -503,7 +505,9 @@ def test_texts_of_two_tokenizers_are_refused(tmp_path):
     run(*SMALL, *args, "-j", tmp_path / "train.bin")
     assert "different tokenizers" in run(*SMALL, *args, "-j", tmp_path / "val.bin", ok=False)
     run(*SMALL, "--steps", 1, "-o", tmp_path / "run")  # its documents begin with another token
-    assert "another tokenizer's" in run("-e", newest(tmp_path / "run") / "weights.bin", *args)
+    weights = newest(tmp_path / "run") / "weights.bin"
+    assert "another tokenizer's" in run("-e", weights, *args)
+    assert "another tokenizer's" in run("-e", weights, "-c", 64, "-j", tmp_path / "val.bin", "--eval", tmp_path / "x.csv")
 
 
 def test_trained_weights_start_another_run(tmp_path):
@@ -534,6 +538,17 @@ def test_eval_scores_every_label_once(tmp_path):
             again = np.genfromtxt(tmp_path / f"{other}.csv", delimiter=",", names=True)
             assert np.array_equal(again[["row", "index", "label"]], lines[["row", "index", "label"]])
             assert np.abs(again["loss"] - lines["loss"]).max() < 1e-5
+
+
+def test_eval_ends_with_the_data(tmp_path):
+    """However many rows at a time, also where the text fills the last row to its end."""
+    for tokens in (3 * 63, 3 * 63 + 1):
+        write_tokens(tmp_path / "val.bin", [[62, *np.arange(tokens) % 60]], 64, bos=62)
+        rows = -(-tokens // 63)
+        for batch in (1, 2, 8):
+            run(*SMALL, "-j", tmp_path / "val.bin", "--eval", tmp_path / "x.csv", "--val_rows", 50, "-b", batch)
+            lines = np.genfromtxt(tmp_path / "x.csv", delimiter=",", names=True)
+            assert len(set(lines["row"])) == rows and len(set(zip(lines["row"], lines["index"]))) == len(lines)
 
 
 def test_generation_is_what_the_logits_say(tmp_path):
