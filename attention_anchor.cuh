@@ -678,8 +678,7 @@ template <class E> inline void backward_tile(const TileTask<Acc<E>>& task, Acc<E
 
 // Tasks of a KV head in the backward. Each but the first takes a copy of dK and dV: the fewest with which the threads
 // have work for 85% of the time or more.
-inline size_t attention_parts(size_t K) {
-    const size_t threads = omp_get_max_threads();
+inline size_t attention_parts(size_t K, size_t threads = size_t(omp_get_max_threads())) {
     size_t parts = 1;
     while (100 * K * parts < 85 * threads * ((K * parts + threads - 1) / threads)) parts++;
     return parts;

@@ -668,7 +668,8 @@ struct Setup {
     RopePrecision precision = RopePrecision::exact;
     bool gpu = false;
     Transport transport = Transport::automatic;
-    double memory = 0; // bytes of a rank
+    double memory = 0;            // bytes of a rank, the least of all
+    std::vector<int64_t> threads; // (world) of each rank
     std::vector<int32_t> prompt;
 
     int groups() const { return layout.world / layout.ring; } // rings side by side
@@ -851,12 +852,15 @@ double transfer_bytes(const Setup& s, const Layout& layout) {
                           layout.ring > 1 && layout.ring < layout.world ? 2 : 1);
 }
 
-// What the CPU's attention takes beside the arena: copies of the keys, the values and their gradients.
+// What the CPU's attention takes beside the arena, of the rank whose threads want the most: copies of the keys, the
+// values and their gradients.
 double threads_bytes(const Setup& s, const Layout& layout) {
     const bool all = layout.ring > 1 && layout.exchange.backend != RingBackend::ring;
     const bool heads = all && layout.exchange.backend == RingBackend::ulysses;
     const size_t K = s.config.K / (heads ? layout.ring : 1), Tk = layout.tokens() * (all ? layout.ring : 1);
-    return double(attention_parts(K) * Tk * 2 * K * s.config.D) * (s.dtype == Type::f64 ? 8 : 4);
+    size_t parts = 1;
+    for (int64_t threads : s.threads) parts = std::max(parts, attention_parts(K, size_t(threads)));
+    return double(parts * Tk * 2 * K * s.config.D) * (s.dtype == Type::f64 ? 8 : 4);
 }
 
 // What a rank's memory must hold: the arena, and what lies beside it.
@@ -936,9 +940,13 @@ void setup_memory(Setup& s) {
     s.master = s.o.master;
     if (s.o.resume && s.master == "auto") keep_master(s);
     s.memory = s.o.memory > 0 ? s.o.memory * (1 << 30) : machine_memory(s);
+    // All ranks must come to the same layout, so each knows what all have.
     std::vector<double> all(s.world.size);
     comm_gather(Cpu{}, s.world, all.data(), &s.memory, 1);
-    s.memory = *std::min_element(all.begin(), all.end()); // all ranks must come to the same layout
+    s.memory = *std::min_element(all.begin(), all.end());
+    const int64_t threads = omp_get_max_threads();
+    s.threads.resize(s.world.size);
+    comm_gather(Cpu{}, s.world, s.threads.data(), &threads, 1);
     choose_layout(s);
     // What is left lets more steps of the ring start early: as many as fit.
     for (size_t low = s.layout.exchange.held + 1, high = size_t(s.layout.ring); low < high;) {
@@ -1303,6 +1311,7 @@ template <class Dev, class E, class G> bool resume(Model<Dev, E, G>& m, const Se
     const bool had_master = shards[0].header.type[2] >= 0;
     if (had_master && !m.master) fail("%s has master weights: resume with --master float", from.path.c_str());
     if (m.master) read(ShardField::master, type_of<Acc<E>>(), m.master);
+    comm_barrier(patient(m.world));
     return true;
 }
 
@@ -1840,6 +1849,7 @@ template <class Dev, class E, class G> int run(Dev dev, Setup& s) {
     for (const Comm& group : {s.world, s.ring, s.layers}) comm_open(dev, group, arena.base, planned, s.transport);
     if (s.weights.empty()) model_init(m, uint64_t(s.o.seed)), master_from_params(m);
     else weights_load(m, weights_open(s.weights));
+    comm_barrier(patient(s.world)); // a disk may be slower than the others'
     if (s.layout.train) return train(m, s);
 
     if (s.o.generate) {

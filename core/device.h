@@ -74,8 +74,8 @@ struct GpuContext {
     char name[256] = "";
     bool deterministic = false;
     bool portable_attention = false; // mma.sync also where a kernel is written for the GPU
-    // For what a launcher needs during its own kernels alone (cuBLASLt's workspace, partial sums). All work is on one
-    // stream, so each launcher may use all of it.
+    // For what a launcher needs during its own kernels alone (cuBLASLt's workspace, partial sums). All launchers work
+    // on one stream, so each may use all of it; the communicator, which has others, does not use it.
     uint8_t* scratch = nullptr;
     Staging staging;
     MatmulCache* matmul = nullptr;

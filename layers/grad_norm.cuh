@@ -1,8 +1,8 @@
 // The squared Euclidean norm of a gradient, in double whatever the storage. It stays on the device, where the step that
 // it scales is taken (layers/update.cuh).
 //
-// Blocks of fixed size are summed by themselves and their sums added in order: the bits depend on `count`
-// alone, not on the threads.
+// Blocks of fixed size are summed by themselves and their sums added in order: the bits depend on `count`, on a GPU
+// also on how many blocks it holds, but not on the threads.
 #pragma once
 #include "convert.cuh"
 #include <algorithm>

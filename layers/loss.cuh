@@ -4,8 +4,9 @@
 //   loss_t     = log Z + m - logits_{t, label_t}
 //   dlogits_tv = (e^(logits_tv - m) / Z - [v = label_t]) scale
 //
-// The largest term of Z is 1, so neither overflow nor a Z of 0 can happen with finite logits. A NaN or an infinite
-// logit gives a NaN loss. label_t < 0: the token is not counted, its loss is 0 and its row of dlogits is 0.
+// The largest term of Z is 1, so neither overflow nor a Z of 0 can happen with finite logits. A NaN or +inf among the
+// logits gives a NaN loss, -inf at the label an infinite one. label_t < 0: the token is not counted, its loss is 0 and
+// its row of dlogits is 0.
 //
 // logits, dlogits (T, V); label (T), below V; loss (T); argmax (T): the first of the largest logits (0 if all are NaN).
 #pragma once

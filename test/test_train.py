@@ -331,6 +331,17 @@ def test_sigterm_saves_and_leaves(tmp_path):
     assert "going on from step" in run(*SMALL, "--steps", 1, "-o", tmp_path / "run", "--resume")
 
 
+@pytest.mark.skipif(ON_GPU, reason="a GPU's memory does not depend on threads")
+@needs_ranks
+def test_ranks_with_unlike_threads_come_to_one_layout():
+    """Copies of gradients that the CPU's attention takes go by the threads; here they decide what is recomputed."""
+    layout = ["-e", "tiny", "-c", 4096, "--layers", 4, "--heads", 2, "--channels", 128, "--memory", 0.05, "--steps", 1]
+    done = subprocess.run(
+        [*MPIRUN, "2", "sh", "-c", 'OMP_NUM_THREADS=$((1 + 7 * OMPI_COMM_WORLD_RANK)) exec "$@"', "sh", BINARY, *DEVICE,
+         *map(str, layout), "--timeout", "20"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "recompute norm" in done.stdout, done.stdout + done.stderr
+
+
 @needs_ranks
 def test_sigusr1_to_mpirun_saves_and_leaves(tmp_path):
     process = subprocess.Popen(command(*SMALL, "--steps", 100000, "-o", tmp_path / "run", ranks=2),
