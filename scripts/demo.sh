@@ -28,7 +28,8 @@ echo "== training from scratch at context 512, documents packed behind one ancho
 $RUN -e tiny --tied --layers 2 --channels 64 --heads 2 --ffn 176 --rope_base 1000 --seed "$SEED" -i demo/short.bin \
     -c 512 -b 4 --steps 2920 -l 6e-3 --schedule cosine --warmup 50 --weight_decay 0.01 -o demo/short \
     --log_every 200
-SHORT=$(ls -d demo/short/step_* | tail -1)/weights.bin
+SHORT=demo/short/step_00002920/weights.bin
+[ -f "$SHORT" ] || { echo "demo.sh: the training was stopped"; exit 1; }
 echo "== how far it recalls in rows of 2048, as it is"
 score "$SHORT" before.csv --rope_base 1000
 echo "== with the RoPE base raised to 10000"
@@ -37,7 +38,8 @@ score "$SHORT" base.csv --rope_base 10000
 echo "== training on, a little, at context 2048"
 $RUN -e "$SHORT" --rope_base 10000 --seed "$SEED" -i demo/long.bin -c 2048 -b 2 --steps 340 -l 2e-3 \
     --schedule cosine --warmup 10 --weight_decay 0.01 -o demo/long --log_every 40
-LONG=$(ls -d demo/long/step_* | tail -1)/weights.bin
+LONG=demo/long/step_00000340/weights.bin
+[ -f "$LONG" ] || { echo "demo.sh: the training was stopped"; exit 1; }
 score "$LONG" after.csv --rope_base 10000
 
 echo "== a sample: facts, and what the model says to questions about them"

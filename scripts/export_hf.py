@@ -159,6 +159,8 @@ def write_json(path, value):
 def prepare_folder(out, force):
     out.mkdir(parents=True, exist_ok=True)
     old = [f for f in out.iterdir() if f.name.endswith((".safetensors", ".safetensors.index.json"))]
+    if (out / "config.json").exists() and not old and not force:
+        raise hf.Fault(f"{out} already holds config.json; name another folder, or --force")
     if old and not force:
         raise hf.Fault(f"{out} already holds {hf.some(sorted(f.name for f in old))}; name another folder, or --force")
     for file in old:
@@ -182,6 +184,8 @@ def export(model, out, like=None, asked="keep", limit=None, tokenizer=None, bina
     shards, kept, same_cut = plan_shards(like, layout, dtype, limit)
     if like and out.exists() and pathlib.Path(like).samefile(out):
         raise hf.Fault(f"{out} is the template itself; name another folder")
+    if tokenizer and not pathlib.Path(tokenizer).is_file():
+        raise hf.Fault(f"{tokenizer}: no such file")
     prepare_folder(out, force)
 
     write_shards(out, model, header, layout, shards, kept, dtype)
@@ -195,7 +199,7 @@ def export(model, out, like=None, asked="keep", limit=None, tokenizer=None, bina
                                         "weight_map": {n: f for f, names, _ in shards for n in names}})
     if config is not None:
         write_json(out / "config.json", config)
-    if tokenizer:
+    if tokenizer and pathlib.Path(tokenizer).resolve().parent != out.resolve():
         shutil.copyfile(tokenizer, out / pathlib.Path(tokenizer).name)
     say(f"{out}: {len(shards)} safetensors file{'s' * (len(shards) > 1)}, {dtype}, " +
         ("config.json of the template, unchanged" if config is None else

@@ -34,8 +34,13 @@ def read_csv(folder, name):
     path = pathlib.Path(folder) / name
     if not path.is_file():
         return []
-    with open(path) as file:
-        lines = [{k: v if k in TEXT else float(v) for k, v in line.items()} for line in csv.DictReader(file)]
+    try:
+        text = path.read_text()
+        whole = text[:text.rfind("\n") + 1]  # a run that was stopped may have left part of a line
+        lines = [{k: v if k in TEXT else float(v) for k, v in line.items()}
+                 for line in csv.DictReader(whole.splitlines())]
+    except (TypeError, ValueError):
+        sys.exit(f"plot_rope.py: {path}: damaged, not a table of test_rope")
     for line in lines:
         line["folder"] = str(folder)
     return lines
@@ -196,6 +201,8 @@ def layers(tables, out, reading, made):
     axes[0].set_title("D by layer")
     across = 4 if len(values(layer, "weights")) == 1 else 2
     legend(axes[0], axes[:1], loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=across)
+    if not head:  # the run was stopped
+        return plt.close(figure)
     variant = "bf16:C" if pick(head, variant="bf16:C") else values(head, "variant")[-1]
     head = pick(head, variant=variant, weights=head[-1]["weights"])
     rows, columns = values(head, "layer"), values(head, "head")
@@ -288,6 +295,12 @@ def main():
     tables = {name: [line for folder in args.folder for line in read_csv(folder, name + ".csv")] for name in names}
     if not any(tables.values()):
         sys.exit(f"plot_rope.py: no CSV files of test_rope in {', '.join(args.folder)}")
+    folders = {}  # of each label; two that share one are told apart by their names
+    for line in itertools.chain(*(tables[name] for name in names if name != "local")):
+        folders.setdefault(line["weights"], set()).add(line["folder"])
+    for line in itertools.chain(*(tables[name] for name in names if name != "local")):
+        if len(folders.get(line["weights"], ())) > 1:
+            line["weights"] += f" ({line['folder']})"
     out = pathlib.Path(args.out or args.folder[0])
     out.mkdir(parents=True, exist_ok=True)
     made = []

@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -60,7 +61,7 @@ def cut(books, out, context, seed=1):
     """The books but for the last two in pieces of log-uniform length, about an eighth to four times `context` tokens of
     four letters, shuffled; the last two whole."""
     random = np.random.default_rng(seed)
-    texts = [json.loads(line)["text"] for line in open(books)]
+    texts = [json.loads(line)["text"] for line in open(books) if line.strip()]
     if len(texts) < 3:
         sys.exit(f"rope_training.py: {books}: {len(texts)} books, two to hold out and one to train on are needed")
     pieces = []
@@ -76,9 +77,15 @@ def cut(books, out, context, seed=1):
 
 
 def make_data(args, out):
-    """Both tasks' token files, once."""
+    """Both tasks' token files, once; a folder is of one scale and one text."""
     data = out / "data"
-    if (data / "done").exists():
+    done = data / "done"
+    made = {"scale": args.scale, "books": args.books, "tokenizer": args.tokenizer}
+    if done.exists():
+        before = json.loads(done.read_text() or "{}")
+        other = [f"--{k} {before[k]}" for k in made if k in before and made[k] not in (None, before[k])]
+        if other:
+            sys.exit(f"rope_training.py: {out} was begun with {' '.join(other)}: pass the same, or another folder")
         return data
     for name, path in (("--books", args.books), ("--tokenizer", args.tokenizer)):
         if not (pathlib.Path(path).is_file() if path else name == "--tokenizer"):
@@ -87,7 +94,7 @@ def make_data(args, out):
     context = {task: SCALES[task][args.scale][1] for task in SCALES}
     cut(args.books, data, context["books"])
     for name in ("train", "val"):
-        execute([sys.executable, "data/prepare.py", data / f"{name}.jsonl", "-o", data / f"books_{name}",
+        execute([sys.executable, "data/prepare.py", data / f"{name}.jsonl", "-o", data / f"books_{name}", "--force",
                  *(["--tokenizer", args.tokenizer] if args.tokenizer else [])])
     tokens = 6_000_000 if args.scale == "full" else 20_000
     execute([sys.executable, "data/recall.py", "train", data / "recall_train.bin", "--tokens", tokens, "--length",
@@ -95,7 +102,7 @@ def make_data(args, out):
     for times in TIMES:
         execute([sys.executable, "data/recall.py", "test", data / f"recall_test_{times}.bin", "--seed", 100 + times, "--rows",
                  SCALES["recall"][args.scale][3] // times, "--context", times * context["recall"]])
-    (data / "done").touch()
+    done.write_text(json.dumps(made))
     return data
 
 
@@ -124,7 +131,10 @@ def run_one(args, out, data, task, mode, dtype, seed):
              "--seed", seed, "-o", folder, "--keep", 1, "--resume"])
     if (folder / "matmul.txt").exists():
         shutil.copy(folder / "matmul.txt", algorithms)
-    weights = max(folder.glob("step_????????")) / "weights.bin"
+    steps = int(options.split()[options.split().index("--steps") + 1])
+    weights = folder / f"step_{steps:08d}" / "weights.bin"
+    if not weights.is_file():
+        sys.exit(f"rope_training.py: {folder.name} was stopped before step {steps}; the same command goes on")
     lines = []
     for times in TIMES:
         length, scores = times * context, folder / f"scores_{times}.csv"
@@ -226,6 +236,8 @@ def main():
     for program in {CONTROL if name.endswith("attention_float") else TRAINER for name in wanted}:
         if not (ROOT / program).is_file():
             parser.error(f"no {program} here: make {pathlib.Path(program).name}")
+    args.books, args.tokenizer = (path and str(pathlib.Path(path).resolve()) for path in (args.books, args.tokenizer))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the training that runs, too
     start, out = time.time(), args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     data = make_data(args, out)
@@ -245,10 +257,11 @@ def main():
                     continue
                 began = time.time()
                 lines += run_one(args, out, data, task, mode, dtype, seed)
-                with open(out / "scores.csv", "w") as file:
+                with open(out / "scores.csv.tmp", "w") as file:
                     writer = csv.DictWriter(file, list(lines[0]))
                     writer.writeheader()
                     writer.writerows(lines)
+                os.replace(out / "scores.csv.tmp", out / "scores.csv")
                 print(f"{task}, {mode}, {dtype}, seed {seed}: {time.time() - began:.0f} s", flush=True)
     (out / "table.md").write_text(table(lines))
     draw(lines, out / "training.png")

@@ -22,13 +22,14 @@ mkdir -p "$FOLDER"
 began=$(date +%s)
 say() { echo "== $(($(date +%s) - began)) s: $*"; }
 
-[ -n "$(ls $FOLDER/books_val*.bin 2>/dev/null)" ] ||
+[ -n "$(ls "$FOLDER"/books_val*.bin 2>/dev/null)" ] ||
     $PYTHON data/prepare.py "$1" -o "$FOLDER/books" --tokenizer "$2" --val_documents 2
 say "training on $((STEPS * BATCH * CONTEXT / 1000)) thousand tokens"
 ./train_llama $MODEL -i "$FOLDER/books_0*.bin" -j "$FOLDER/books_val*.bin" -c "$CONTEXT" -b "$BATCH" --steps "$STEPS" \
     -l "$LR" --schedule cosine --warmup $((STEPS / 10)) --attention "$ATTENTION" --device "$DEVICE" --val_rows 8 \
     --val_every "$SAVE_EVERY" --save_every "$SAVE_EVERY" --keep 0 --log_every 25 -o "$FOLDER/run" --resume
-LAST=$(ls -d $FOLDER/run/step_* | tail -1)/weights.bin
+LAST=$FOLDER/run/step_$(printf %08d "$STEPS")/weights.bin
+[ -f "$LAST" ] || { echo "run_rope.sh: no $LAST: the training was stopped; the same command goes on"; exit 1; }
 
 look() { # $1 weights, $2 folder under $FOLDER/, $3 label, then options
     weights=$1 folder=$2 label=$3
@@ -39,19 +40,19 @@ look() { # $1 weights, $2 folder under $FOLDER/, $3 label, then options
 # At several points of training a few shifts are enough.
 FEW="--experiments shift --shifts 0,100,1000 --variants float:F,bf16:E,bf16:F,bf16:C,bf16:A --sequences $SWEEP"
 say "random weights and points of training, $SWEEP sequences each"
-folders=""
+set --
 for start in kaiming normal; do
     look "$LAST" random_$start "random ($start)" --start $start $FEW
-    folders="$folders $FOLDER/random_$start"
+    set -- "$@" "$FOLDER/random_$start"
 done
 for step in $POINTS; do
     look "$FOLDER/run/step_$(printf %08d "$step")/weights.bin" "step_$step" "step $step" $FEW
-    folders="$folders $FOLDER/step_$step"
+    set -- "$@" "$FOLDER/step_$step"
 done
 say "the whole experiment on the last checkpoint, $SEQUENCES sequences"
 look "$LAST" result "step $STEPS" --sequences "$SEQUENCES" --length_variants float:F,bf16:C,bf16:A,bf16:D $ROPE_OPTIONS
 say "figures"
 draw="$PYTHON scripts/plot_rope.py"
-$draw $FOLDER/result && $draw $folders $FOLDER/result -o $FOLDER/figures ||
-    echo "no figures (matplotlib?): elsewhere, $draw $FOLDER/result; $draw $folders $FOLDER/result -o $FOLDER/figures"
+$draw "$FOLDER/result" && $draw "$@" "$FOLDER/result" -o "$FOLDER/figures" ||
+    echo "no figures (matplotlib?): elsewhere, $draw $FOLDER/result; $draw $* $FOLDER/result -o $FOLDER/figures"
 say "done"

@@ -223,7 +223,7 @@ void experiment_forward(Experiment<Dev, E>& x, const Row& row, const Rounding& r
     model_input(m, b);
     ring_plan_upload(dev, wide.plan, x.plan, ring_plan_bytes(dev, m.layout.S, 1, 1));
     std::vector<double> frequency(D / 2);
-    const double factor = rope_frequencies(frequency.data(), c.rope, D, m.layout.S);
+    const double factor = rope_frequencies(frequency.data(), c.rope, D, T);
     copy_to_device(dev, x.inv_freq, frequency.data(), D / 2 * sizeof(double));
     study_table(dev, x.table, m.pos, x.inv_freq, factor, r, T, D);
 
@@ -307,7 +307,7 @@ template <class Dev, class E> void measure_frozen(Experiment<Dev, E>& x, const s
     const size_t H = c.H, K = c.K, D = c.D, bytes = T * (H + 2 * K) * D * sizeof(A);
     std::vector<A> columns(H * column_sums * T);
     std::vector<double> frequency(D / 2);
-    const double factor = rope_frequencies(frequency.data(), c.rope, D, x.m.layout.S);
+    const double factor = rope_frequencies(frequency.data(), c.rope, D, T);
     A *qkv[] = {x.kept[0].qkv[0], x.again}, *lse[] = {x.kept[0].lse[0], x.again_lse}, *frozen = x.kept[1].qkv[0];
     auto before = [&](int l) {
         const int place = measured_place(x.layers, l);

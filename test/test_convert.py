@@ -510,6 +510,12 @@ def test_bad_export(tmp_path):
     (tmp_path / "m.bin").write_bytes(good)
     export_hf.export(tmp_path / "m.bin", tmp_path / "out", **QUIET)
     refused("already holds model.safetensors")
+    refused("no such file", force=True, tokenizer=tmp_path / "nowhere.model")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    with pytest.raises(hf.Fault, match="already holds config.json"):
+        export_hf.export(tmp_path / "m.bin", tmp_path / "mine", **QUIET)
+    assert (tmp_path / "mine" / "config.json").read_text() == "{}"
     export_hf.export(tmp_path / "m.bin", tmp_path / "out", force=True, **QUIET)
     with pytest.raises(hf.Fault, match="is the template itself"):
         export_hf.export(tmp_path / "m.bin", tmp_path / "a", like=tmp_path / "a", force=True, **QUIET)

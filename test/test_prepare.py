@@ -216,6 +216,8 @@ def test_shards_val_and_tags(tmp_path):
         assert len(s["tokens"]) <= 130 and s["begins"][0] == 0
         assert s["sources"] == [("a", list(b"[A]")), ("b", list(b"<b>"))]
     assert "exists" in run(tmp_path / "in.jsonl.gz", "-o", tmp_path / "s", fails=True)
+    (tmp_path / "t.vocab").write_text("mine")
+    assert "t.vocab exists" in run(tmp_path / "in.jsonl.gz", "-o", tmp_path / "t", fails=True)
     run(tmp_path / "in.jsonl.gz", "-o", tmp_path / "s", "--force", "--val_fraction", "0.2")
     assert len(list(tmp_path.glob("s_0*.bin"))) == 1  # the old ones are gone
     held = documents(tmp_path / "s_val_000000.bin")

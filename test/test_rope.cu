@@ -17,18 +17,28 @@
 #include "rope_local.h"
 #include "rope_options.h"
 
-// A CSV file with one header line; every value checked into the file when it is closed.
+// A CSV file with one header line; every value checked into the file when it is closed. Without `wanted` there is none,
+// and what an earlier run measured stays. A file that is no such table is not replaced.
 struct Csv {
-    FILE* file;
+    FILE* file = nullptr;
     std::string path;
 
-    Csv(const std::string& folder, const char* name, const char* header) : path(folder + "/" + name) {
+    Csv(const std::string& folder, const char* name, const std::string& header, bool wanted = true)
+        : path(folder + "/" + name) {
+        if (!wanted) return;
+        if (FILE* old = fopen(path.c_str(), "r")) {
+            std::string first(header.size(), 0);
+            const bool ours = fread(first.data(), 1, first.size(), old) == 0 || first == header;
+            fclose(old);
+            if (!ours) fail("%s: is no table of this program; pass another --out", path.c_str());
+        }
         file = fopen(path.c_str(), "w");
         if (!file) fail("%s: %s", path.c_str(), strerror(errno));
-        fprintf(file, "%s\n", header);
+        fprintf(file, "%s\n", header.c_str());
     }
     Csv(const Csv&) = delete;
     ~Csv() {
+        if (!file) return;
         if (fflush(file) != 0 || ferror(file)) fail("%s: could not be written; is the disk full?", path.c_str());
         fclose(file);
     }
@@ -40,21 +50,24 @@ std::string measure_header(const char* front) {
     return header;
 }
 
-// What every experiment on a model writes to.
+// What the experiments on a model write to.
 struct Tables {
     Csv shift, layer, head, key, length, sample;
 
-    explicit Tables(const std::string& folder)
-        : shift(folder, "shift.csv", measure_header("weights,experiment,variant,base,length,d1,d2,sequences").c_str()),
-          layer(folder, "layer.csv", measure_header("weights,variant,base,length,d1,d2,layer,sequences").c_str()),
-          head(folder, "head.csv", measure_header("weights,variant,base,length,d1,d2,layer,head,sequences").c_str()),
+    // deviations: some experiment writes to shift.csv; by_shift: shift is among them; lengths: length is run.
+    Tables(const std::string& folder, bool deviations, bool by_shift, bool lengths)
+        : shift(folder, "shift.csv", measure_header("weights,experiment,variant,base,length,d1,d2,sequences"),
+                deviations),
+          layer(folder, "layer.csv", measure_header("weights,variant,base,length,d1,d2,layer,sequences"), by_shift),
+          head(folder, "head.csv", measure_header("weights,variant,base,length,d1,d2,layer,head,sequences"), by_shift),
           key(folder, "key.csv",
               "weights,variant,base,length,d1,d2,key,sequences,signed,signed_se,abs,abs_se,mass,mass_se,"
-              "logit,logit_se,logit_abs,logit_abs_se"),
+              "logit,logit_se,logit_abs,logit_abs_se",
+              by_shift),
           length(folder, "length.csv",
-                 "weights,variant,base,d1,d2,length,sequences,logit,logit_se,logit_abs,logit_abs_se"),
+                 "weights,variant,base,d1,d2,length,sequences,logit,logit_se,logit_abs,logit_abs_se", lengths),
           sample(folder, "sample.csv",
-                 "weights,variant,base,length,d1,d2,sequence,sum_abs,column_abs,signed_sum,first_logit") {}
+                 "weights,variant,base,length,d1,d2,sequence,sum_abs,column_abs,signed_sum,first_logit", by_shift) {}
 };
 
 // The command line's meaning.
@@ -120,6 +133,7 @@ void write_details(const Study& s, const std::string& variant, double base, cons
         fprintf(s.tables->sample.file, "%s,%zu,%.9g,%.9g,%.9g,%.9g\n", front, i, x[sum_abs], x[column_abs],
                 x[signed_sum], x[first_logit]);
     }
+    for (const Csv* table : {&s.tables->layer, &s.tables->head, &s.tables->key, &s.tables->sample}) fflush(table->file);
 }
 
 void say(const char* experiment, const std::string& variant, double base, const Deviation& d, double seconds) {
@@ -308,8 +322,9 @@ std::vector<std::vector<int32_t>> read_sequences(const Study& s, size_t count, s
     loader_open(loader, s.o.data, pack);
     const size_t rows = size_t(loader.corpus.text) / (length - 1);
     if (rows < count)
-        fail("%s: %lld tokens are %zu sequences of %zu, not %zu: pass fewer --sequences or a smaller --length",
-             s.o.data.c_str(), (long long)loader.corpus.text, rows, length, count);
+        fail("%s: %lld tokens are %zu sequences of %zu, not %zu: pass fewer --sequences or a smaller %s",
+             s.o.data.c_str(), (long long)loader.corpus.text, rows, length, count,
+             length > s.T ? "--lengths" : "--length");
     std::vector<std::vector<int32_t>> sequences;
     for (size_t i = 0, at = 0, first = 0; i < count; i++) {
         for (; at < i * rows / count; at++) loader_skip(loader);
@@ -337,7 +352,7 @@ bool find_model(RopeOptions& o) {
 }
 
 void say_no_model() {
-    printf("\nNo --model, and neither rope/run nor demo/long holds one: only the check above was run. To train one,\n"
+    printf("\nNo --model, and neither rope/run nor demo/long holds one: nothing is measured on a model. To train one,\n"
            "  make demo                                            (a small one, two minutes on two cores)\n"
            "  sh scripts/run_rope.sh books.jsonl tokenizer.model   (110M parameters on text, one GPU)\n"
            "and start ./test_rope again, or convert one with scripts/convert_hf.py and pass\n"
@@ -371,11 +386,14 @@ bool read_study(Study& s) {
     return true;
 }
 
-void draw(const RopeOptions& o) {
-    if (!o.plot || access("scripts/plot_rope.py", R_OK) != 0) return;
+// True when there are figures.
+bool draw(const RopeOptions& o) {
+    if (!o.plot || access("scripts/plot_rope.py", R_OK) != 0) return false;
     const std::string python = access(".venv/bin/python", X_OK) == 0 ? ".venv/bin/python" : "python3";
     const std::string command = python + " scripts/plot_rope.py '" + o.out + "'";
-    if (std::system(command.c_str()) != 0) printf("no figures: this did not run: %s\n", command.c_str());
+    const bool done = std::system(command.c_str()) == 0;
+    if (!done) printf("no figures: this did not run: %s\n", command.c_str());
+    return done;
 }
 
 int main(int argc, char** argv) {
@@ -388,6 +406,7 @@ int main(int argc, char** argv) {
     for (const std::string& name : split_list("experiments", options.experiments))
         if (std::string("|local|shift|other|length|frozen|base|").find("|" + name + "|") == std::string::npos)
             fail("option --experiments takes some of local,shift,other,length,frozen,base, not '%s'", name.c_str());
+    if (s.wants("other") && !s.wants("shift")) fail("--experiments other goes with shift");
     for (const char* mark : {",", "\"", "'"})
         if (options.label.find(mark) != std::string::npos || options.out.find(mark) != std::string::npos)
             fail("options --label and --out go without commas and quotes");
@@ -410,7 +429,8 @@ int main(int argc, char** argv) {
             "\n%s: %.2fM parameters, %d layers, %d heads, RoPE base %g, weights %s; %s: %zu sequences of %zu tokens\n",
             s.o.model.c_str(), double(param_count(s.config)) / 1e6, s.config.L, s.config.H, s.config.rope.base,
             s.o.start.c_str(), s.o.data.c_str(), s.sequences.size(), s.T);
-        Tables tables(options.out);
+        const bool by_shift = s.wants("shift");
+        Tables tables(options.out, by_shift || s.wants("frozen") || s.wants("base"), by_shift, s.wants("length"));
         s.tables = &tables;
 #ifdef __CUDACC__
         if (s.gpu) run_device(gpu_open(0), s);
@@ -419,8 +439,10 @@ int main(int argc, char** argv) {
         run_device(Cpu{}, s);
 #endif
     }
-    draw(options);
-    if (options.out.size()) printf("%s: CSV files%s\n", options.out.c_str(), options.plot ? " and figures" : "");
+    if (on_model || s.wants("local")) {
+        const bool drawn = draw(options);
+        printf("%s: CSV files%s\n", options.out.c_str(), drawn ? " and figures" : "");
+    }
     comm_finalize(world);
     return 0;
 }

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -96,6 +97,33 @@ def test_every_table_has_its_columns_and_lines(measured):
     assert len(only(shift, experiment="frozen")) == 6 + 7
 
 
+def test_an_experiment_leaves_the_tables_of_the_others(trained, tmp_path):
+    args = ["--model", trained / "weights.bin", "--data", trained / "text.bin", *FEW, "--variants", "bf16:C"]
+    run(*args, "--experiments", "shift", "--out", tmp_path)
+    before = (tmp_path / "shift.csv").read_bytes()
+    run(*args, "--experiments", "length", "--out", tmp_path)
+    assert (tmp_path / "shift.csv").read_bytes() == before and read(tmp_path, "length")
+    (tmp_path / "sample.csv").write_text("mine\n")
+    assert "no table of this program" in run(*args, "--experiments", "shift", "--out", tmp_path, ok=False)
+    assert (tmp_path / "sample.csv").read_text() == "mine\n"
+    assert "goes with shift" in run(*args, "--experiments", "other", "--out", tmp_path, ok=False)
+
+
+def test_dynamic_scaling_goes_by_the_sequence(trained, tmp_path):
+    """The base of a sequence, also where longer ones are measured beside it."""
+    header = bytearray((trained / "weights.bin").read_bytes())
+    struct.pack_into("<i", header, 4 * 16, 2)  # core/config.h: scaling
+    struct.pack_into("<d", header, 80 + 8 * 2, 4.0)  # factor
+    (tmp_path / "weights.bin").write_bytes(header)
+    args = ["--model", tmp_path / "weights.bin", "--data", trained / "text.bin", "--length", 96, "--lengths", "150",
+            "--shifts", "0,100", "--sequences", 1, "--plot=0", "--variants", "bf16:C"]
+    shifts = []
+    for experiments in ("shift", "shift,length"):
+        run(*args, "--experiments", experiments, "--out", tmp_path / experiments.replace(",", "_"))
+        shifts.append((tmp_path / experiments.replace(",", "_") / "shift.csv").read_bytes())
+    assert shifts[0] == shifts[1]
+
+
 def test_the_numbers_agree_with_each_other(measured):
     swept = only(read(measured, "shift"), experiment="shift", d1=0, d2=16)
     for line in swept:
@@ -177,7 +205,7 @@ def test_a_sink_draws_attention_and_leaves_exact_arithmetic_alone(trained, tmp_p
 def test_single_places_can_be_set_and_layers_chosen(trained, tmp_path):
     run("--model", trained / "weights.bin", "--data", trained / "text.bin", "--out", tmp_path, "--experiments", "shift",
         "--variants", "float:E,bf16:C", "--storage", "bf16", "--table", "float", "--layers", "1", *FEW)
-    assert {x["d2"] for x in read(tmp_path, "shift")} == {"16"} and not read(tmp_path, "length")
+    assert {x["d2"] for x in read(tmp_path, "shift")} == {"16"} and not (tmp_path / "length.csv").exists()
     assert {x["variant"] for x in read(tmp_path, "shift")} == {f"{n}/table=float/storage=bf16" for n in ("float:E", "bf16:C")}
     assert {x["layer"] for x in read(tmp_path, "layer")} == {"1"}
     run("--model", trained / "weights.bin", "--data", trained / "text.bin", "--out", tmp_path, "--experiments", "shift,length",

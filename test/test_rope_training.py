@@ -17,9 +17,9 @@ import rope_training  # noqa: E402
 from token_file import read_shard  # noqa: E402
 
 
-def run(*args, ok=True):
+def run(*args, ok=True, **env):
     done = subprocess.run([sys.executable, str(ROOT / "scripts/rope_training.py"), *map(str, args)], capture_output=True,
-                          text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -63,6 +63,13 @@ def test_a_tiny_study_goes_on_where_it_stopped(tmp_path):
             file.write(json.dumps({"text": "".join(f"{i * i % 997} and {i} of {book}; " for i in range(2000))}) + "\n")
     small = ["--scale", "tiny", "--seeds", "2", "--device", "cpu", "--runs", "full:bf16", "anchor:attention_float"]
     run(out, *small, "--books", tmp_path / "books.jsonl", "--data_only")
+    (out / "data" / "done").unlink()  # as if it had been stopped while it made the files
+    run(out, *small, "--books", tmp_path / "books.jsonl", "--data_only")
+    assert "was begun with --scale tiny" in run(out, "--data_only", ok=False)
+    stopped = tmp_path / "trainer"
+    stopped.write_text("#!/bin/sh\n")  # leaves without a word, as on SIGTERM
+    stopped.chmod(0o755)
+    assert "was stopped before step 8" in run(out, *small, ok=False, TRAIN_LLAMA=str(stopped))
     assert len(read_shard(next((out / "data").glob("books_train_0*.bin")))["tokens"]) > 10000
     assert "8 runs are left" in run(out, *small, "--limit", "0")
     assert "recall, " not in run(out, *small, "--tasks", "books").split("| attention")[0]
