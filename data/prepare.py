@@ -369,7 +369,7 @@ def prepare(args, out=None):
     old = earlier_shards(args.output)
     if old and not args.force:
         raise Fault(f"{old[0]} exists; choose another PREFIX, or --force to replace its {len(old)} shards")
-    if os.path.exists(args.output + ".vocab") and not old and not args.force:
+    if os.path.exists(args.output + ".vocab") and not args.force:
         raise Fault(f"{args.output}.vocab exists; choose another PREFIX, or --force to replace it")
     train, val = (Writer(args.output + suffix, args.shard_tokens, tokenizer) for suffix in ("", "_val"))
     count = dict.fromkeys(["bos", "eos", "joined", "empty", "short", "dropped", "stopped"], 0)

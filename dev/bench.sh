@@ -45,7 +45,8 @@ ours() {
 # peer ARGUMENTS...: of peer_titan.py, and the ratio of what `ours` has just measured to it.
 peer() {
     [ "$PEERS" = 1 ] || return
-    $python ${launch:+-m torch.distributed.run --nproc-per-node $ranks} "$scripts/peer_titan.py" "$@" 2>&1 | grep -E "^(titan|FAILED)" | tail -1 | tee build/peer.row
+    $python ${launch:+-m torch.distributed.run --nproc-per-node $ranks} "$scripts/peer_titan.py" "$@" 2>&1 |
+        awk '{ last = $0 } /^(titan|FAILED)/ { row = $0 } END { print row == "" ? last : row }' | tee build/peer.row
     awk -v ours="$tf" '{ for (i = 1; i < NF; i++) if ($i == "model") printf "    ratio %.2f\n", ours / $(i + 1) }' build/peer.row
 }
 attention() {

@@ -51,18 +51,21 @@ def check_tied_head(tensors, header):
                        "set tie_word_embeddings to false if the head is to be used")
 
 
+def is_kept(folder):
+    """Whether an earlier conversion left this folder, or it is empty."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    files = list(folder.iterdir())
+    return all(f.is_file() and f.suffix != ".safetensors" for f in files) and \
+        (not files or any(f.name.endswith(hf.HEADER_SUFFIX) for f in files))
+
+
 def check_kept(folder, source):
     """The folder beside the weights may replace one that an earlier conversion left, and nothing else."""
-    if not folder.exists() and not folder.is_symlink():
-        return
     if folder.exists() and folder.samefile(source):
         raise hf.Fault(f"{folder}: is the model itself, and the folder beside the weights would replace it; give the "
                        "weights file another name")
-    names = [f.name for f in folder.iterdir() if f.is_file()] if folder.is_dir() and not folder.is_symlink() else None
-    left = names is not None and len(names) == len(list(folder.iterdir())) and \
-        not any(name.endswith(".safetensors") for name in names) and \
-        (not names or any(name.endswith(hf.HEADER_SUFFIX) for name in names))
-    if not left:
+    if (folder.exists() or folder.is_symlink()) and not is_kept(folder):
         raise hf.Fault(f"{folder}: stands where the folder beside the weights would, and no conversion left it; move "
                        "it, or give the weights file another name")
 

@@ -159,10 +159,9 @@ def write_json(path, value):
 def prepare_folder(out, force):
     out.mkdir(parents=True, exist_ok=True)
     old = [f for f in out.iterdir() if f.name.endswith((".safetensors", ".safetensors.index.json"))]
-    if (out / "config.json").exists() and not old and not force:
-        raise hf.Fault(f"{out} already holds config.json; name another folder, or --force")
-    if old and not force:
-        raise hf.Fault(f"{out} already holds {hf.some(sorted(f.name for f in old))}; name another folder, or --force")
+    held = sorted(f.name for f in old) or [f.name for f in (out / "config.json",) if f.exists()]
+    if held and not force:
+        raise hf.Fault(f"{out} already holds {hf.some(held)}; name another folder, or --force")
     for file in old:
         file.unlink()
 

@@ -187,7 +187,7 @@ def figure7(tables, out, reading, made):
 
 def layers(tables, out, reading, made):
     layer, head = tables["layer"], tables["head"]
-    if not layer:
+    if not layer or not head:  # of a run that was stopped there may be one alone
         return
     first = layer[-1]
     first = pick(layer, weights=first["weights"])[0]
@@ -201,8 +201,6 @@ def layers(tables, out, reading, made):
     axes[0].set_title("D by layer")
     across = 4 if len(values(layer, "weights")) == 1 else 2
     legend(axes[0], axes[:1], loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=across)
-    if not head:  # the run was stopped
-        return plt.close(figure)
     variant = "bf16:C" if pick(head, variant="bf16:C") else values(head, "variant")[-1]
     head = pick(head, variant=variant, weights=head[-1]["weights"])
     rows, columns = values(head, "layer"), values(head, "head")
@@ -295,11 +293,12 @@ def main():
     tables = {name: [line for folder in args.folder for line in read_csv(folder, name + ".csv")] for name in names}
     if not any(tables.values()):
         sys.exit(f"plot_rope.py: no CSV files of test_rope in {', '.join(args.folder)}")
+    labelled = [line for name in names if name != "local" for line in tables[name]]
     folders = {}  # of each label; two that share one are told apart by their names
-    for line in itertools.chain(*(tables[name] for name in names if name != "local")):
+    for line in labelled:
         folders.setdefault(line["weights"], set()).add(line["folder"])
-    for line in itertools.chain(*(tables[name] for name in names if name != "local")):
-        if len(folders.get(line["weights"], ())) > 1:
+    for line in labelled:
+        if len(folders[line["weights"]]) > 1:
             line["weights"] += f" ({line['folder']})"
     out = pathlib.Path(args.out or args.folder[0])
     out.mkdir(parents=True, exist_ok=True)
