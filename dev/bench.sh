@@ -12,7 +12,7 @@ python=${PYTHON:-python3}
 scripts=${PEER_SCRIPTS:-../shared/peers}
 part=${PART:-kernels matmul attention step}
 steps=${STEPS:-4k 32k 64k 64k-4096 64k-16384}
-ranks=${RANKS:-$(nvidia-smi -L 2> /dev/null | wc -l)}
+ranks=${RANKS:-$(sh dev/gpus.sh)}
 launch= # before our program; on several GPUs, mpirun
 echo "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1), commit $(git rev-parse --short HEAD 2> /dev/null || echo unknown)"
 

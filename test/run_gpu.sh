@@ -6,6 +6,7 @@
 cd "$(dirname "$0")/.."
 log=build/test_gpu.log
 skipped=""
+rm -f $log.*
 . test/count.sh
 show_log="tail -c 6000" # a sanitizer's can be long
 test=$1 race=$2
@@ -51,12 +52,15 @@ fi
 # Ranks share a GPU where there are fewer; those tests then leave NCCL out, and the program wants a GPU a rank. They and
 # the program's tests run side by side, as many at a time as JOBS says; only what measures the memory that is taken of a
 # GPU runs alone.
-gpus=$(nvidia-smi -L 2> /dev/null | wc -l)
+gpus=$(sh dev/gpus.sh)
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 jobs_most=${JOBS:-4}
-titles=()
+titles=() pids=() counted=0
 beside() { # $1 title, then the command
-    while [ "$(jobs -rp | wc -l)" -ge "$jobs_most" ]; do wait -n; done
+    while [ "$(jobs -rp | wc -l)" -ge "$jobs_most" ]; do
+        wait -n
+        while [ -e $log.$counted.end ]; do count_next; done
+    done
     local n=${#titles[@]}
     titles+=("$1")
     shift
@@ -65,17 +69,21 @@ beside() { # $1 title, then the command
         "$@" > $log.$n 2>&1
         echo "$? $((SECONDS - start))" > $log.$n.end
     ) &
+    pids+=($!)
+}
+count_next() { # what was started first and is not counted yet
+    local n=$counted status=1 seconds=0
+    counted=$((counted + 1))
+    [ -e $log.$n.end ] && read -r status seconds < $log.$n.end
+    mv $log.$n $log
+    rm -f $log.$n.end
+    count "${titles[$n]}" "$status" $((SECONDS - seconds))
 }
 count_beside() {
-    local n status seconds
-    wait
-    for n in "${!titles[@]}"; do
-        read -r status seconds < $log.$n.end
-        mv $log.$n $log
-        rm $log.$n.end
-        count "${titles[$n]}" "$status" $((SECONDS - seconds))
+    while [ $counted -lt ${#titles[@]} ]; do
+        wait "${pids[$counted]}" 2> /dev/null
+        count_next
     done
-    titles=()
 }
 on_ranks() { # $1 how many, $2 the program
     export OMP_NUM_THREADS=$((($(nproc) + $1 * jobs_most - 1) / ($1 * jobs_most)))
