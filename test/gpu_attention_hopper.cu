@@ -76,8 +76,8 @@ struct OnGpu {
         Buffer<float> sum(T * z.kv());
         for (size_t p = 0; p < portions; p++) {
             const size_t Tk = from[p].size();
-            DeviceBuffer<float> dkv(Tk * z.kv());
-            fill_zero(gpu, dkv.data(), dkv.count * sizeof(float));
+            const Buffer<float> before(Tk * z.kv(), 7 + p); // is added to
+            DeviceBuffer<float> dkv(before);
             bf16* dkv_out = portions == 1 ? dqkv.data() + z.H * z.D : nullptr;
             attention_hopper_backward(gpu, {qkv.data(),
                                             kv(p),
@@ -100,7 +100,8 @@ struct OnGpu {
                                             int(z.K),
                                             int(z.D)});
             const Buffer<float> part = dkv.host();
-            for (size_t i = 0; i < part.count; i++) sum[from[p][i / z.kv()] * z.kv() + i % z.kv()] = part[i];
+            for (size_t i = 0; i < part.count; i++)
+                sum[from[p][i / z.kv()] * z.kv() + i % z.kv()] = part[i] - before[i];
         }
         const Buffer<float> dq_host = dq.host(), danchor_host = danchor.host();
         const Buffer<bf16> dqkv_host = dqkv.host();
@@ -177,6 +178,18 @@ TEST_CASE("Hopper attention agrees with the reference at all sizes, masks, heads
             for (Mode mode : modes) {
                 const Sizes h = heads[number % 4];
                 check(mode, 1 + number / 4 % 2, S, {h.H, h.K, D}, 100 + number);
+                number++;
+            }
+}
+
+// Steps by the dozen, blocks in pairs, whole tiles between masked ones.
+TEST_CASE("Hopper attention agrees with the reference up to 4096 tokens") {
+    if (!here()) return;
+    size_t number = 0;
+    for (size_t S : {2049, 4095, 4096})
+        for (size_t D : {128, 64})
+            for (size_t portions : {1, 2}) {
+                check(modes[number % std::size(modes)], 1, S, {2, 1, D}, 900 + number, portions);
                 number++;
             }
 }
@@ -401,34 +414,126 @@ double largest_difference(const bf16* a, const bf16* b, size_t T, size_t width, 
 }
 } // namespace
 
-// Offsets beyond 2^31 elements in every array, against the portable kernels. Each rounds P, dS and its result to bf16,
-// by 2^-9 at most: six roundings lie between them.
-TEST_CASE("Hopper attention over 262144 tokens (large)") {
+namespace {
+// Inputs that stay on the GPU.
+struct LargeProblem {
+    const Tokens t;
+    const Sizes z;
+    const size_t T = t.size(), W = z.qkv();
+    LargeBuffer<bf16> qkv, dout, anchor;
+    LargeProblem(const Tokens& t, Sizes z)
+        : t(t), z(z), qkv(T * W, 1, 2), dout(T * z.H * z.D, 2), anchor(z.kv()) {
+        copy_on_device(the_gpu(), anchor, qkv + z.H * z.D, z.kv() * sizeof(bf16));
+    }
+};
+
+// dK and dV (count / width tokens of `width`) to rows of dqkv; danchor (width) is the first token's, unless null.
+__global__ void store_dkv_kernel(bf16* to, size_t stride, const float* from, const float* danchor, size_t width,
+                                 size_t count) {
+    for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < count; i += size_t(gridDim.x) * blockDim.x)
+        to[i / width * stride + i % width] = bf16(from[i] + (danchor && i < width ? danchor[i] : 0));
+}
+
+// Forward and backward. With a cut the keys from it on are a second portion: O, dK and dV then pass through fp32.
+struct LargeResult {
+    LargeBuffer<bf16> out, dqkv;
+    LargeBuffer<float> lse, danchor;
+    LargeResult(LargeProblem& p, bool portable, size_t cut = 0)
+        : out(p.dout.count), dqkv(p.qkv.count), lse(p.z.H * p.T), danchor(p.z.kv()) {
+        const Gpu gpu = the_gpu();
+        const auto [H, K, D] = p.z;
+        const size_t T = p.T, W = p.W, kv = p.z.kv(), portions = cut ? 2 : 1;
+        const size_t ends[] = {0, cut ? cut : T, T};
+        gpu.context->portable_attention = portable;
+        LargeBuffer<float> delta(H * T), dq(T * H * D), state(cut ? T * H * D : 0), dkv(cut ? T * kv : 0);
+        const bf16* k0 = anchored(p.t) ? p.anchor.data() : nullptr;
+        float* dk0 = k0 ? danchor.data() : nullptr;
+        fill_zero(gpu, danchor, danchor.count * sizeof(float));
+        fill_zero(gpu, dkv, dkv.count * sizeof(float));
+        std::vector<std::unique_ptr<MapOnGpu>> map;
+        for (size_t n = 0; n < portions; n++) {
+            const Tokens keys = subset(p.t, [&](size_t i) { return ends[n] <= i && i < ends[n + 1]; });
+            map.push_back(std::make_unique<MapOnGpu>(p.t, keys, attention_tiles<bf16>(gpu, D)));
+        }
+        auto keys_of = [&](size_t n) { return p.qkv + H * D + ends[n] * W; };
+        for (size_t n = 0; n < portions; n++)
+            attention_forward_launch<bf16>(gpu, {p.qkv, keys_of(n), k0, W, W, map[n]->q.data, map[n]->k.data,
+                                                 map[n]->forward(), n == 0, n + 1 == portions, out, lse, state, int(T),
+                                                 int(ends[n + 1] - ends[n]), int(H), int(K), int(D)});
+        attention_backward_begin<bf16>(gpu, delta, dq, dk0, p.dout, out, lse, p.qkv, W, k0, p.t, H, K, D);
+        for (size_t n = 0; n < portions; n++)
+            attention_backward_launch<bf16>(gpu, {p.qkv,
+                                                  keys_of(n),
+                                                  W,
+                                                  W,
+                                                  p.dout,
+                                                  lse,
+                                                  delta,
+                                                  map[n]->q.data,
+                                                  map[n]->k.data,
+                                                  map[n]->backward(),
+                                                  dq,
+                                                  cut ? dkv + ends[n] * kv : nullptr,
+                                                  cut ? nullptr : dqkv + H * D,
+                                                  W,
+                                                  dk0,
+                                                  int(T),
+                                                  int(ends[n + 1] - ends[n]),
+                                                  int(H),
+                                                  int(K),
+                                                  int(D)});
+        attention_store_dq<bf16>(gpu, dqkv, W, dq, T, H, D);
+        if (cut) store_dkv_kernel<<<4096, 256, 0, gpu.stream>>>(dqkv + H * D, W, dkv, dk0, kv, T * kv);
+        device_wait(gpu);
+        gpu.context->portable_attention = false;
+    }
+};
+
+// By blocks of 1024 tokens. Each kernel rounds P, dS and its result to bf16, by 2^-9 at most: six roundings lie between
+// them. LSE has those of fp32 alone, once in each.
+void check_against(LargeResult& ours, LargeResult& portable, const LargeProblem& p) {
+    const auto [H, K, D] = p.z;
+    const double bound = 6 * 0x1p-9;
+    CHECK(largest_difference(ours.out, portable.out, p.T, H * D, 1024) < bound);
+    CHECK(largest_difference(ours.dqkv, portable.dqkv, p.T, p.W, 1024) < bound);
+    const Buffer<float> a = ours.lse.part(0, ours.lse.count), b = portable.lse.part(0, portable.lse.count);
+    CHECK(largest_error(a, b) <= 2 * (score_rounding(p.T, D) + ulp<float>(largest_value(b))));
+    const Buffer<float> x = ours.danchor.part(0, p.z.kv()), y = portable.danchor.part(0, p.z.kv());
+    double difference = 0, size = 0;
+    for (size_t i = 0; i < x.count; i++)
+        difference += std::pow(double(x[i]) - double(y[i]), 2), size += std::pow(double(y[i]), 2);
+    CHECK(std::sqrt(difference) <= bound * std::sqrt(size));
+    CHECK((size > 0) == anchored(p.t));
+}
+void check_against_portable(const Tokens& t, Sizes z, size_t cut) {
+    LargeProblem p(t, z);
+    LargeResult portable(p, true);
+    for (size_t at : {size_t(0), cut}) {
+        INFO("T " << t.size() << ", H " << z.H << ", D " << z.D << ", second portion from " << at);
+        LargeResult ours(p, false, at);
+        check_against(ours, portable, p);
+    }
+}
+} // namespace
+
+TEST_CASE("Hopper attention over 65536 and 262144 tokens in every mode (large)") {
     if (!here()) return;
-    const Gpu gpu = the_gpu();
-    const size_t T = 262144, H = 68, K = 34, D = 128, W = (H + 2 * K) * D, block = 1024;
-    CHECK(T * H * D > size_t(1) << 31);
+    for (size_t T : {65536, 262144})
+        for (size_t D : {128, 64})
+            for (Mode mode : modes) {
+                INFO("mode " << int(mode));
+                check_against_portable(make_tokens(mode, 1, T, 84, 3000), {2, 1, D}, T * 5 / 8 + 17);
+            }
+}
+
+// Offsets beyond 2^31 elements in every array, in one portion and with O, dK and dV in fp32.
+TEST_CASE("Hopper attention: more than 2^31 elements (large)") {
+    if (!here()) return;
+    const Sizes z{68, 34, 128};
+    const size_t T = 262144, cut = T - 4096;
+    CHECK(T * z.H * z.D > size_t(1) << 31);
+    CHECK(cut * z.kv() > size_t(1) << 31);
     Tokens t{{}, {}, {0, int32_t(T)}};
     for (size_t i = 0; i < T; i++) t.index.push_back(int32_t(i)), t.doc.push_back(i == 0 ? 0 : int32_t(1 + i / 9999));
-    LargeBuffer<bf16> qkv(T * W, 1, 2), dout(T * H * D, 2), anchor(2 * K * D);
-    copy_on_device(gpu, anchor, qkv + H * D, 2 * K * D * sizeof(bf16));
-    LargeBuffer<bf16> out(T * H * D), dqkv(T * W), out_portable(T * H * D), dqkv_portable(T * W);
-    for (bool portable : {false, true}) {
-        gpu.context->portable_attention = portable;
-        const MapOnGpu map(t, t, attention_tiles<bf16>(gpu, D));
-        LargeBuffer<float> lse(H * T), delta(H * T), dq(T * H * D), danchor(2 * K * D);
-        fill_zero(gpu, danchor, 2 * K * D * sizeof(float));
-        bf16 *o = portable ? out_portable : out, *dx = portable ? dqkv_portable : dqkv;
-        attention_forward_launch<bf16>(gpu, {qkv, qkv + H * D, anchor, W, W, map.q.data, map.k.data, map.forward(),
-                                             true, true, o, lse, nullptr, int(T), int(T), int(H), int(K), int(D)});
-        attention_backward_begin<bf16>(gpu, delta, dq, danchor, dout, o, lse, qkv, W, anchor, t, H, K, D);
-        attention_backward_launch<bf16>(
-            gpu, {qkv, qkv + H * D, W,          W, dout,    lse,    delta,  map.q.data, map.k.data, map.backward(),
-                  dq,  nullptr,     dx + H * D, W, danchor, int(T), int(T), int(H),     int(K),     int(D)});
-        attention_store_dq<bf16>(gpu, dx, W, dq, T, H, D);
-        device_wait(gpu);
-    }
-    gpu.context->portable_attention = false;
-    CHECK(largest_difference(out, out_portable, T, H * D, block) < 6 * 0x1p-9);
-    CHECK(largest_difference(dqkv, dqkv_portable, T, W, block) < 6 * 0x1p-9);
+    check_against_portable(t, z, cut);
 }

@@ -2,7 +2,7 @@
 #include "gpu.h"
 #include "model.h"
 
-// Head size 16 (what no tensor core kernel serves) or 64, grouped heads, sizes that are no multiple of a tile.
+// Head size 16 (what no tensor core kernel serves), 64 or 128, grouped heads, sizes that are no multiple of a tile.
 static Config gpu_config(int D, bool tied = false, bool bias = false) {
     Config c = make_config(2, 4 * D, 4, 2, 10 * D + 8, 200, 10000, 512);
     c.D = D, c.tied = tied, c.qkv_bias = bias;
@@ -19,15 +19,16 @@ static double labels(const std::vector<Row>& rows) {
     return counted;
 }
 
-// The same weights everywhere: rounded to bf16 first, smaller than the CPU tests' so that 64 channels do not overflow
-// the softmax.
+// The same weights everywhere: rounded to bf16 first, smaller than the CPU tests' so that more channels do not overflow
+// the softmax: scores grow with the channels times the weights' squares.
 template <class... Models> static void same_weights(Models&... models) {
     const size_t n = std::get<0>(std::tie(models...)).m.elements;
     const Config& c = std::get<0>(std::tie(models...)).m.config;
     std::vector<float> weights(n);
+    const double size = 0.08 * std::min(1.0, std::sqrt(64.0 / c.D));
     for (const ParamInfo& p : param_table(c))
         for (size_t i = p.offset; i < p.offset + p.count(); i++)
-            weights[i] = bf16(float((p.start == Start::ones ? 1.0 : 0.0) + 0.08 * hash_normal(7, i)));
+            weights[i] = bf16(float((p.start == Start::ones ? 1.0 : 0.0) + size * hash_normal(7, i)));
     auto set = [&]<class E>(auto& m, E*) {
         std::vector<E> rounded(n);
         convert(Cpu{}, rounded.data(), weights.data(), n);
@@ -58,7 +59,7 @@ template <class G> static void check_tensors(const Config& c, const Buffer<doubl
 }
 
 TEST_CASE("gradients of the model on the GPU follow double as the CPU's do, in every attention mode") {
-    for (int D : {16, 64})
+    for (int D : {16, 64, 128})
         for (Attention mode : {Attention::full, Attention::intra, Attention::intra_reset, Attention::anchor}) {
             CAPTURE(D);
             CAPTURE(int(mode));
@@ -89,6 +90,22 @@ TEST_CASE("gradients of the model on the GPU follow double as the CPU's do, in e
             check_tensors<bf16>(c, gradient(gpu_half.m), yardstick, exact);
         }
 }
+
+// At a size that a sanitizer can follow.
+static void check_small(int D) {
+    const Config c = gpu_config(D);
+    const Layout layout = small_layout(70, 1);
+    const std::vector<Row> rows = some_rows(Attention::anchor, 70, c.V, 1, 90);
+    TestModel<double, double> truth(c, layout);
+    TestModel<bf16, float> cpu(c, layout);
+    TestModel<bf16, float, Gpu> gpu(c, layout, Comm{}, the_gpu());
+    same_weights(truth, cpu, gpu);
+    auto run = [&](auto& model) { model.gradients(rows, Attention::anchor, Comm{}, labels(rows), 1); };
+    run(truth), run(cpu), run(gpu);
+    check_tensors<float>(c, gradient(gpu.m), gradient(cpu.m), gradient(truth.m));
+}
+TEST_CASE("forward and backward of a model on the GPU (small)") { check_small(16); }
+TEST_CASE("forward and backward of a model on the GPU, attention by tensor cores (small)") { check_small(64); }
 
 TEST_CASE("recomputed and tiled activations give the GPU's gradients again") {
     const Config c = gpu_config(64);

@@ -82,13 +82,30 @@ TEST_CASE("gpu rmsnorm: rows that miss the 16 bytes are taken one by one (small)
     CUDA_CHECK(cudaDeviceSynchronize());
     DeviceBuffer<float> rstd(T);
     rmsnorm_forward(the_gpu(), out + 1, rstd.data(), in + 1, weight.data(), T, C, eps);
-    Buffer<bf16> result = out.host();
+    const Buffer<bf16> result = out.host();
     CHECK(std::isnan(float(result[0])));
     // rstd may differ in its last bit, and so a bf16 at the border between two.
     for (size_t i = 0; i < T * C; i++) {
         const double y = double(float(cpu.out[i]));
         CHECK(std::fabs(double(float(result[i + 1])) - y) <= ulp<bf16>(y));
     }
+    Reference<double, double> truth(T, C);
+    copy(truth.in, cpu.in), copy(truth.weight, cpu.weight), copy(truth.dout, cpu.dout);
+    copy(truth.dresidual, cpu.dresidual), copy(truth.dweight, shifted.dweight);
+    truth.run(T, C, true);
+    DeviceBuffer<bf16> dout(T * C + 1), dresidual(T * C + 1), din(T * C + 1);
+    DeviceBuffer<float> dweight(shifted.dweight);
+    CUDA_CHECK(cudaMemcpy(dout + 1, cpu.dout.data(), T * C * 2, cudaMemcpyHostToDevice));
+    CUDA_CHECK(cudaMemcpy(dresidual + 1, cpu.dresidual.data(), T * C * 2, cudaMemcpyHostToDevice));
+    CUDA_CHECK(cudaDeviceSynchronize());
+    rmsnorm_backward(the_gpu(), din + 1, dweight.data(), dout + 1, in + 1, weight.data(), rstd.data(), dresidual + 1, T,
+                     C);
+    const Buffer<bf16> written = din.host();
+    Buffer<bf16> rows(T * C);
+    std::copy_n(written.data() + 1, T * C, rows.data());
+    CHECK(std::isnan(float(written[0])));
+    check_2x(rows, cpu.din, truth.din);
+    check_2x(dweight.host(), cpu.dweight, truth.dweight);
 }
 
 TEST_CASE("gpu rmsnorm: no token is no work; the same bits every time (small)") {

@@ -119,19 +119,26 @@ TEST_CASE("gpu rope: beyond 2^32 elements (large)") {
     DeviceBuffer<int32_t> pos(a.pos);
     CUDA_CHECK(cudaDeviceSynchronize());
     const size_t rows[] = {0, 1, (size_t(1) << 31) / row, T / 2 + 1, T - 1};
-    std::vector<Buffer<bf16>> before;
-    for (size_t t : rows) before.push_back(qkv.part(t * row, row));
     rope_table<bf16>(the_gpu(), table.data(), pos.data(), a.inv_freq.data(), a.factor, RopePrecision::exact, T, D);
-    rope_forward(the_gpu(), qkv.data(), table.data(), RopePrecision::exact, T, H, K, D);
-    for (size_t r = 0; r < before.size(); r++) {
-        const int32_t* p = a.pos.data() + rows[r];
-        Buffer<float> angles(D);
-        Buffer<double> angles_double(D), truth = converted<double>(before[r]);
-        rope_table<bf16>(Cpu(), angles.data(), p, a.inv_freq.data(), a.factor, RopePrecision::exact, 1, D);
-        rope_table<double>(Cpu(), angles_double.data(), p, a.inv_freq.data(), a.factor, RopePrecision::exact, 1, D);
-        check_2x(table.part(rows[r] * D, D), angles, angles_double);
-        rope_forward(Cpu(), before[r].data(), angles.data(), RopePrecision::exact, 1, H, K, D);
-        rope_forward(Cpu(), truth.data(), angles_double.data(), RopePrecision::exact, 1, H, K, D);
-        check_2x(qkv.part(rows[r] * row, row), before[r], truth);
+    auto rotate = [&](bool backward, auto dev, auto* x, const auto* angles, size_t tokens) {
+        backward ? rope_backward(dev, x, angles, RopePrecision::exact, tokens, H, K, D)
+                 : rope_forward(dev, x, angles, RopePrecision::exact, tokens, H, K, D);
+    };
+    for (bool backward : {false, true}) {
+        CAPTURE(backward);
+        std::vector<Buffer<bf16>> before;
+        for (size_t t : rows) before.push_back(qkv.part(t * row, row));
+        rotate(backward, the_gpu(), qkv.data(), table.data(), T);
+        for (size_t r = 0; r < before.size(); r++) {
+            const int32_t* p = a.pos.data() + rows[r];
+            Buffer<float> angles(D);
+            Buffer<double> angles_double(D), truth = converted<double>(before[r]);
+            rope_table<bf16>(Cpu(), angles.data(), p, a.inv_freq.data(), a.factor, RopePrecision::exact, 1, D);
+            rope_table<double>(Cpu(), angles_double.data(), p, a.inv_freq.data(), a.factor, RopePrecision::exact, 1, D);
+            check_2x(table.part(rows[r] * D, D), angles, angles_double);
+            rotate(backward, Cpu(), before[r].data(), angles.data(), 1);
+            rotate(backward, Cpu(), truth.data(), angles_double.data(), 1);
+            check_2x(qkv.part(rows[r] * row, row), before[r], truth);
+        }
     }
 }

@@ -53,6 +53,14 @@ TEST_CASE("gpu swiglu: as good as the CPU at every size, in place or not, on 16 
     check_layer<bf16>(37, 11008, 2, true, 0);
 }
 
+TEST_CASE("gpu swiglu: strips, packs and single elements, in place or not (small)") {
+    for (bool alias : {false, true})
+        for (size_t shift : {0, 1}) {
+            check_layer<bf16>(3, 1032, 1, alias, shift);
+            check_layer<float>(2, 520, 1, alias, shift);
+        }
+}
+
 TEST_CASE("gpu swiglu: the ends of the range (small)") {
     const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
     const float gate[] = {0, 800, -800, 3e38f, -3e38f, -100, inf, nan};

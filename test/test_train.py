@@ -28,6 +28,9 @@ HAS_MPI = shutil.which("mpirun") is not None and "(MPI)" in subprocess.run(
     [BINARY, "--device", "cpu", "-e", "tiny", "--steps", "1", "-c", "16"], capture_output=True, text=True).stdout
 SMALL = ["-e", "tiny", "--layers", "1", "--channels", "32", "--heads", "2", "--ffn", "48", "-c", "64", "--generator_mean",
          "20", "--vocab", "64", "-l", "3e-3"]
+# Heads of 64 and 128 and rows of several tiles, for which there are special kernels of attention.
+HEADS_64 = ["--channels", "128", "-c", "300", "--generator_mean", "80", "--dtype", "bf16"]
+HEADS_128 = ["--channels", "256", "--kv_heads", "1", "-c", "300", "--generator_mean", "80", "--dtype", "bf16"]
 # The most ranks that a test may start: one a GPU, and as many as it likes on the CPU.
 RANKS = (int(os.environ.get("TRAIN_GPUS", 1)) if ON_GPU else 4) if HAS_MPI else 1
 needs_ranks = pytest.mark.skipif(RANKS < 2, reason="built without MPI, or fewer than two GPUs")
@@ -131,7 +134,7 @@ def test_the_loss_falls_and_the_log_tells(tmp_path):
 
 @pytest.mark.parametrize("extra", [
     [], ["--dtype", "bf16", "--master", "none"], ["--dtype", "bf16", "--master", "float", "--grad_dtype", "float"],
-    ["--interleave", "--schedule", "cosine", "--warmup", "4", "--total_batch", "256", "-b", "2"]])
+    ["--interleave", "--schedule", "cosine", "--warmup", "4", "--total_batch", "256", "-b", "2"], HEADS_64, HEADS_128])
 def test_resume_is_bit_exact(tmp_path, extra):
     args = [*SMALL, *extra, "--steps", 12, "--save_every", 5, "--keep", 0]
     run(*args, "-o", tmp_path / "whole")
@@ -143,9 +146,10 @@ def test_resume_is_bit_exact(tmp_path, extra):
     assert digest(tmp_path / "whole" / "step_00000012") == digest(tmp_path / "cut" / "step_00000012")
 
 
-def test_a_run_repeats_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("extra", [[], HEADS_64, HEADS_128, [*HEADS_128, "--attention", "full"]])
+def test_a_run_repeats_bit_for_bit(tmp_path, extra):
     for name in "ab":
-        run(*SMALL, "--steps", 6, "-o", tmp_path / name, threads=2)
+        run(*SMALL, *extra, "--steps", 6, "-o", tmp_path / name, threads=2)
     assert digest(newest(tmp_path / "a")) == digest(newest(tmp_path / "b"))
 
 
