@@ -1758,16 +1758,17 @@ template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setu
                 fail("%s holds %s of another run: pass --resume to go on, or another --out", o.out.c_str(),
                      name.c_str());
     }
+    Loader loader, validation;
+    loader_open(loader, o.train_data, pack_options(s, true));
+    const std::string data = corpus_fingerprint(loader.corpus);
     TrainState state;
     bool resumed = o.resume && resume(m, s, state);
-    const std::string changes = resumed && s.world.rank == 0 ? log_changes(o, o.out) : "";
-    Log log = log_open(o, o.out, s.world.rank);
+    const std::string changes = resumed && s.world.rank == 0 ? log_changes(o, o.out, data) : "";
+    Log log = log_open(o, o.out, s.world.rank, data);
     if (o.resume && !resumed) log_note(log, "no checkpoint in '%s': a new run", o.out.c_str());
     if (resumed) log_note(log, "going on from step %lld", (long long)state.step);
     if (!changes.empty()) log_note(log, "changed since the last start: %s", changes.c_str());
 
-    Loader loader, validation;
-    loader_open(loader, o.train_data, pack_options(s, true));
     loader_seek(loader, state.cursor);
     if (o.domain_tags && loader.corpus.max_tags == 0) log_note(log, "--domain_tags: no source of this data has tags");
     if (!o.val_data.empty()) loader_open(validation, o.val_data, pack_options(s, false));

@@ -28,8 +28,9 @@ struct Log {
     bool terminal = false;
 };
 
-// What is asked for otherwise than at the run's last start in this folder, as "--seed 1 -> 2, --lr 1e-4 -> 2e-5".
-inline std::string log_changes(const Options& options, const std::string& folder) {
+// What is asked for otherwise than at the run's last start in this folder, as "--seed 1 -> 2, --lr 1e-4 -> 2e-5", and
+// whether the training data are others (`data`: their fingerprint).
+inline std::string log_changes(const Options& options, const std::string& folder, const std::string& data) {
     const std::string is_start = "{\"event\": \"start\"";
     std::string start, line, changes;
     for (std::ifstream file(folder + "/log.jsonl"); std::getline(file, line);)
@@ -45,11 +46,16 @@ inline std::string log_changes(const Options& options, const std::string& folder
                    (now.size() > 2 ? now.substr(1, now.size() - 2) : "none");
     };
     options_visit(options, compare, [](const char*) {});
+    const std::string key = ", \"data\": ";
+    const size_t at = start.find(key);
+    if (at != std::string::npos && start.compare(at + key.size(), data.size() + 2, json_text(data)) != 0)
+        changes += std::string(changes.empty() ? "" : ", ") + "the contents of the training data";
     return changes;
 }
 
-// Opens log.jsonl for appending on rank 0, and writes the options of this run as its first line.
-inline Log log_open(const Options& options, const std::string& folder, int rank) {
+// Opens log.jsonl for appending on rank 0, and writes the options of this run and its data's fingerprint as its first
+// line.
+inline Log log_open(const Options& options, const std::string& folder, int rank, const std::string& data) {
     Log log;
     log.terminal = rank == 0;
     if (rank != 0 || folder.empty()) return log;
@@ -66,7 +72,7 @@ inline Log log_open(const Options& options, const std::string& folder, int rank)
         line += std::string(", \"") + name + "\": " + json_text(option_text(value));
     };
     options_visit(options, field, [](const char*) {});
-    fprintf(log.file, "%s}\n", line.c_str());
+    fprintf(log.file, "%s, \"data\": %s}\n", line.c_str(), json_text(data).c_str());
     fflush(log.file);
     return log;
 }

@@ -88,6 +88,20 @@ inline int32_t shard_token(const Shard& s, int64_t i) {
     return memcpy(&word, p, 4), int32_t(word); // ids past 2^31 turn negative and are refused where they are read
 }
 
+// What a run knows its data by, whatever the files are called: where the documents begin, and a sample of the tokens.
+inline std::string corpus_fingerprint(const Corpus& c) {
+    uint64_t hash = 0;
+    for (const Shard& s : c.shards) {
+        hash = hash64(hash, s.tokenizer);
+        for (int64_t begin : s.begin) hash = hash64(hash, uint64_t(begin));
+        for (int64_t i = 0; i < 64 && s.tokens > 0; i++)
+            hash = hash64(hash, uint64_t(shard_token(s, i * s.tokens / 64)));
+    }
+    char text[17];
+    snprintf(text, sizeof text, "%016llx", (unsigned long long)hash);
+    return text;
+}
+
 // The files named by a comma-separated list of paths and patterns; the matches of a pattern in byte order,
 // which is the same on every rank whatever its locale.
 inline std::vector<std::string> expand_paths(const std::string& list) {

@@ -95,10 +95,12 @@ def grid(test_file, scores_file):
     hits, asked = np.zeros((CELLS, CELLS)), np.zeros((CELLS, CELLS))
     with open(scores_file) as file:
         for line in csv.DictReader(file):
-            tokens, at = documents[int(line["row"])], int(line["index"])
-            if not QUESTION <= tokens[at] < NOISE:
+            row, at, label = int(line["row"]), int(line["index"]), int(line["label"])
+            if row < len(documents) and at < length and not QUESTION <= documents[row][at] < NOISE:
                 continue
-            where = int(np.flatnonzero(tokens == int(line["label"]))[0])
+            if row >= len(documents) or at >= length or label not in documents[row]:
+                sys.exit(f"{scores_file}: not the scores of {test_file} with -c {length}")
+            where = int(np.flatnonzero(documents[row] == label)[0])
             cell = where * CELLS // length, (at + 1 - where) * CELLS // length
             asked[cell] += 1
             hits[cell] += int(line["correct"])

@@ -5,5 +5,5 @@
 [ $# -gt 1 ] || { sed -n '2,4s/^# *//p' "$0"; exit 1; }
 hosts=$1
 shift
-exec mpirun --hostfile "$hosts" --map-by slot --bind-to none -x PATH -x LD_LIBRARY_PATH -x OMP_NUM_THREADS=8 \
+exec mpirun --hostfile "$hosts" --map-by slot --bind-to none -x PATH -x LD_LIBRARY_PATH -x OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}" \
     ./train_llama --device gpu --resume "$@"

@@ -421,8 +421,7 @@ struct LargeProblem {
     const Sizes z;
     const size_t T = t.size(), W = z.qkv();
     LargeBuffer<bf16> qkv, dout, anchor;
-    LargeProblem(const Tokens& t, Sizes z)
-        : t(t), z(z), qkv(T * W, 1, 2), dout(T * z.H * z.D, 2), anchor(z.kv()) {
+    LargeProblem(const Tokens& t, Sizes z) : t(t), z(z), qkv(T * W, 1, 2), dout(T * z.H * z.D, 2), anchor(z.kv()) {
         copy_on_device(the_gpu(), anchor, qkv + z.H * z.D, z.kv() * sizeof(bf16));
     }
 };

@@ -294,6 +294,7 @@ def test_uncovered_tokens_are_kept(tmp_path):
     ("[1]", "a.jsonl:2: a JSON object is expected"),
     ('{"body": "x"}', '--text_key'),
     ('{"text": 3}', 'a.jsonl:2: "text" is not a string'),
+    ('{"text": "a", "source": "\\ud800"}', "a.jsonl:2: half a surrogate pair in the source name '\\ud800'"),
     ('{"text": "\\ud800"}', "a.jsonl:2: half a surrogate pair"),
     ('{"text": "x", "source": "%s"}' % ("n" * 64), "longer than 63 bytes"),
     ('{"input_ids": [1, 100]}', "a.jsonl:2: rows of input_ids need the tokenizer"),

@@ -484,6 +484,21 @@ def test_a_resumed_run_says_what_has_changed(tmp_path):
         "--seed 1337 -> 4"]
 
 
+def test_a_resumed_run_knows_its_data_by_what_is_in_them(tmp_path):
+    def changed(steps, name):
+        out = run(*SMALL, "-o", tmp_path / "run", "--steps", steps, "-i", tmp_path / name, "--resume")
+        return re.findall(r"^changed since the last start: (.*)$", out, re.M)
+
+    documents = [[62, *range(60)] for _ in range(9)]
+    write_tokens(tmp_path / "a.bin", documents, 64, bos=62)
+    assert changed(2, "a.bin") == changed(2, "a.bin") == []
+    shutil.copy(tmp_path / "a.bin", tmp_path / "b.bin")
+    assert changed(2, "b.bin") == [f"--train_data {tmp_path}/a.bin -> {tmp_path}/b.bin"]
+    for other in ([[62, *reversed(range(60))] for _ in range(9)], documents, documents[:8]):
+        write_tokens(tmp_path / "b.bin", other, 64, bos=62)
+        assert changed(2, "b.bin") == ["the contents of the training data"]
+
+
 @pytest.mark.parametrize("master", ["none", "float"])
 def test_a_resumed_run_keeps_its_kind_of_master(tmp_path, master):
     args = [*SMALL, "--dtype", "bf16", "-o", tmp_path]
