@@ -350,7 +350,7 @@ inline std::string checkpoint_fault(const std::string& path, Checkpoint* out) {
 // rank 0 names on stderr what it passes over.
 inline Checkpoint checkpoint_newest(const Comm& world, const std::string& dir) {
     auto pass_over = [&](const std::string& path, const std::string& why) {
-        if (world.rank == 0) fprintf(stderr, "train_llama: %s: not used: %s\n", path.c_str(), why.c_str());
+        if (world.rank == 0) fprintf(stderr, "%s: %s: not used: %s\n", program_name(), path.c_str(), why.c_str());
     };
     std::vector<int64_t> steps;
     if (world.rank == 0) {

@@ -1,5 +1,6 @@
 // What every file stands on: device tags, bf16, checks that end all ranks, and a counter-based random hash.
 #pragma once
+#include <cerrno>
 #include <cmath>
 #include <cstdarg>
 #include <cstddef>
@@ -100,7 +101,10 @@ template <class F> void with_type(Type type, F f) {
 // This process's rank in the world, 0 before the communicator is up.
 int world_rank();
 
-// Prints one line, "train_llama: rank R: <message>", and ends all ranks. For what a user did or has.
+// How messages begin: the name of the file that runs.
+inline const char* program_name() { return program_invocation_short_name; }
+
+// Prints one line, "<program>: rank R: <message>", and ends all ranks. For what a user did or has.
 [[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {
     char message[2048];
     va_list args;
@@ -109,7 +113,7 @@ int world_rank();
     va_end(args);
     fflush(stdout);
     if (world_rank() > 0) usleep(300000); // what fails on every rank is said once: rank 0 ends the others meanwhile
-    fprintf(stderr, "train_llama: rank %d: %s\n", world_rank(), message);
+    fprintf(stderr, "%s: rank %d: %s\n", program_name(), world_rank(), message);
     fflush(stderr);
     abort_all_ranks(1);
 }

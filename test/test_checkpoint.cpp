@@ -324,19 +324,16 @@ TEST_CASE("damaged and unfinished checkpoints are named, and the newest sound on
     }
     comm_barrier(w);
     std::string said;
+    const std::string me = std::string(program_name()) + ": ";
     Checkpoint c = newest(folder.path, &said);
     CHECK(c.step == 20);
     CHECK(wrong_values(c, 0, elements) == 0);
     if (w.rank == 0)
-        CHECK(said == "train_llama: " +
-                          folder / "step_00000050.tmp: not used: unfinished\n"
-                                   "train_llama: " +
-                          folder / "step_00000045: not used: MANIFEST: No such file or directory\n"
-                                   "train_llama: " +
-                          folder / "step_00000040: not used: optimizer_00000.bin: the checksum differs, "
-                                   "so its contents are damaged\n"
-                                   "train_llama: " +
-                          folder / "step_00000030: not used: MANIFEST: damaged, or of another version\n");
+        CHECK(said == me + (folder / "step_00000050.tmp: not used: unfinished\n") + me +
+                          (folder / "step_00000045: not used: MANIFEST: No such file or directory\n") + me +
+                          (folder / "step_00000040: not used: optimizer_00000.bin: the checksum differs, "
+                                    "so its contents are damaged\n") +
+                          me + (folder / "step_00000030: not used: MANIFEST: damaged, or of another version\n"));
     else CHECK(said == "");
 }
 
@@ -391,7 +388,7 @@ TEST_CASE("every failing write, fsync or rename ends the save with a line, and l
             CHECK(wrong_values(c, 0, elements) == 0);
             if (said.empty()) break;
             failures++;
-            check_contains(said, std::string("train_llama: rank 0: ") + folder.path);
+            check_contains(said, std::string(program_name()) + ": rank 0: " + folder.path);
             check_contains(said, strerror(error));
             check_contains(said, "core/checkpoint.h:");
             CHECK(std::count(said.begin(), said.end(), '\n') == 1);
