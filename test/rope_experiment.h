@@ -61,19 +61,22 @@ template <class A> void measure_head(double* out, const A* columns, size_t T) {
     }
 }
 
+// What is kept of a key: its columns, and what it adds to column_abs, in which bars stand around every head's sum.
+enum KeySum { key_column_abs = column_sums, key_sums };
+
 // All that is kept of one pair of shifts. Layers are those that are measured, in their order.
 struct Deviation {
     int d1 = 0, d2 = 0;
     size_t layers = 0, heads = 0, T = 0;
     bool with_keys = false;
     std::vector<Mean> head, layer, model; // (layers, heads, measures), (layers, measures), (measures)
-    std::vector<Mean> key;                // (column_sums, T): n_j times the column, summed over layers and heads
+    std::vector<Mean> key;                // (key_sums, T): n_j times the sum, summed over layers and heads
     std::vector<double> sample;           // (sequences, measures): the model's
     std::vector<double> now, key_now;     // of the sequence at hand
 
     Deviation(int d1, int d2, size_t layers, size_t heads, size_t T, bool with_keys)
         : d1(d1), d2(d2), layers(layers), heads(heads), T(T), with_keys(with_keys), head(layers * heads * measures),
-          layer(layers * measures), model(measures), key(with_keys ? column_sums * T : 0), now(head.size()),
+          layer(layers * measures), model(measures), key(with_keys ? key_sums * T : 0), now(head.size()),
           key_now(key.size()) {}
 
     template <class A> void add_layer(size_t l, const A* columns /*(heads, 5, T)*/) {
@@ -81,8 +84,11 @@ struct Deviation {
         for (size_t h = 0; h < heads; h++)
             measure_head(now.data() + (l * heads + h) * measures, columns + h * column_sums * T, T);
         for (size_t h = 0; h < heads && with_keys; h++)
-            for (size_t i = 0; i < column_sums * T; i++)
-                key_now[i] += double(columns[h * column_sums * T + i]) / double(T - i % T);
+            for (size_t i = 0; i < column_sums * T; i++) {
+                const double x = double(columns[h * column_sums * T + i]) / double(T - i % T);
+                key_now[i] += x;
+                if (i / T == weight_signed) key_now[key_column_abs * T + i % T] += std::fabs(x);
+            }
     }
     void finish_sequence() {
         std::vector<double> by_layer(layer.size()), all(measures);

@@ -30,7 +30,7 @@ struct Csv {
             std::string first(header.size(), 0);
             const bool ours = fread(first.data(), 1, first.size(), old) == 0 || first == header;
             fclose(old);
-            if (!ours) fail("%s: is no table of this program; pass another --out", path.c_str());
+            if (!ours) fail("%s: not a table as this program writes it; pass another --out", path.c_str());
         }
         file = fopen(path.c_str(), "w");
         if (!file) fail("%s: %s", path.c_str(), strerror(errno));
@@ -61,8 +61,8 @@ struct Tables {
           layer(folder, "layer.csv", measure_header("weights,variant,base,length,d1,d2,layer,sequences"), by_shift),
           head(folder, "head.csv", measure_header("weights,variant,base,length,d1,d2,layer,head,sequences"), by_shift),
           key(folder, "key.csv",
-              "weights,variant,base,length,d1,d2,key,sequences,signed,signed_se,abs,abs_se,mass,mass_se,"
-              "logit,logit_se,logit_abs,logit_abs_se",
+              "weights,variant,base,length,d1,d2,key,sequences,signed,signed_se,abs,abs_se,column_abs,column_abs_se,"
+              "mass,mass_se,logit,logit_se,logit_abs,logit_abs_se",
               by_shift),
           length(folder, "length.csv",
                  "weights,variant,base,d1,d2,length,sequences,logit,logit_se,logit_abs,logit_abs_se", lengths),
@@ -122,7 +122,8 @@ void write_details(const Study& s, const std::string& variant, double base, cons
     }
     for (size_t j = 0; j < d.T && d.with_keys; j++) {
         fprintf(s.tables->key.file, "%s,%zu,%d", front, j, d.model[0].count);
-        for (int sum : {weight_signed, weight_abs, weight_mass, logit_signed, logit_abs}) {
+        for (int sum : {int(weight_signed), int(weight_abs), int(key_column_abs), int(weight_mass), int(logit_signed),
+                        int(logit_abs)}) {
             const Mean& mean = d.key[size_t(sum) * d.T + j];
             fprintf(s.tables->key.file, ",%.9g,%.9g", mean.mean(), mean.error());
         }

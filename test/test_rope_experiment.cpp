@@ -208,6 +208,12 @@ TEST_CASE("a difference has the sign of D1 against D2, whichever of them is the 
     // 50 against 16 and 16 against 0 add up to 50 against 0, key by key.
     const Mean *a = pairs[3].key.data(), *b = pairs[0].key.data(), *c = pairs[4].key.data();
     for (size_t j = 0; j < T; j++) CHECK(std::fabs(a[j].mean() + b[j].mean() - c[j].mean()) < 1e-5);
+    // Keys add up to the model in every reading.
+    double keys[key_sums] = {};
+    for (size_t i = 0; i < key_sums * T; i++) keys[i / T] += a[i].mean();
+    CHECK(std::fabs(keys[weight_abs] - value(3, sum_abs)) < 1e-12);
+    CHECK(std::fabs(keys[key_column_abs] - value(3, column_abs)) < 1e-12);
+    CHECK(std::fabs(keys[weight_signed] - value(3, signed_sum)) < 1e-12);
     // Heads add up to layers, layers to the model.
     double heads = 0, layers = 0;
     for (size_t i = 0; i < 8; i++) heads += pairs[0].head[i * measures + sum_abs].mean();

@@ -71,7 +71,7 @@ def test_every_table_has_its_columns_and_lines(measured):
         "shift": ["weights", "experiment", *front, "sequences", *pair],
         "layer": ["weights", *front, "layer", "sequences", *pair],
         "head": ["weights", *front, "layer", "head", "sequences", *pair],
-        "key": ["weights", *front, "key", "sequences", "signed", "signed_se", "abs", "abs_se", "mass", "mass_se", "logit",
+        "key": ["weights", *front, "key", "sequences", "signed", "signed_se", "abs", "abs_se", "column_abs", "column_abs_se", "mass", "mass_se", "logit",
                 "logit_se", "logit_abs", "logit_abs_se"],
         "length": ["weights", "variant", "base", "d1", "d2", "length", "sequences", "logit", "logit_se", "logit_abs",
                    "logit_abs_se"],
@@ -104,7 +104,7 @@ def test_an_experiment_leaves_the_tables_of_the_others(trained, tmp_path):
     run(*args, "--experiments", "length", "--out", tmp_path)
     assert (tmp_path / "shift.csv").read_bytes() == before and read(tmp_path, "length")
     (tmp_path / "sample.csv").write_text("mine\n")
-    assert "no table of this program" in run(*args, "--experiments", "shift", "--out", tmp_path, ok=False)
+    assert "not a table as this program writes it" in run(*args, "--experiments", "shift", "--out", tmp_path, ok=False)
     assert (tmp_path / "sample.csv").read_text() == "mine\n"
     assert "goes with shift" in run(*args, "--experiments", "other", "--out", tmp_path, ok=False)
 
@@ -137,6 +137,8 @@ def test_the_numbers_agree_with_each_other(measured):
         keys = only(read(measured, "key"), **mine)
         assert np.isclose(sum(float(x["abs"]) for x in keys), value["sum_abs"], rtol=1e-6)
         assert np.isclose(float(keys[0]["abs"]), value["first_sum_abs"], rtol=1e-6)
+        assert np.isclose(sum(float(x["column_abs"]) for x in keys), value["column_abs"], rtol=1e-6)
+        assert all(float(x["abs"]) >= float(x["column_abs"]) >= abs(float(x["signed"])) for x in keys)
         for table in ("head", "layer"):
             parts = only(read(measured, table), **mine)
             assert np.isclose(sum(float(x["sum_abs"]) for x in parts), value["sum_abs"], rtol=1e-6)
