@@ -7,9 +7,10 @@
 // OPTION(type, name, default, range, help), as in core/options.h.
 // clang-format off
 #define ROPE_OPTIONS(OPTION)                                                                                           \
-    OPTION(Text, model, "", "", "weights (.bin); none: the newest of rope/run/step_*, then of demo/long/step_*")       \
+    OPTION(Text, model, "", "", "weights (.bin); none: the newest of those in rope/run and demo/long")                 \
     OPTION(Text, data, "", "", "token shards: a file, a comma list or a quoted glob; none: those beside that model")   \
-    OPTION(Text, out, "rope/result", "", "folder for the CSV files and figures")                                       \
+    OPTION(Text, out, "", "", "folder for the CSV files and figures; none: rope/result, for the demo's model "         \
+           "demo/result")                                                                                              \
     OPTION(Text, label, "trained", "", "name of these weights in the CSV files")                                       \
     OPTION(Text, start, "file", "file|normal|kaiming", "weights: the file's, or random in its shape, drawn as the "    \
            "trainer does or as torch's layers do (the paper's control)")                                               \
@@ -23,15 +24,16 @@
     OPTION(Text, table, "variant", "variant|float|bf16", "in all variants: cos and sin")                               \
     OPTION(Text, rotation, "variant", "variant|float|bf16", "in all variants: products and sums of the rotation")      \
     OPTION(Text, storage, "variant", "variant|float|bf16", "in all variants: rotated q and k")                         \
-    OPTION(Text, logits, "variant", "variant|float|bf16", "in all variants: dot products, where weights are measured") \
+    OPTION(Text, logits, "variant", "variant|float|bf16", "in all variants: dot products, in the measured weights "    \
+           "alone: the attention that feeds the next layer keeps its own in fp32")                                     \
     OPTION(Int, length, 0, "0..16777216", "tokens of a sequence; 0: 4096, at most the model's context")                \
     OPTION(Text, lengths, "", "", "lengths for the first key's logit; none: 64 to 8192 by doubling, at most twice the "\
-           "model's context")                                                                                          \
+           "model's context, and those that the data fill four times")                                                \
     OPTION(Text, shifts, "0,2,4,6,8,10,12,14,15,17,18,20,22,50,100,200,500,1000,2000", "", "D1 of the first sweep, "   \
            "D2 of the other")                                                                                          \
     OPTION(Int, reference, 16, "0..1000000", "D2 of the first sweep")                                                  \
     OPTION(Int, other, 0, "0..1000000", "D1 of the other sweep")                                                       \
-    OPTION(Int, sequences, 0, "0..1000000", "sequences of text; 0: 50, on the CPU 4")                                  \
+    OPTION(Int, sequences, 0, "0..1000000", "sequences of text; 0: 50, on the CPU 4, or as many as the data fill")    \
     OPTION(Int, sweep, 0, "0..1000000", "of them, those that also go through other shifts, bases and frozen q and k; " \
            "0: all")                                                                                                   \
     OPTION(Text, layers, "", "", "layers that are measured, as 0,1,5..7; none: all")                                   \
@@ -74,13 +76,16 @@ inline void rope_options_help() {
     for (const NamedRounding& named : named_roundings) printf("  %c  %s\n", named.letter, named.meaning);
 }
 
-// The pieces of a comma list; every option that is one refuses an empty piece.
+// The pieces of a comma list; every option that is one refuses an empty piece, and one that is there twice.
 inline std::vector<std::string> split_list(const char* option, const std::string& list) {
     std::vector<std::string> items;
     for (size_t at = 0, end; at <= list.size(); at = end + 1) {
         end = std::min(list.find(',', at), list.size());
-        items.push_back(list.substr(at, end - at));
-        if (items.back().empty()) fail("option --%s: '%s' has an empty item", option, list.c_str());
+        const std::string item = list.substr(at, end - at);
+        if (item.empty()) fail("option --%s: '%s' has an empty item", option, list.c_str());
+        if (std::find(items.begin(), items.end(), item) != items.end())
+            fail("option --%s: '%s' has %s twice", option, list.c_str(), item.c_str());
+        items.push_back(item);
     }
     return items;
 }
@@ -93,6 +98,8 @@ template <class X> std::vector<X> parse_numbers(const char* option, const std::s
         if (!option_parse(value, item.c_str(), range))
             fail("option --%s takes %s in %s with commas between, not '%s'", option,
                  std::is_integral_v<X> ? "integers" : "numbers", range, item.c_str());
+        if (std::find(values.begin(), values.end(), X(value)) != values.end())
+            fail("option --%s: '%s' has %s twice", option, list.c_str(), option_text(value).c_str());
         values.push_back(X(value));
     }
     return values;
@@ -149,4 +156,58 @@ inline std::vector<Variant> parse_variants(const char* option, const std::string
         variants.push_back(v);
     }
     return variants;
+}
+
+// The name of an option that only a model could use and that is not as by default; empty: none.
+inline std::string option_for_a_model(RopeOptions o) {
+    const std::string others = "|out|bases|pairs|seed|device|plot|help|";
+    RopeOptions defaults;
+    if (o.experiments == "local") o.experiments = defaults.experiments;
+    std::vector<std::string> values;
+    options_visit(
+        defaults, [&](auto& field, auto...) { values.push_back(option_text(field)); }, [](const char*) {});
+    std::string first;
+    size_t at = 0;
+    auto compare = [&](auto& field, const char* name, auto...) {
+        const bool changed = option_text(field) != values[at++];
+        if (changed && first.empty() && others.find("|" + std::string(name) + "|") == std::string::npos) first = name;
+    };
+    options_visit(o, compare, [](const char*) {});
+    return first;
+}
+
+// How much is measured where the options leave it open.
+struct Extent {
+    std::vector<int> lengths; // for the first key's logit
+    size_t longest = 0;       // tokens that a sequence must have
+    size_t sequences = 0;     // 0: the data do not fill one
+    std::string said;         // what is less than by default, and why; empty: nothing
+};
+
+// T: tokens of a sequence; context: the model's; text: tokens of the data, of which a row has one less than its length,
+// behind its BOS. A length that nobody asked for stays when the data fill four sequences of it, so that its errors say
+// something, or as many as are asked for, or as they do of T.
+inline Extent choose_extent(const RopeOptions& o, bool gpu, bool by_length, size_t T, size_t context, size_t text) {
+    auto rows = [&](size_t length) { return text / (length - 1); };
+    const size_t wanted = o.sequences ? size_t(o.sequences) : gpu ? 50 : 4;
+    const size_t least = std::max<size_t>(1, std::min<size_t>(o.sequences ? wanted : 4, rows(T)));
+    Extent e;
+    size_t missing = 0;
+    if (!by_length) e.lengths = {int(T)};
+    else if (!o.lengths.empty()) e.lengths = parse_numbers<int>("lengths", o.lengths, "1..16777216");
+    else
+        for (size_t n = 64; n <= std::min<size_t>(8192, 2 * context); n *= 2)
+            if (n <= T || rows(n) >= least) e.lengths.push_back(int(n));
+            else if (!missing) missing = n;
+    if (e.lengths.empty()) e.lengths = {int(T)};
+    e.longest = std::max(T, by_length ? size_t(*std::max_element(e.lengths.begin(), e.lengths.end())) : 0);
+    e.sequences = o.sequences ? wanted : std::min(wanted, rows(e.longest));
+    const std::string data = o.data + ": " + std::to_string(text) + " tokens fill ";
+    if (e.sequences < wanted)
+        e.said = data + std::to_string(e.sequences) + " sequences of " + std::to_string(e.longest) +
+                 ": so many are measured, not " + std::to_string(wanted);
+    if (missing)
+        e.said += (e.said.empty() ? data : "; and ") + std::to_string(rows(missing)) + " of " +
+                  std::to_string(missing) + ", so --lengths ends at " + std::to_string(e.lengths.back());
+    return e;
 }

@@ -16,6 +16,7 @@
 #include "rope_experiment.h"
 #include "rope_local.h"
 #include "rope_options.h"
+#include <filesystem>
 
 // A CSV file with one header line; every value checked into the file when it is closed. Without `wanted` there is none,
 // and what an earlier run measured stays. A file that is no such table is not replaced.
@@ -314,6 +315,12 @@ void run_local(const RopeOptions& o, const std::vector<double>& bases) {
     fflush(stdout);
 }
 
+size_t tokens_of_text(const Study& s) {
+    Corpus corpus;
+    corpus_open(corpus, s.o.data, s.config.V);
+    return size_t(corpus.text);
+}
+
 // Sequences spread evenly over the data, and so are the first `swept`: one BOS, then `length` - 1 tokens of text.
 std::vector<std::vector<int32_t>> read_sequences(const Study& s, size_t count, size_t swept, size_t length) {
     PackOptions pack;
@@ -322,6 +329,9 @@ std::vector<std::vector<int32_t>> read_sequences(const Study& s, size_t count, s
     Loader loader;
     loader_open(loader, s.o.data, pack);
     const size_t rows = size_t(loader.corpus.text) / (length - 1);
+    if (rows == 0)
+        fail("%s: %lld tokens do not fill one sequence of %zu: pass a smaller %s", s.o.data.c_str(),
+             (long long)loader.corpus.text, length, length > s.T ? "--lengths" : "--length");
     if (rows < count)
         fail("%s: %lld tokens are %zu sequences of %zu, not %zu: pass fewer --sequences or a smaller %s",
              s.o.data.c_str(), (long long)loader.corpus.text, rows, length, count,
@@ -337,19 +347,33 @@ std::vector<std::vector<int32_t>> read_sequences(const Study& s, size_t count, s
     return sequences;
 }
 
-// The newest weights of a run and the data that belongs to it, when there is such a run.
+// The newest weights of all runs, the data that belong to them and a folder for what is measured; false when there are
+// none. Says which it took when there was a choice.
 bool find_model(RopeOptions& o) {
-    const struct {
-        const char *run, *data;
-    } places[] = {{"rope/run", "rope/books_val*.bin"}, {"demo/long", "demo/test.bin"}};
-    for (auto& place : places) {
-        const Checkpoint newest = checkpoint_newest(Comm{}, place.run);
-        if (newest.step < 0) continue;
-        o.model = newest.path + "/weights.bin";
-        if (o.data.empty()) o.data = place.data;
-        return true;
+    const struct Place {
+        const char *run, *data, *out;
+    } places[] = {{"rope/run", "rope/books_val*.bin", "rope/result"}, {"demo/long", "demo/test.bin", "demo/result"}};
+    const Place* taken = nullptr;
+    std::string others;
+    std::filesystem::file_time_type newest;
+    for (const Place& place : places) {
+        const Checkpoint last = checkpoint_newest(Comm{}, place.run);
+        if (last.step < 0) continue;
+        const std::string weights = last.path + "/weights.bin";
+        std::error_code fault;
+        const auto time = std::filesystem::last_write_time(weights, fault);
+        if (fault) fail("%s: %s", weights.c_str(), fault.message().c_str());
+        if (!o.model.empty()) others = time > newest ? o.model : weights;
+        if (taken && time <= newest) continue;
+        taken = &place, o.model = weights, newest = time;
     }
-    return false;
+    if (!taken) return false;
+    if (!others.empty())
+        printf("%s is taken, the newest; %s is older: --model and --data would take it\n", o.model.c_str(),
+               others.c_str());
+    if (o.data.empty()) o.data = taken->data;
+    if (o.out.empty()) o.out = taken->out;
+    return true;
 }
 
 void say_no_model() {
@@ -374,16 +398,12 @@ bool read_study(Study& s) {
     s.T = o.length ? size_t(o.length) : std::min<size_t>(4096, context);
     if (s.T < 2) fail("option --length takes at least 2");
     s.layers = parse_layers(o.layers, s.config.L);
-    if (!o.lengths.empty()) s.lengths = parse_numbers<int>("lengths", o.lengths, "1..16777216");
-    for (size_t n = 64; o.lengths.empty() && n <= std::min<size_t>(8192, 2 * context); n *= 2)
-        s.lengths.push_back(int(n));
-    if (s.lengths.empty()) s.lengths.push_back(int(s.T));
-    const size_t longest = s.wants("length") ? size_t(*std::max_element(s.lengths.begin(), s.lengths.end())) : 0;
-    if (!s.wants("length")) s.lengths = {int(s.T)};
-    const size_t count = o.sequences ? size_t(o.sequences) : s.gpu ? 50 : 4;
+    const Extent extent = choose_extent(o, s.gpu, s.wants("length"), s.T, context, tokens_of_text(s));
+    if (!extent.said.empty() && extent.sequences) printf("%s\n", extent.said.c_str());
+    s.lengths = extent.lengths;
     if (size_t(o.sink_key) >= s.T) fail("option --sink_key takes a key of the sequence, less than %zu", s.T);
-    s.swept = o.sweep ? std::min(size_t(o.sweep), count) : count;
-    s.sequences = read_sequences(s, count, s.swept, std::max(s.T, longest));
+    s.swept = o.sweep ? std::min(size_t(o.sweep), extent.sequences) : extent.sequences;
+    s.sequences = read_sequences(s, extent.sequences, s.swept, extent.longest);
     return true;
 }
 
@@ -397,33 +417,50 @@ bool draw(const RopeOptions& o) {
     return done;
 }
 
-int main(int argc, char** argv) {
-    const RopeOptions options = options_parse<RopeOptions>(argc, argv);
-    if (options.help) return rope_options_help(), 0;
-    Comm world = comm_init(&argc, &argv);
-    set_threads(world);
-    Study s;
-    s.o = options;
-    for (const std::string& name : split_list("experiments", options.experiments))
+// What the options say together, once each is right by itself; the lists among them go into the study.
+void check_options(Study& s) {
+    const RopeOptions& o = s.o;
+    for (const std::string& name : split_list("experiments", o.experiments))
         if (std::string("|local|shift|other|length|frozen|base|").find("|" + name + "|") == std::string::npos)
             fail("option --experiments takes some of local,shift,other,length,frozen,base, not '%s'", name.c_str());
     if (s.wants("other") && !s.wants("shift")) fail("--experiments other goes with shift");
     for (const char* mark : {",", "\"", "'"})
-        if (options.label.find(mark) != std::string::npos || options.out.find(mark) != std::string::npos)
+        if (o.label.find(mark) != std::string::npos || o.out.find(mark) != std::string::npos)
             fail("options --label and --out go without commas and quotes");
-    parse_variants("variants", options.variants, options);
-    parse_variants("base_variants", options.base_variants, options);
-    if (options.length_variants.size()) parse_variants("length_variants", options.length_variants, options);
-    s.shifts = parse_numbers<int>("shifts", options.shifts, "0..1000000");
-    s.bases = parse_numbers<double>("bases", options.bases, "2..1e15");
-    if (options.reference == options.other) fail("--reference and --other are to be two shifts");
+    parse_variants("variants", o.variants, o);
+    parse_variants("base_variants", o.base_variants, o);
+    if (o.length_variants.size()) parse_variants("length_variants", o.length_variants, o);
+    s.shifts = parse_numbers<int>("shifts", o.shifts, "0..1000000");
+    s.bases = parse_numbers<double>("bases", o.bases, "2..1e15");
+    if (!o.lengths.empty()) parse_numbers<int>("lengths", o.lengths, "1..16777216");
+    if (o.reference == o.other) fail("--reference and --other are to be two shifts");
     const std::string fault = gpu_fault(0);
-    if (options.device == "gpu" && !fault.empty()) fail("%s; --device cpu runs without a GPU", fault.c_str());
-    s.gpu = options.device != "cpu" && fault.empty();
+    if (o.device == "gpu" && !fault.empty()) fail("%s; --device cpu runs without a GPU", fault.c_str());
+    s.gpu = o.device != "cpu" && fault.empty();
+}
 
-    const bool local_alone = options.experiments == "local", on_model = !local_alone && read_study(s);
-    directory_make(options.out);
-    if (s.wants("local")) run_local(options, s.bases);
+void make_folder(const std::string& path) {
+    std::error_code fault;
+    std::filesystem::create_directories(path, fault);
+    if (fault) fail("%s: cannot be made: %s; pass another --out", path.c_str(), fault.message().c_str());
+}
+
+int main(int argc, char** argv) {
+    Study s;
+    s.o = options_parse<RopeOptions>(argc, argv);
+    if (s.o.help) return rope_options_help(), 0;
+    Comm world = comm_init(&argc, &argv);
+    set_threads(world);
+    check_options(s);
+
+    const bool local_alone = s.o.experiments == "local", on_model = !local_alone && read_study(s);
+    if (const std::string unused = option_for_a_model(s.o); !on_model && !unused.empty())
+        fail("option --%s is for a model, %s", unused.c_str(),
+             local_alone ? "and --experiments local looks at none"
+                         : "and neither rope/run nor demo/long holds one: pass --model, or train one (make demo)");
+    if (s.o.out.empty()) s.o.out = "rope/result";
+    make_folder(s.o.out);
+    if (s.wants("local")) run_local(s.o, s.bases);
     if (!on_model && !local_alone) say_no_model();
     if (on_model) {
         printf(
@@ -431,7 +468,7 @@ int main(int argc, char** argv) {
             s.o.model.c_str(), double(param_count(s.config)) / 1e6, s.config.L, s.config.H, s.config.rope.base,
             s.o.start.c_str(), s.o.data.c_str(), s.sequences.size(), s.T);
         const bool by_shift = s.wants("shift");
-        Tables tables(options.out, by_shift || s.wants("frozen") || s.wants("base"), by_shift, s.wants("length"));
+        Tables tables(s.o.out, by_shift || s.wants("frozen") || s.wants("base"), by_shift, s.wants("length"));
         s.tables = &tables;
 #ifdef __CUDACC__
         if (s.gpu) run_device(gpu_open(0), s);
@@ -441,8 +478,8 @@ int main(int argc, char** argv) {
 #endif
     }
     if (on_model || s.wants("local")) {
-        const bool drawn = draw(options);
-        printf("%s: CSV files%s\n", options.out.c_str(), drawn ? " and figures" : "");
+        const bool drawn = draw(s.o);
+        printf("%s: CSV files%s\n", s.o.out.c_str(), drawn ? " and figures" : "");
     }
     comm_finalize(world);
     return 0;

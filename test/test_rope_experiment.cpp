@@ -264,6 +264,42 @@ TEST_CASE("frozen queries and keys: the first layer moves as in the network, no 
     CHECK(frozen[2].model[sum_abs].mean() < 1e-3 * frozen[0].model[sum_abs].mean());
 }
 
+TEST_CASE("what the options leave open follows the data, and what is less than by default is said") {
+    RopeOptions o;
+    o.data = "test.bin";
+    const std::vector<int> all = {64, 128, 256, 512, 1024, 2048, 4096, 8192}, short_of_8192(all.begin(), all.end() - 1),
+                           short_of_4096(all.begin(), all.end() - 2);
+    // The demo's validation data, 32 rows of 2048, on a GPU, on the CPU, and without the experiment on lengths.
+    Extent e = choose_extent(o, true, true, 2048, 2048, 65504);
+    CHECK((e.lengths == short_of_8192 && e.longest == 4096 && e.sequences == 15));
+    CHECK(e.said == "test.bin: 65504 tokens fill 15 sequences of 4096: so many are measured, not 50");
+    e = choose_extent(o, false, true, 2048, 2048, 65504);
+    CHECK((e.lengths == short_of_8192 && e.longest == 4096 && e.sequences == 4 && e.said.empty()));
+    e = choose_extent(o, true, false, 2048, 2048, 65504);
+    CHECK((e.longest == 2048 && e.sequences == 32 && e.lengths == std::vector<int>{2048}));
+    // Enough text; then too little for a length; then too little for four sequences, and for one.
+    e = choose_extent(o, true, true, 4096, 4096, 50 * 8191);
+    CHECK((e.lengths == all && e.longest == 8192 && e.sequences == 50 && e.said.empty()));
+    e = choose_extent(o, true, true, 4096, 4096, 3 * 8191);
+    CHECK((e.lengths == short_of_8192 && e.longest == 4096 && e.sequences == 6));
+    CHECK(e.said == "test.bin: 24573 tokens fill 6 sequences of 4096: so many are measured, not 50; and 3 of 8192, so "
+                    "--lengths ends at 4096");
+    e = choose_extent(o, false, true, 4096, 4096, 2 * 4095);
+    CHECK((e.lengths == short_of_8192 && e.sequences == 2));
+    e = choose_extent(o, false, true, 4096, 4096, 4094);
+    CHECK((e.longest == 4096 && e.sequences == 0));
+    // What is asked for is not made less: the caller refuses it.
+    o.sequences = 50;
+    CHECK(choose_extent(o, true, true, 2048, 2048, 65504).sequences == 50);
+    o.sequences = 20;
+    e = choose_extent(o, true, true, 2048, 2048, 65504);
+    CHECK((e.lengths == short_of_4096 && e.longest == 2048 && e.sequences == 20));
+    CHECK(e.said == "test.bin: 65504 tokens fill 15 of 4096, so --lengths ends at 2048");
+    o.lengths = "100,5000", o.sequences = 0;
+    e = choose_extent(o, true, true, 2048, 2048, 65504);
+    CHECK((e.lengths == std::vector<int>{100, 5000} && e.longest == 5000 && e.sequences == 13));
+}
+
 TEST_CASE("mean and standard error over sequences") {
     Mean mean;
     mean.add(1);

@@ -247,8 +247,35 @@ def test_without_a_model_it_says_how_to_get_one(tmp_path):
 def test_without_arguments_it_takes_the_demos_model(trained, tmp_path):
     shutil.copytree(trained / "run", tmp_path / "demo/long")
     shutil.copy(trained / "text.bin", tmp_path / "demo/test.bin")
-    out = run("--experiments", "shift", "--variants", "bf16:C", *FEW, cwd=tmp_path)
-    assert "demo/long/step_00000020/weights.bin" in out and (tmp_path / "rope/result/shift.csv").is_file()
+    few = ["--experiments", "shift", "--variants", "bf16:C", *FEW]
+    assert "demo/long/step_00000020/weights.bin: " in run(*few, cwd=tmp_path)
+    assert (tmp_path / "demo/result/shift.csv").is_file() and not (tmp_path / "rope").exists()
+    # Of two models, the newest, and a word about the other; each has a folder of its own for what is measured.
+    shutil.copytree(trained / "run", tmp_path / "rope/run")
+    shutil.copy(trained / "text.bin", tmp_path / "rope/books_val_000000.bin")
+    for newer, older in ("rope/run", "demo/long"), ("demo/long", "rope/run"):
+        for folder, time in (newer, 2e9), (older, 1e9):
+            os.utime(tmp_path / folder / "step_00000020/weights.bin", (time, time))
+        out = run(*few, cwd=tmp_path)
+        assert re.search(f"^{newer}/step_00000020/weights.bin is taken, the newest; {older}/step_00000020/weights.bin is", out)
+        assert f"\n{newer}/step_00000020/weights.bin: " in out and (tmp_path / "rope/result/shift.csv").is_file()
+
+
+def test_without_a_number_it_takes_as_many_sequences_as_the_data_fill(trained, tmp_path):
+    """The GPU's numbers are in test_rope_experiment.cpp."""
+    write_tokens(tmp_path / "few.bin", [[1] + [5, 7, 11] * 100], 64, bos=1, source="test")
+    args = ["--model", trained / "weights.bin", "--data", tmp_path / "few.bin", "--variants", "bf16:C", "--shifts", "0,4",
+            "--experiments", "shift,length", "--plot=0", "--length", 96, "--out", tmp_path / "out"]
+    out = run(*args)
+    wanted = 50 if DEVICE == "gpu" else 4
+    assert (f"few.bin: 300 tokens fill 3 sequences of 96: so many are measured, not {wanted}; and 2 of 128, so --lengths "
+            "ends at 64\n") in out
+    assert {x["sequences"] for x in read(tmp_path / "out", "shift")} == {"3"}
+    assert [x["length"] for x in read(tmp_path / "out", "length")] == ["64"]
+    run(*args, "--sequences", 2)
+    assert [x["length"] for x in read(tmp_path / "out", "length")] == ["64", "128"]
+    assert "300 tokens are 3 sequences of 96, not 4" in run(*args, "--sequences", 4, ok=False)
+    assert "do not fill one sequence of 400: pass a smaller --length" in run(*args, "--length", 400, ok=False)
 
 
 @pytest.mark.parametrize("args, message", [
@@ -274,11 +301,18 @@ def test_without_arguments_it_takes_the_demos_model(trained, tmp_path):
     (["--layers", "1..0"], "--layers"),
     (["--sequences", "1000"], "--sequences"),
     (["--label", "a,b"], "--label"),
+    (["--variants", "float:E,bf16:C,float:E"], "--variants: 'float:E,bf16:C,float:E' has float:E twice"),
+    (["--length_variants", "bf16:C,bf16:C"], "has bf16:C twice"),
+    (["--lengths", "32,32"], "--lengths: '32,32' has 32 twice"),
+    (["--shifts", "4,0,4"], "--shifts: '4,0,4' has 4 twice"),
+    (["--bases", "1e4,10000"], "--bases: '1e4,10000' has 10000 twice"),
+    (["--experiments", "shift,shift"], "has shift twice"),
+    (["--experiments", "local", "--layers", "0"], "--experiments local looks at none"),
     (["--start", "zeros"], "--start"),
     (["--model", "missing.bin"], "missing.bin"),
     (["--data", "missing.bin"], "missing.bin"),
     (["--data", ""], "--data"),
-    (["--out", "/proc/nowhere"], "/proc/nowhere"),
+    (["--out", "/proc/nowhere"], "/proc/nowhere: cannot be made: No such file or directory; pass another --out\n"),
     (["--device", "gpu"], "--device cpu"),
 ])
 def test_bad_arguments_are_refused(args, message, trained, tmp_path):
@@ -287,6 +321,15 @@ def test_bad_arguments_are_refused(args, message, trained, tmp_path):
     shown = run("--model", trained / "weights.bin", "--data", trained / "text.bin", "--out", tmp_path / "out", *FEW, *args,
                 ok=False)
     assert message in shown and len(shown.strip().split("\n")) == 1, shown
+    assert shown.startswith(f"{pathlib.Path(BINARY).name}: ")
+
+
+@pytest.mark.parametrize("args", [["--layers", 99], ["--data", "x.bin"], ["--lengths", 64], ["--sink", 4], ["--sequences", 8],
+                                  ["--experiments", "shift"], ["--experiments", "local,base"]])
+def test_options_for_a_model_are_refused_where_there_is_none(args, tmp_path):
+    shown = run("--pairs", 200, "--plot=0", *args, cwd=tmp_path, ok=False)
+    assert f"option {args[0]} is for a model, and neither rope/run nor demo/long holds one: pass --model" in shown
+    assert not (tmp_path / "rope").exists()
 
 
 def test_the_recipe_runs_to_its_figures(tmp_path):
