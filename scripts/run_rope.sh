@@ -3,15 +3,15 @@
 # text in context 4096, two books held out, and measures random weights and several checkpoints on the held-out books.
 #   make train_llama test_rope && sh scripts/run_rope.sh books.jsonl tokenizer.model
 # One GPU. Everything is in rope/: run (checkpoints), result (the last one's figures), random_* and step_*, figures.
+# 1000 updates, or as many as go 8 times through a smaller text: more of them would learn it by heart.
 # Otherwise by the environment: FOLDER, MODEL, CONTEXT, BATCH, STEPS, LR, SAVE_EVERY, POINTS (checkpoints to look at),
 # ATTENTION (anchor: every row begins with BOS), ROPE_OPTIONS (of the whole experiment), DEVICE; SEQUENCES of the last
 # checkpoint, and SWEEP of them for all shifts and bases; as many at the other points.
 set -e
 cd "$(dirname "$0")/.."
-[ $# = 2 ] || { sed -n '2,9s/^# *//p' "$0"; exit 1; }
+[ $# = 2 ] || { sed -n '2,10s/^# *//p' "$0"; exit 1; }
 MODEL=${MODEL:--e 120M --tied --heads 6}
-CONTEXT=${CONTEXT:-4096} BATCH=${BATCH:-8} STEPS=${STEPS:-1000} LR=${LR:-1e-3} SAVE_EVERY=${SAVE_EVERY:-125}
-POINTS=${POINTS:-125 250 500} DEVICE=${DEVICE:-auto}
+CONTEXT=${CONTEXT:-4096} BATCH=${BATCH:-8} LR=${LR:-1e-3} DEVICE=${DEVICE:-auto}
 FOLDER=${FOLDER:-rope} ATTENTION=${ATTENTION:-full}
 SEQUENCES=${SEQUENCES:-50} SWEEP=${SWEEP:-8}
 PYTHON=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
@@ -24,7 +24,22 @@ say() { echo "== $(($(date +%s) - began)) s: $*"; }
 
 [ -n "$(ls "$FOLDER"/books_val*.bin 2>/dev/null)" ] ||
     $PYTHON data/prepare.py "$1" -o "$FOLDER/books" --tokenizer "$2" --val_documents 2
-say "training on $((STEPS * BATCH * CONTEXT / 1000)) thousand tokens"
+tokens=$($PYTHON -c 'import sys; sys.path.insert(0, "data"); from token_file import read_shard
+print(sum(len(read_shard(path)["tokens"]) for path in sys.argv[1:]))' "$FOLDER"/books_0*.bin)
+update=$((BATCH * CONTEXT)) epochs=8
+most=$((epochs * tokens / update)) wanted=${STEPS:-1000}
+if [ "$wanted" -gt "$most" ]; then
+    small="run_rope.sh: $wanted updates of $update tokens go more than $epochs times through the $tokens tokens of $FOLDER/books_0*.bin"
+    enough=$(((wanted * update + epochs - 1) / epochs))
+    [ -z "$STEPS$SAVE_EVERY$POINTS" ] && [ "$most" -ge 8 ] ||
+        { echo "$small: at most $most do not; $enough tokens would be enough"; exit 1; }
+    STEPS=$((most / 8 * 8)) # its eighth, quarter and half are looked at
+    echo "$small: $STEPS are made; $enough tokens would be enough"
+fi
+STEPS=${STEPS:-1000}
+SAVE_EVERY=${SAVE_EVERY:-$((STEPS < 8 ? 1 : STEPS / 8))}
+POINTS=${POINTS:-$SAVE_EVERY $((2 * SAVE_EVERY)) $((4 * SAVE_EVERY))}
+say "training on $((STEPS * update / 1000)) thousand tokens, $tokens in the text"
 ./train_llama $MODEL -i "$FOLDER/books_0*.bin" -j "$FOLDER/books_val*.bin" -c "$CONTEXT" -b "$BATCH" --steps "$STEPS" \
     -l "$LR" --schedule cosine --warmup $((STEPS / 10)) --attention "$ATTENTION" --device "$DEVICE" --val_rows 8 \
     --val_every "$SAVE_EVERY" --save_every "$SAVE_EVERY" --keep 0 --log_every 25 -o "$FOLDER/run" --resume

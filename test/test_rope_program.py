@@ -332,8 +332,9 @@ def test_options_for_a_model_are_refused_where_there_is_none(args, tmp_path):
     assert not (tmp_path / "rope").exists()
 
 
-def test_the_recipe_runs_to_its_figures(tmp_path):
-    pytest.importorskip("matplotlib")
+@pytest.fixture
+def recipe(tmp_path):
+    """The command of run_rope.sh in a folder of its own, where the text is there already and test_rope is not."""
     (tmp_path / "scripts").mkdir()
     for name in ("run_rope.sh", "plot_rope.py"):
         shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts" / name)
@@ -342,16 +343,45 @@ def test_the_recipe_runs_to_its_figures(tmp_path):
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (tmp_path / ".venv/bin/python").chmod(0o755)
-    recipe = ["sh", str(tmp_path / "scripts/run_rope.sh")]
-    assert "make test_rope" in subprocess.run([*recipe, "a", "b"], capture_output=True, text=True).stdout
-    (tmp_path / "test_rope").symlink_to(BINARY)
-    usage = subprocess.run(recipe, capture_output=True, text=True)
-    assert usage.returncode == 1 and "tokenizer.model" in usage.stdout
     (tmp_path / "rope").mkdir()
     random = np.random.default_rng(2)
     for name in ("books_000000", "books_val_000000"):  # made already, so neither text nor tokenizer is looked at
         documents = [[1] + random.integers(3, 64, size=2000).tolist()]
         write_tokens(tmp_path / f"rope/{name}.bin", documents, 64, bos=1, source="test")
+    return ["sh", str(tmp_path / "scripts/run_rope.sh")]
+
+
+def test_the_recipe_goes_through_its_text_eight_times_at_most(recipe, tmp_path):
+    """2001 tokens; measuring is left out."""
+    (tmp_path / "test_rope").write_text('#!/bin/sh\necho "$2" "$6" "$8" >> looked\n')
+    (tmp_path / "test_rope").chmod(0o755)
+
+    def start(batch, **more):
+        env = {"MODEL": "-e tiny --layers 1 --channels 32 --heads 2 --ffn 48", "CONTEXT": "64", "BATCH": str(batch),
+               "DEVICE": DEVICE, "OMP_NUM_THREADS": "1", **more}
+        return subprocess.run([*recipe, "none.jsonl", "none.model"], capture_output=True, text=True, timeout=100,
+                              env={**os.environ, **env})
+
+    refused = "updates of {} tokens go more than 8 times through the 2001 tokens of rope/books_0*.bin: at most {} do not; {} "
+    for batch, steps, most, enough in (2, 126, 125, 2016), (2, 1000, 125, 16000):
+        done = start(batch, STEPS=str(steps))
+        assert done.returncode == 1 and f"{steps} " + refused.format(64 * batch, most, enough) in done.stdout
+    assert refused.format(2112, 7, 264000) in start(33).stdout  # too few for points on the way
+    assert refused.format(1920, 8, 240000) in start(30, POINTS="1").stdout
+    assert not (tmp_path / "rope/run").exists()
+    done = start(28)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "through the 2001 tokens of rope/books_0*.bin: 8 are made; 224000 tokens would be enough" in done.stdout
+    looked = [line.split()[0] for line in (tmp_path / "looked").read_text().splitlines()]
+    assert looked == [f"rope/run/step_{n:08}/weights.bin" for n in (8, 8, 1, 2, 4, 8)]
+
+
+def test_the_recipe_runs_to_its_figures(recipe, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert "make test_rope" in subprocess.run([*recipe, "a", "b"], capture_output=True, text=True).stdout
+    (tmp_path / "test_rope").symlink_to(BINARY)
+    usage = subprocess.run(recipe, capture_output=True, text=True)
+    assert usage.returncode == 1 and "tokenizer.model" in usage.stdout
     small = {"MODEL": "-e tiny --layers 1 --channels 32 --heads 2 --ffn 48", "CONTEXT": "64", "BATCH": "2", "STEPS": "4",
              "SAVE_EVERY": "2", "POINTS": "2", "SEQUENCES": "3", "SWEEP": "2", "DEVICE": DEVICE,
              "ROPE_OPTIONS": "--length 64 --lengths 32,64 --pairs 200 --bases 1e4,1e6 --shifts 0,100"}
