@@ -3,8 +3,9 @@
     python3 scripts/plot_rope.py rope/result                       one folder of ./test_rope
     python3 scripts/plot_rope.py rope/step_* -o rope/figures       several, such as the checkpoints of a training
 
-figure1.png     D against the shift; per key; first key's logit against the length (of several weights, the last and the
-                first, with the paper's variants; so for the next two)
+figure1.png     D against the shift; per key; first key's logit against the length, signed and absolute; bars and bands
+                are standard errors (of several weights, the last and the first, with the paper's variants; so for the
+                next two)
 figure7.png     single samples; the other sweep
 layers.png      per layer, and per layer and head
 causes.png      frozen queries and keys with one place of rounding at a time; larger bases; the layer-local check
@@ -25,7 +26,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
+# Figures are as wide as the text of a page, so that their letters are there as large as here: 7 points at least.
+WIDTH, DPI = 6.5, 220
+plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
+                     "legend.fontsize": 7})
 READINGS = {"sum_abs": "sum of |difference|", "column_abs": "sum of |column sums|", "signed_sum": "signed sum"}
+KEY_COLUMNS = {"sum_abs": "abs", "column_abs": "column_abs", "signed_sum": "signed"}
 TEXT = {"weights", "experiment", "variant", "angles", "keys"}
 
 
@@ -67,6 +73,16 @@ def draw(axes, lines, x, y, **style):
                   **style)
 
 
+def draw_band(axes, lines, x, y, **style):
+    """|y| against x as a line in a band of its standard error, for more points than bars have room for."""
+    lines = sorted(lines, key=lambda line: line[x])
+    at, value, error = (np.array([line[column] for line in lines]) for column in (x, y, y + "_se"))
+    value, error = abs(value), np.nan_to_num(error)
+    axes.plot(at + 1, value, linewidth=0.7, **style)
+    axes.fill_between(at + 1, np.maximum(value - error, value / 100), value + error, alpha=0.3, linewidth=0,
+                      color=style["color"])
+
+
 @functools.cache
 def colour(name, number=itertools.count()):
     """The same for a name in every figure."""
@@ -79,11 +95,11 @@ def legend(target, axes, **place):
     for plot in axes:
         for handle, name in zip(*plot.get_legend_handles_labels()):
             shown.setdefault(name, handle)
-    target.legend(shown.values(), shown, frameon=False, fontsize=8, **place)
+    target.legend(shown.values(), shown, frameon=False, **place)
 
 
 def finish(figure, path, made):
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=DPI)
     plt.close(figure)
     made.append(path)
 
@@ -115,13 +131,14 @@ def most_common_d2(lines):
 
 
 def figure1(tables, out, reading, made):
-    """Above on the paper's axes, without what is too small or too large to be seen there; below on logarithmic ones."""
+    """Left on the paper's axes, without what is too small or too large to be seen there; right on logarithmic ones."""
     shift, key, length = pick(tables["shift"], experiment="shift"), tables["key"], tables["length"]
     if not shift and not length:
         return
-    figure, rows = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
-    column = "abs" if reading == "sum_abs" else "signed"
-    for axes, logarithmic in zip(rows, (False, True)):
+    if key and KEY_COLUMNS[reading] not in key[-1]:
+        sys.exit(f"plot_rope.py: {key[-1]['folder']}/key.csv: has no {reading} yet; measure it again with this test_rope")
+    figure, rows = plt.subplots(4, 2, figsize=(WIDTH, 9), layout="constrained")
+    for axes, logarithmic in zip(rows.T, (False, True)):
         shown = [lambda lines: lines, lambda lines: [x for x in lines if not x["variant"].endswith(":D")]][not logarithmic]
         if shift:
             reference = most_common_d2(shift)
@@ -131,27 +148,26 @@ def figure1(tables, out, reading, made):
             axes[0].set_title(f"attention difference, {shift[0]['length']:g} tokens")
         axes[0].set_xlabel("shift $\\Delta_1$ (tokens)")
         for name, lines in curves(shown(key), shift):
-            at = [line["key"] + 1 for line in lines]
-            axes[1].plot(at, [abs(line[column]) for line in lines], linewidth=0.7, label=name,
-                         color=colour(name))
+            draw_band(axes[1], lines, "key", KEY_COLUMNS[reading], label=name, color=colour(name))
         axes[1].set_xlabel("key position + 1")
-        axes[1].set_ylabel("its part of D" if column == "abs" else "|its part of signed D|")
+        axes[1].set_ylabel("|its part of signed D|" if reading == "signed_sum" else "its part of D")
         if key:
             axes[1].set_title(f"per key, shift {key[0]['d1']:g} against {key[0]['d2']:g}")
-        for name, lines in curves(shown(length), shift):
-            lines = [{**line, "logit": abs(line["logit"])} for line in lines]
-            draw(axes[2], lines, "length", "logit", marker="o", label=name, color=colour(name))
-        axes[2].set_xscale("log", base=2)
-        axes[2].set_xlabel("length (tokens)")
-        axes[2].set_ylabel("|$D_{logit}$| of the first key")
-        axes[2].set_title("logit difference, summed over layers and heads")
+        for plot, column, kind in zip(axes[2:], ("logit", "logit_abs"), ("signed", "absolute")):
+            for name, lines in curves(shown(length), shift):
+                lines = [{**line, column: abs(line[column])} for line in lines]
+                draw(plot, lines, "length", column, marker="o", label=name, color=colour(name))
+            plot.set_xscale("log", base=2)
+            plot.set_xlabel("length (tokens)")
+            plot.set_ylabel("|$D_{logit}$| of the first key" if kind == "signed" else "mean |change| of the first logit")
+            plot.set_title(f"{kind} logit difference, all layers and heads")
         if logarithmic:
             axes[0].set_xscale("symlog", linthresh=20)
             axes[0].set_xlim(left=-1)
             axes[1].set_xscale("log")
             for plot in axes:
                 plot.set_yscale("log")
-    legend(figure, rows.flat, loc="outside lower center", ncols=8)
+    legend(figure, rows.flat, loc="outside lower center", ncols=4)
     finish(figure, out / "figure1.png", made)
 
 
@@ -159,7 +175,7 @@ def figure7(tables, out, reading, made):
     shift = pick(tables["shift"], experiment="shift")
     if not shift:
         return
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.6), layout="constrained")
     reference = most_common_d2(shift)
     variant = "bf16:C" if pick(shift, variant="bf16:C") else values(shift, "variant")[-1]
     samples = pick(tables["sample"], variant=variant, d2=reference)
@@ -181,7 +197,7 @@ def figure7(tables, out, reading, made):
     for plot in axes:
         plot.set_xscale("symlog", linthresh=20)
         plot.set_xlim(left=-1)
-        legend(plot, [plot], loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4)
+        legend(plot, [plot], loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     finish(figure, out / "figure7.png", made)
 
 
@@ -192,15 +208,16 @@ def layers(tables, out, reading, made):
     first = layer[-1]
     first = pick(layer, weights=first["weights"])[0]
     layer = pick(layer, d1=first["d1"], d2=first["d2"])
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.6), layout="constrained")
     for name, lines in curves(layer):
         draw(axes[0], lines, "layer", reading, marker="o", label=name, color=colour(name))
     axes[0].set_yscale("log")
+    axes[0].xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     axes[0].set_xlabel("layer")
     axes[0].set_ylabel(f"its part of D({first['d1']:g}, {first['d2']:g})")
     axes[0].set_title("D by layer")
-    across = 4 if len(values(layer, "weights")) == 1 else 2
-    legend(axes[0], axes[:1], loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=across)
+    across = 3 if len(values(layer, "weights")) == 1 else 1
+    legend(axes[0], axes[:1], loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=across)
     variant = "bf16:C" if pick(head, variant="bf16:C") else values(head, "variant")[-1]
     head = pick(head, variant=variant, weights=head[-1]["weights"])
     rows, columns = values(head, "layer"), values(head, "head")
@@ -211,7 +228,7 @@ def layers(tables, out, reading, made):
     axes[1].set_xlabel("head")
     axes[1].set_ylabel("layer")
     for ticks, at in ((axes[1].set_yticks, rows), (axes[1].set_xticks, columns)):
-        step = (len(at) + 15) // 16
+        step = (len(at) + 11) // 12
         ticks(range(0, len(at), step), [f"{x:g}" for x in at[::step]])
     axes[1].set_title(f"D by layer and head, {variant}")
     figure.colorbar(shown, ax=axes[1])
@@ -222,7 +239,7 @@ def bars(axes, lines, name, reading):
     names = [line[name] for line in lines]
     error = [0 if math.isnan(line[reading + "_se"]) else line[reading + "_se"] for line in lines]
     axes.barh(range(len(names)), [line[reading] for line in lines], xerr=error, color="#4477aa")
-    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xscale("log")
 
@@ -232,7 +249,8 @@ def causes(tables, out, reading, made):
     local = tables["local"]
     if not (frozen or base or local):
         return
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    figure, places = plt.subplot_mosaic([["frozen", "frozen"], ["base", "local"]], figsize=(WIDTH, 6.2), layout="constrained")
+    axes = list(places.values())
     if frozen:
         bars(axes[0], pick(frozen, folder=frozen[-1]["folder"]), "variant", reading)
         axes[0].set_xlabel(f"D({frozen[0]['d1']:g}, {frozen[0]['d2']:g})")
@@ -240,7 +258,6 @@ def causes(tables, out, reading, made):
     for name, lines in curves(base):
         draw(axes[1], lines, "base", reading, marker="o", label=name, color=colour(name))
     if base:
-        axes[1].legend(frameon=False, fontsize=7)
         axes[1].set_yscale("log")
         axes[1].set_xscale("log")
     axes[1].set_xlabel("RoPE base")
@@ -254,10 +271,11 @@ def causes(tables, out, reading, made):
             axes[2].plot([x["base"] for x in known], [x["expected"] for x in known], "kx")
         axes[2].set_xscale("log")
         axes[2].set_yscale("log")
-        axes[2].legend(frameon=False, fontsize=7)
     axes[2].set_xlabel("RoPE base")
     axes[2].set_ylabel("mean |logit difference|, no $1/\\sqrt{d}$")
     axes[2].set_title("single random pairs (x: expected)")
+    for plot in axes[1:]:
+        legend(plot, [plot], loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
     finish(figure, out / "causes.png", made)
 
 
@@ -269,17 +287,19 @@ def training(tables, out, reading, made):
         return
     pair = next(line for line in shift if line["d2"] == most_common_d2(shift))
     shift = pick(shift, d1=pair["d1"], d2=pair["d2"])
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    figure, places = plt.subplots(2, 2, figsize=(WIDTH, 5.8), layout="constrained")
+    axes, beside = list(places.flat[:3]), places.flat[3]
     for plot, y in zip(axes, (reading, "first_logit_abs", "first_mass")):
         for variant in values(shift, "variant"):
             lines = [{**line, "place": names.index(line["weights"])} for line in pick(shift, variant=variant)]
             draw(plot, lines, "place", y, marker="o", label=variant, color=colour(variant))
-        plot.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+        plot.set_xticks(range(len(names)), names, rotation=45, ha="right")
         plot.set_yscale("linear" if y == "first_mass" else "log")
     axes[0].set_ylabel(f"D({pair['d1']:g}, {pair['d2']:g}): {READINGS[reading]}")
-    axes[1].set_ylabel("first key: sum of mean |logit difference|")
-    axes[2].set_ylabel("first key: attention, summed over heads")
-    legend(figure, axes, loc="outside lower center", ncols=8)
+    axes[1].set_ylabel("first key: mean |logit difference|")
+    axes[2].set_ylabel("first key: attention, all heads")
+    beside.axis("off")
+    legend(beside, axes, loc="center", ncols=2)
     finish(figure, out / "training.png", made)
 
 

@@ -193,7 +193,8 @@ def draw(lines, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    plt.rcParams.update({"font.size": 8, "xtick.labelsize": 7, "ytick.labelsize": 7})
+    figure, axes = plt.subplots(1, 2, figsize=(6.5, 3.6), layout="constrained")  # the width of a page's text
     for mode, dtype in RUNS:
         mine = [x for x in lines if (x["mode"], x["dtype"]) == (mode, dtype)]
         style = {"capsize": 2, "linewidth": 1, "markersize": 3, "marker": "o", "label": f"{mode}, {dtype}",
@@ -210,10 +211,10 @@ def draw(lines, path):
     axes[0].set_ylabel("loss on held-out books (nats)")
     axes[1].set_xlabel("length, in trained lengths")
     axes[1].set_ylabel("recall")
-    for plot in axes:
-        if plot.get_legend_handles_labels()[0]:
-            plot.legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=150)
+    shown = {name: handle for plot in axes for handle, name in zip(*plot.get_legend_handles_labels())}
+    if shown:
+        figure.legend(shown.values(), shown, loc="outside lower center", ncols=3, frameon=False, fontsize=7)
+    figure.savefig(path, dpi=220)
 
 
 def main():

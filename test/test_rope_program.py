@@ -234,6 +234,46 @@ def test_figures(measured, trained, tmp_path):
     assert refused.returncode == 1 and "no CSV files" in refused.stderr
 
 
+@pytest.mark.parametrize("reading, column", [("sum_abs", "abs"), ("column_abs", "column_abs"), ("signed_sum", "signed")])
+def test_figures_are_readable_in_print_and_show_the_reading_by_key(reading, column, measured, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import plot_rope
+    figures = {}
+
+    def finish(figure, path, made):
+        figure.draw_without_rendering()
+        plot_rope.plt.close(figure)
+        figures[path.name] = figure
+
+    monkeypatch.setattr(plot_rope, "finish", finish)
+    monkeypatch.setattr(sys, "argv", ["plot_rope.py", str(measured), "-o", str(tmp_path), "--reading", reading])
+    plot_rope.main()
+    shutil.copytree(measured, tmp_path / "other")
+    for table in (tmp_path / "other").glob("*.csv"):
+        table.write_text(table.read_text().replace("trained,", "other,"))
+    figure1 = figures["figure1.png"]
+    if reading == "sum_abs":
+        monkeypatch.setattr(sys, "argv", ["plot_rope.py", str(measured), str(tmp_path / "other")])
+        plot_rope.main()
+    assert ("training.png" in figures) == (reading == "sum_abs")
+    for name, figure in [*figures.items(), ("figure1.png", figure1)]:
+        assert figure.get_figwidth() <= 6.5, name  # of a page's text
+        sizes = {text.get_fontsize() for text in figure.findobj(plot_rope.matplotlib.text.Text) if text.get_text()}
+        assert min(sizes) >= 7, name
+    by_key = next(x for x in figure1.axes if "key position" in x.get_xlabel() and x.get_yscale() == "log")
+    wanted = only(read(measured, "key"), variant="bf16:C")
+    line = next(x for x in by_key.lines if x.get_label() == "bf16:C")
+    assert np.allclose(line.get_ydata(), [abs(float(x[column])) for x in wanted])
+    value, error = (np.array([float(x[c]) for x in wanted]) for c in (column, column + "_se"))
+    assert len(by_key.collections) == len(VARIANTS)
+    top = by_key.collections[VARIANTS.index("bf16:C")].get_paths()[0].vertices[:, 1].max()
+    assert np.isclose(top, (abs(value) + error).max())
+    absolute = next(x for x in figure1.axes if "absolute" in x.get_title())
+    shown = next(x for x in absolute.containers if x.get_label() == "bf16:C")
+    assert np.allclose(shown.lines[0].get_ydata(), [float(x["logit_abs"]) for x in only(read(measured, "length"), variant="bf16:C")])
+
+
 def test_without_a_model_it_says_how_to_get_one(tmp_path):
     out = run("--pairs", 2000, "--plot=0", cwd=tmp_path)
     assert "make demo" in out and "run_rope.sh" in out and "--model weights.bin" in out
