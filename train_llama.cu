@@ -1046,7 +1046,7 @@ StepWork step_work(const Setup& s) {
 }
 
 void print_estimate(const Setup& s) {
-    const bool here = gpu_fault(0).empty();
+    const bool here = s.gpu && gpu_fault(0).empty();
     const std::string name = here ? gpu_name(0) : "NVIDIA H200";
     const Ceilings* ceilings = s.gpu ? ceilings_of(name) : nullptr;
     const AttentionCeilings* attention =
@@ -1118,8 +1118,8 @@ std::vector<int32_t> prompt_read(const Setup& s) {
 // The device: as asked for, else GPUs if every rank has one that can be used.
 void setup_device(Setup& s) {
     const Options& o = s.o;
-    const std::string fault = gpu_fault(s.host.rank);
-    const uint8_t faulty = !fault.empty();
+    const std::string fault = o.device == "cpu" ? "" : gpu_fault(s.host.rank); // looking takes memory of the GPU
+    const uint8_t faulty = o.device == "cpu" || !fault.empty();
     std::vector<uint8_t> all(s.world.size);
     comm_gather(Cpu{}, s.world, all.data(), &faulty, 1);
     const int first = int(std::find(all.begin(), all.end(), 1) - all.begin()); // the first rank without one

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <string>
+#include <vector>
 
 // What a GPU's memory holds beside the arena: the driver's context, the kernels, cuBLASLt, GpuContext::scratch.
 constexpr double gpu_overhead_bytes = 0.65 * (1 << 30);
@@ -46,6 +47,50 @@ inline void readback_send(Cpu, Readback& readback, const void* from, size_t byte
 }
 inline const void* readback_wait(Cpu, Readback& readback) { return readback.memory; }
 
+// What is known of a GPU before it is used; capabilities as 80, 90, 100.
+struct GpuFacts {
+    int driver = 0, runtime = 0; // CUDA's versions, 13000 for 13.0; driver 0: there is none
+    bool driver_too_old = false;
+    int device = 0, count = 0, capability = 0;
+    std::vector<int> built_for; // what this program holds code for
+    int code = 0;               // that of the code the GPU takes from it
+    bool no_code = false;
+    std::string error; // CUDA's, of the first call that failed
+};
+
+// Why that GPU cannot be used, or an empty string. Machine code runs on GPUs of the same first digit, from its own
+// second digit on, and code for 90a on 9.0 alone; PTX on all later ones. Which of it there is, only the driver knows.
+inline std::string gpu_fault(const GpuFacts& g) {
+    char text[640] = "";
+    if (g.driver == 0) return "there is no NVIDIA driver here";
+    if (g.driver_too_old)
+        snprintf(text, sizeof text,
+                 "the driver knows CUDA %d.%d and this program was built with %d.%d: update the driver, or build with "
+                 "an older toolkit",
+                 g.driver / 1000, g.driver % 1000 / 10, g.runtime / 1000, g.runtime % 1000 / 10);
+    else if (g.count == 0) snprintf(text, sizeof text, "there is no GPU: %s", g.error.c_str());
+    else if (g.device >= g.count)
+        snprintf(text, sizeof text,
+                 "GPU %d is wanted and there are %d: start one rank a GPU, and let each see all GPUs of its host",
+                 g.device, g.count);
+    else if (g.capability > 0 && g.capability < 80)
+        snprintf(text, sizeof text, "GPU %d has compute capability %d.%d, bf16 needs 8.0 (A100 or later)", g.device,
+                 g.capability / 10, g.capability % 10);
+    else if (g.no_code) {
+        std::string built_for;
+        for (int c : g.built_for)
+            built_for += (built_for.empty() ? "" : ", ") + std::to_string(c / 10) + "." + std::to_string(c % 10);
+        snprintf(text, sizeof text,
+                 "GPU %d has compute capability %d.%d, and this program holds code for %s alone (%s): build it with "
+                 "make GPU_ARCH=%d train_llama",
+                 g.device, g.capability / 10, g.capability % 10, built_for.c_str(), g.error.c_str(), g.capability);
+    } else if (!g.error.empty()) snprintf(text, sizeof text, "GPU %d cannot be used: %s", g.device, g.error.c_str());
+    return text;
+}
+
+// What the kernels may count on: the GPU's capability, or that of older PTX which the driver has compiled for it.
+inline int gpu_compute(const GpuFacts& g) { return std::min(g.capability, g.code); }
+
 #ifdef __CUDACC__
 // A CUDA call that fails ends all ranks; one that fails after a kernel names the kernel's file too.
 #define CUDA_CHECK(call)                                                                                            \
@@ -69,7 +114,7 @@ struct CommGpu;     // core/comm_gpu.cu
 
 struct GpuContext {
     static constexpr size_t scratch_bytes = size_t(64) << 20;
-    int device = 0, sms = 0, compute = 0; // compute: 80, 90, ...
+    int device = 0, sms = 0, compute = 0; // compute: 80, 90, ..., gpu_compute's
     size_t l2_bytes = 0;
     char name[256] = "";
     bool deterministic = false;
@@ -147,32 +192,36 @@ inline const void* readback_wait(Gpu, Readback& readback) {
     return readback.memory;
 }
 
-// Why this host's GPU number `device` cannot be used, or an empty string.
-inline std::string gpu_fault(int device) {
-    char text[512] = "";
-    int count = 0, driver = 0, runtime = 0, major = 0, minor = 0;
+// The facts of this host's GPU number `device`, in whose memory this makes the driver's context. The probe is loaded
+// with all kernels of its file, and what it was compiled for, they were.
+static __global__ void gpu_probe_kernel() {}
+inline GpuFacts gpu_facts(int device) {
+    GpuFacts g;
     setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0); // a queue for every stream: none waits behind another's transfer
-    const cudaError_t status = cudaGetDeviceCount(&count);
-    cudaDriverGetVersion(&driver), cudaRuntimeGetVersion(&runtime);
-    if (driver == 0) return "there is no NVIDIA driver here";
-    if (status == cudaErrorInsufficientDriver)
-        snprintf(text, sizeof text,
-                 "the driver knows CUDA %d.%d and this program was built with %d.%d: update the driver, or build with "
-                 "an older toolkit",
-                 driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10);
-    else if (status != cudaSuccess) snprintf(text, sizeof text, "there is no GPU: %s", cudaGetErrorString(status));
-    else if (device >= count)
-        snprintf(text, sizeof text,
-                 "GPU %d is wanted and there are %d: start one rank a GPU, and let each see all GPUs of its host",
-                 device, count);
-    if (*text) return text;
-    CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-    if (major < 8)
-        snprintf(text, sizeof text, "GPU %d has compute capability %d.%d, bf16 needs 8.0 (A100 or later)", device,
-                 major, minor);
-    return text;
+    cudaError_t status = cudaGetDeviceCount(&g.count);
+    g.driver_too_old = status == cudaErrorInsufficientDriver;
+    if (status != cudaSuccess) g.count = 0;
+    cudaDriverGetVersion(&g.driver), cudaRuntimeGetVersion(&g.runtime);
+    for (int c : {__CUDA_ARCH_LIST__}) g.built_for.push_back(c / 10);
+    g.device = device;
+    if (status == cudaSuccess && device < g.count) {
+        int major = 0, minor = 0;
+        status = cudaSetDevice(device);
+        if (status == cudaSuccess) status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+        if (status == cudaSuccess) status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+        if (status == cudaSuccess) g.capability = major * 10 + minor;
+        cudaFuncAttributes probe = {};
+        if (status == cudaSuccess && major >= 8) status = cudaFuncGetAttributes(&probe, gpu_probe_kernel);
+        g.code = probe.ptxVersion;
+        for (cudaError_t none : {cudaErrorNoKernelImageForDevice, cudaErrorInvalidDeviceFunction, cudaErrorInvalidPtx,
+                                 cudaErrorUnsupportedPtxVersion, cudaErrorJitCompilerNotFound})
+            g.no_code |= status == none;
+    }
+    if (status != cudaSuccess) g.error = cudaGetErrorString(status);
+    cudaGetLastError(); // it is told here
+    return g;
 }
+inline std::string gpu_fault(int device) { return gpu_fault(gpu_facts(device)); }
 
 // Bytes of GPU memory that a run can have, the driver's own included.
 inline double gpu_memory(int device) {
@@ -195,7 +244,8 @@ inline std::string gpu_name(int device) {
 
 // Opens a GPU of this host.
 inline Gpu gpu_open(int device, bool deterministic = false, bool portable_attention = false) {
-    const std::string fault = gpu_fault(device);
+    const GpuFacts facts = gpu_facts(device);
+    const std::string fault = gpu_fault(facts);
     if (!fault.empty()) fail("%s; --device cpu runs without a GPU", fault.c_str());
     CUDA_CHECK(cudaSetDevice(device));
     cudaDeviceProp properties;
@@ -203,7 +253,7 @@ inline Gpu gpu_open(int device, bool deterministic = false, bool portable_attent
     Gpu gpu;
     gpu.context = new GpuContext;
     GpuContext& c = *gpu.context;
-    c.device = device, c.sms = properties.multiProcessorCount, c.compute = properties.major * 10 + properties.minor;
+    c.device = device, c.sms = properties.multiProcessorCount, c.compute = gpu_compute(facts);
     c.l2_bytes = size_t(properties.l2CacheSize), c.deterministic = deterministic;
     c.portable_attention = portable_attention;
     snprintf(c.name, sizeof c.name, "%s", properties.name);
