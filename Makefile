@@ -13,7 +13,7 @@
 # make clean
 #
 # With nvcc on the PATH the GPU's layers are built in (CUDA=0 leaves them out), for the GPU of this machine or, when it
-# has none, for A100 and H100 (GPU_ARCH="80 90a"). MPI=0 leaves MPI aside, ARCH=x86-64-v3 is another CPU than this
+# has none, for A100 and H100 (GPU_ARCH="80 90a") and as PTX, which later GPUs' drivers compile at the start. MPI=0 leaves MPI aside, ARCH=x86-64-v3 is another CPU than this
 # machine's, SAN=1 builds with sanitizers.
 
 .PHONY: help demo test test-gpu bench lint format docs deps clean
@@ -37,9 +37,14 @@ COMPILE    := $(CXX) $(CXXFLAGS) -x c++
 ifeq ($(CUDA),1)
 # wgmma and setmaxnreg want 90a instead of 90, by -gencode: -arch=sm_90a would also run a pass for plain sm_90.
 GPU_HERE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u)
-GPU_ARCH ?= $(or $(GPU_HERE),80 90a)
+ifneq ($(or $(GPU_HERE),$(GPU_ARCH)),)
+GPU_ARCH ?= $(GPU_HERE)
+else
+GPU_ARCH := 80 90a
+GPU_PTX  := 80
+endif
 override GPU_ARCH := $(patsubst 90,90a,$(GPU_ARCH))
-GENCODE  := $(foreach a,$(GPU_ARCH),-gencode=arch=compute_$(a)$(comma)code=sm_$(a))
+GENCODE  := $(foreach a,$(GPU_ARCH),-gencode=arch=compute_$(a)$(comma)code=sm_$(a)) $(foreach a,$(GPU_PTX),-gencode=arch=compute_$(a)$(comma)code=compute_$(a))
 NVCCFLAGS := -std=c++20 $(GENCODE) -t 0 -lineinfo -I. $(foreach f,$(HOST_FLAGS),-Xcompiler=$(f))
 COMPILE  := nvcc $(NVCCFLAGS) -x cu
 CUDA_LIBS := -lcublasLt
@@ -63,7 +68,7 @@ TEST_HEADERS := $(wildcard test/*.h test/*.cuh)
 
 $(PROGRAM): $(BUILD)/train_llama.o $(BUILD)/comm.o $(GPU_COMM) build/flavour
 	$(if $(filter 1,$(CUDA)),nvcc -Xcompiler=-fopenmp,$(CXX) $(CXXFLAGS)) $(filter %.o,$^) -o $@ $(MPI_LIBS) $(CUDA_LIBS)
-	@echo "$@: $(if $(filter 1,$(CUDA)),CPU and GPU (sm_$(subst $() ,$(comma) sm_,$(strip $(GPU_ARCH)))),CPU), $(if $(filter 1,$(MPI)),ranks by MPI$(if $(filter 0,$(NCCL)),$(comma) no NCCL found: GPUs of one host),no MPI found: one rank)"
+	@echo "$@: $(if $(filter 1,$(CUDA)),CPU and GPU (sm_$(subst $() ,$(comma) sm_,$(strip $(GPU_ARCH)))$(if $(GPU_PTX),$(comma) PTX for later ones)),CPU), $(if $(filter 1,$(MPI)),ranks by MPI$(if $(filter 0,$(NCCL)),$(comma) no NCCL found: GPUs of one host),no MPI found: one rank)"
 # The program has one name, so it is linked again when the build's kind changes.
 build/flavour: FORCE
 	@mkdir -p build && echo "$(BUILD) $(GENCODE) $(GPU_COMM)" | cmp -s - $@ || echo "$(BUILD) $(GENCODE) $(GPU_COMM)" > $@
