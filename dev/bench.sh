@@ -1,7 +1,9 @@
 #!/bin/bash
 # One table of speeds on this GPU: every kernel, every product, attention, the whole training step of LLaMA-2-7B; with
-# PEERS=1 the PyTorch peers in the same run, and our speed over theirs. `make bench` runs all parts; PART="kernels matmul",
-# PART=attention or PART=step some of them, and STEPS="4k 32k" some of the steps: 4k, 32k, 64k, 64k-4096, 64k-16384,
+# PEERS=1 the PyTorch peers in the same run, and our speed over theirs. `make bench` runs all parts and says how long each
+# took; PART="kernels matmul", PART=attention or PART=step runs some of them. FlexAttention's peers are a part of their own,
+# PART=flex, since it compiles for minutes: FLEX="16384:2048" some of its cases (tokens:mean length of the documents).
+# STEPS="4k 32k" some of the steps: 4k, 32k, 64k, 64k-4096, 64k-16384,
 # 64k-14 and 64k-18 (bytes a parameter), 64k-portable. PART=ring spreads a row over RANKS GPUs (all of this host), by each
 # exchange: LENGTHS="16384 65536 262144" tokens, MASKS="full 4096" (mean length of the documents), BACKENDS="ring allgather
 # ulysses"; beyond 65536 tokens a GPU with 8 of the 32 layers. Other options of the trainer for all steps: OPTIONS="...".
@@ -10,7 +12,8 @@ cd "$(dirname "$0")/.."
 build=${BUILD:-build/cuda}
 python=${PYTHON:-python3}
 scripts=${PEER_SCRIPTS:-../shared/peers}
-part=${PART:-kernels matmul attention step}
+part=${PART:-kernels matmul attention $([ "$PEERS" = 1 ] && echo flex) step}
+flex=${FLEX:-65536:4096 65536:16384 16384:2048}
 steps=${STEPS:-4k 32k 64k 64k-4096 64k-16384}
 ranks=${RANKS:-$(sh dev/gpus.sh)}
 launch= # before our program; on several GPUs, mpirun
@@ -49,19 +52,38 @@ peer() {
         awk '{ last = $0 } /^(titan|FAILED)/ { row = $0 } END { print row == "" ? last : row }' | tee build/peer.row
     awk -v ours="$tf" '{ for (i = 1; i < NF; i++) if ($i == "model") printf "    ratio %.2f\n", ours / $(i + 1) }' build/peer.row
 }
+# ratios OURS PEERS: the rows of bench_attention over those of attention_peers.py for the same case.
+ratios() {
+    awk -F'|' 'FNR == NR { gsub(/^ +| +$/, "", $2); split($3, f, " "); split($4, b, " ")
+                           name[++n] = $2; fw[$2] = f[3]; bw[$2] = b[3]; next }
+        /S=.* fwd .* bwd / {
+            split($0, s, "S="); split(s[2], x, " "); k = x[1] / 1024 "K"
+            split($0, word, " "); peer = word[1] (word[1] == "torch" ? " " word[2] : "")
+            mean = ""; if (match($0, /mean=[0-9]+/)) mean = substr($0, RSTART + 5, RLENGTH - 5)
+            for (i = 1; i <= n; i++)
+                if (name[i] == k " causal" && mean == "" || mean != "" && name[i] == k " anchor, mean " mean)
+                    printf "| %-22s | %.2f forward, %.2f backward, times %s |\n", name[i], fw[name[i]] / x[5], bw[name[i]] / x[10], peer
+        }' "$1" "$2"
+}
+# cuDNN and FlashAttention-2 beside our kernels, the latter also beside the portable ones: it is written for A100.
 attention() {
-    $build/bench_attention "" "$1" | tee build/attention.txt
+    $build/bench_attention | tee build/attention.txt
+    if [ "$PEERS" = 1 ]; then
+        $python "$scripts/attention_peers.py" 2>&1 | grep causal | tee build/attention_peers.txt
+        ratios build/attention.txt build/attention_peers.txt
+    fi
+    $build/bench_attention "" portable | tee build/attention.txt
+    [ "$PEERS" = 1 ] && grep FA2 build/attention_peers.txt | ratios build/attention.txt -
+}
+flex() {
+    $build/bench_attention anchor | tee build/attention.txt
     [ "$PEERS" = 1 ] || return
-    for args in "" "flex 65536 4096" "flex 65536 16384" "flex 16384 2048"; do
-        $python "$scripts/attention_peers.py" $args 2>&1 | grep -E "causal|flex anchor"
-    done | tee build/attention_peers.txt
-    awk -F'|' 'FNR == NR { gsub(/^ +| +$/, "", $2); split($3, f, " "); split($4, b, " "); name[++n] = $2; fw[$2] = f[3]; bw[$2] = b[3]; next }
-        { split($0, s, "S="); split(s[2], x, " "); k = x[1] / 1024 "K"
-          mean = ""; if (match($0, /mean=[0-9]+/)) mean = substr($0, RSTART + 5, RLENGTH - 5)
-          for (i = 1; i <= n; i++)
-              if (name[i] == k " causal" && mean == "" || mean != "" && name[i] == k " anchor, mean " mean)
-                  printf "| %-22s | %.2f forward, %.2f backward, times %s |\n", name[i], fw[name[i]] / x[5], bw[name[i]] / x[10], substr($0, 1, 13) }
-        ' build/attention.txt build/attention_peers.txt
+    for case in $flex; do
+        since=$SECONDS
+        $python "$scripts/attention_peers.py" flex ${case%:*} ${case#*:} 2>&1 | grep "flex anchor" | tee build/attention_peers.txt
+        ratios build/attention.txt build/attention_peers.txt
+        echo "    $case: $((SECONDS - since)) s"
+    done
 }
 step() {
     case $1 in
@@ -99,10 +121,13 @@ ring() {
 
 for p in $part; do
     echo "== $p"
+    began=$SECONDS
     case $p in
-        attention) attention; PEERS=0 attention portable ;;
+        attention) attention ;;
+        flex) flex ;;
         step) for s in $steps; do step $s; done ;;
         ring) ring ;;
         *) $build/bench_$p ;;
     esac
+    echo "== $p took $((SECONDS - began)) s"
 done

@@ -1,4 +1,5 @@
-// Speed of attention on this GPU, in TFLOP/s of visible pairs (4 D H a pair forward, 10 D H backward).
+// Speed of attention on this GPU, in TFLOP/s of visible pairs (4 D H a pair forward, 10 D H backward), and its share of
+// the tensor cores' peak.
 //
 //     build/bench_attention               all cases, by the kernels that the trainer takes
 //     build/bench_attention 64K           the cases whose name holds this
@@ -12,7 +13,15 @@
 #include <thread>
 
 namespace {
-void run(Gpu gpu, const AttentionCase& c, const char* kernels) {
+// What the data sheets call the tensor cores' peak, dense bf16, FLOP per second: of H100 and H200 SXM 132 SMs, 4096
+// FLOP a clock, 1.83 GHz; of A100 108, 2048, 1.41 GHz. The clock may be above, and under load is below. 0: not known.
+double nominal_peak(Gpu gpu) {
+    const int compute = gpu.context->compute;
+    return gpu.context->sms * (compute == 90 ? 4096 * 1.83e9 : compute == 80 ? 2048 * 1.41e9 : 0);
+}
+
+// `copy`: bytes a second of a plain copy.
+void run(Gpu gpu, const AttentionCase& c, const char* kernels, double copy) {
     const auto [name, T, mean, H, K, D, seed] = c;
     const Tokens t = make_row(T, mean, seed);
     AttentionMap map;
@@ -53,12 +62,16 @@ void run(Gpu gpu, const AttentionCase& c, const char* kernels) {
     const double begin_ms = bench_ms(gpu, begin, rounds), end_ms = bench_ms(gpu, end, rounds);
     const double main_ms = bench_ms(gpu, run_backward, rounds);
     const double pair_flops = double(visible_pairs(t.doc.data(), T)) * double(D * H);
-    const double elements = double(T * H * D), copy = 4.28e12; // bytes a second, what a plain copy reaches on an H200
-    printf("| %-22s | %8.3f ms %4.0f TF/s | %8.3f ms %4.0f TF/s | main %8.3f, begin %6.3f (%3.0f%%), end %6.3f "
-           "(%3.0f%%) |\n",
-           name, forward_ms, 4 * pair_flops / forward_ms / 1e9, backward_ms, 10 * pair_flops / backward_ms / 1e9,
-           main_ms, begin_ms, 100 * 10 * elements / copy / begin_ms * 1e3, end_ms,
-           100 * 6 * elements / copy / end_ms * 1e3);
+    const double elements = double(T * H * D), peak = nominal_peak(gpu);
+    auto print_rate = [&](double ms, double flops) {
+        printf(" %8.3f ms %4.0f TF/s", ms, flops / ms / 1e9);
+        if (peak > 0) printf(" %4.1f%%", 100 * flops / (ms * 1e-3) / peak);
+        printf(" |");
+    };
+    printf("| %-22s |", name);
+    print_rate(forward_ms, 4 * pair_flops), print_rate(backward_ms, 10 * pair_flops);
+    printf(" main %8.3f, begin %6.3f (%3.0f%%), end %6.3f (%3.0f%%) |\n", main_ms, begin_ms,
+           100 * 10 * elements / copy / begin_ms * 1e3, end_ms, 100 * 6 * elements / copy / end_ms * 1e3);
     fflush(stdout);
 }
 } // namespace
@@ -66,12 +79,15 @@ void run(Gpu gpu, const AttentionCase& c, const char* kernels) {
 int main(int argc, char** argv) {
     const char *only = argc > 1 ? argv[1] : "", *kernels = argc > 2 ? argv[2] : "";
     const Gpu gpu = gpu_open(0, !strcmp(kernels, "fixed"), !strcmp(kernels, "portable"));
-    printf("%s %s\n| case | forward | backward | of it: ms (share of copy bandwidth) |\n|---|---|---|---|\n",
-           gpu.context->name, kernels);
+    const double copy = bench_copy_bandwidth(gpu), peak = nominal_peak(gpu);
+    printf("%s %s, plain copy %.0f GB/s, tensor cores' nominal peak ", gpu.context->name, kernels, copy / 1e9);
+    if (peak > 0) printf("%.0f TF/s (dense bf16)\n", peak / 1e12);
+    else printf("not known\n");
+    printf("| case | forward, share of peak | backward | of it: ms (share of a copy) |\n|---|---|---|---|\n");
     for (const AttentionCase& c : attention_cases) {
         if (!strstr(c.name, only)) continue;
         // A rest: behind a long case a short one is slower by up to a sixth.
         std::this_thread::sleep_for(std::chrono::seconds(2));
-        run(gpu, c, kernels);
+        run(gpu, c, kernels, copy);
     }
 }

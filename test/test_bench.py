@@ -1,0 +1,78 @@
+"""dev/bench.sh reads two tables and divides: with stand-ins for the benchmark and the peers, no GPU is needed."""
+
+import os
+import pathlib
+import re
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# As build/cuda/bench_attention and the peers' script print them; the portable kernels are half as fast.
+OURS = """#!/bin/sh
+echo "NVIDIA H200 $2, plain copy 4280 GB/s, tensor cores' nominal peak 989 TF/s (dense bf16)"
+echo "| case | forward, share of peak | backward | of it: ms (share of a copy) |"
+echo "|---|---|---|---|"
+row() {
+    printf "| %-22s |    0.242 ms %4.0f TF/s 60.7%% |    0.690 ms %4.0f TF/s 40.4%% | main    0.500, begin  0.100 " "$1" $2 $3
+    echo "( 98%), end  0.050 ( 97%) |"
+}
+case "$1$2" in
+    "") row "4K causal" 600 400; row "64K causal" 660 440; row "16K causal, D 64" 1 1; row "16K causal, 8 KV heads" 1 1 ;;
+    portable) row "4K causal" 300 200 ;;
+    anchor) row "64K anchor, mean 4096" 500 300; row "64K anchor, mean 16384" 600 500; row "16K anchor, mean 2048" 400 350 ;;
+esac
+"""
+PEERS = """import sys
+def row(name, S, f, b):
+    print(f'{name:28s} S={S:7d} fwd {1.5:8.3f} ms {f:7.1f} TF/s  bwd {2.5:8.3f} ms {b:7.1f} TF/s', flush=True)
+if len(sys.argv) > 1:
+    S, mean = map(int, sys.argv[2:])
+    if mean == 16384:
+        sys.exit("Traceback: out of memory")
+    row(f'flex anchor mean={mean} docs=17', S, 250, 200)
+else:
+    print('cublas 8192x4096x4096: 0.400 ms 690 TF/s')
+    print('copy 4.28 TB/s')
+    row('cudnn causal', 4096, 500, 320)
+    row('torch FA2 causal', 4096, 400, 250)
+    print('torch FA2 causal', 32768, 'failed', 'S= out of memory')
+    row('cudnn causal', 65536, 600, 550)
+"""
+
+
+def bench(tmp_path, **env):
+    (tmp_path / "bench_attention").write_text(OURS)
+    (tmp_path / "bench_attention").chmod(0o755)
+    (tmp_path / "attention_peers.py").write_text(PEERS)
+    (ROOT / "build").mkdir(exist_ok=True)
+    return subprocess.run(["bash", str(ROOT / "dev/bench.sh")], capture_output=True, text=True, timeout=60, check=True,
+                          env={**os.environ, "BUILD": str(tmp_path), "PEER_SCRIPTS": str(tmp_path), "PYTHON": "python3",
+                               **env}).stdout
+
+
+def ratios(out):
+    return re.findall(r"\| (.*?) +\| ([\d.]+) forward, ([\d.]+) backward, times (.*) \|", out)
+
+
+def test_causal_peers_are_compared_with_ours_and_flash_attention_2_with_the_portable_kernels(tmp_path):
+    out = bench(tmp_path, PART="attention", PEERS="1")
+    ours, portable = out.split("H200 portable")
+    assert ratios(ours) == [("4K causal", "1.20", "1.25", "cudnn"), ("4K causal", "1.50", "1.60", "torch FA2"),
+                            ("64K causal", "1.10", "0.80", "cudnn")]
+    assert ratios(portable) == [("4K causal", "0.75", "0.80", "torch FA2")]
+    assert re.search(r"(?m)^== attention took \d+ s$", out)
+
+
+def test_flex_attention_is_a_part_of_its_own_whose_cases_can_be_chosen(tmp_path):
+    out = bench(tmp_path, PART="flex", PEERS="1")
+    assert ratios(out) == [("64K anchor, mean 4096", "2.00", "1.50", "flex"), ("16K anchor, mean 2048", "1.60", "1.75", "flex")]
+    assert re.findall(r"(?m)^    (\S+): \d+ s$", out) == ["65536:4096", "65536:16384", "16384:2048"]
+    out = bench(tmp_path, PART="flex", PEERS="1", FLEX="16384:2048")
+    assert ratios(out) == [("16K anchor, mean 2048", "1.60", "1.75", "flex")]
+
+
+@pytest.mark.parametrize("part", ["attention", "flex"])
+def test_without_peers_there_are_no_ratios(tmp_path, part):
+    out = bench(tmp_path, PART=part)
+    assert "TF/s" in out and not ratios(out) and "flex anchor" not in out
