@@ -29,6 +29,45 @@ LAYER_INCLUDES = {
 CLANG_FORMAT = 14
 ONE_FILE_EACH = {"mpi.h": "core/", "nccl.h": "core/", "cublasLt.h": "layers/matmul_gpu.cuh"}
 
+# The host runs ahead of the GPU: within a step it waits in step_finish alone, a step late, for the log line. These
+# functions may wait, or call what waits (allocation does too); all others are in the way of a step.
+WAITS = re.compile(r"\b(cuda(Stream|Event|Device)Synchronize|cu(Stream|Event|Ctx)Synchronize|cudaMemcpy(2D|Peer|"
+                   r"(To|From)Symbol)?|cudaMemset|cudaMalloc\w*|cudaHost(Alloc|Register)|cudaFree\w*|"
+                   r"cuMem(Alloc|Free)\w*|device_allocate|device_wait|copy_to_host|readback_wait|to_host)\(")
+MAY_WAIT = {
+    # What others wait by; copy_to_device waits for a slot that was sent 63 MiB before, readback_open the first time.
+    "core/device.h": {
+        "device_allocate": {"cudaMalloc", "cudaMemset", "cudaDeviceSynchronize"},
+        "device_wait": {"cudaStreamSynchronize"},
+        "copy_to_device": {"cudaEventSynchronize"},
+        "copy_to_host": {"device_wait"},
+        "readback_open": {"cudaMallocHost"},
+        "readback_wait": {"cudaEventSynchronize"},
+        "gpu_open": {"cudaMallocHost", "device_allocate"},
+    },
+    # Opening and closing.
+    "core/comm_gpu.cu": {
+        "peer_try": {"cudaStreamSynchronize"},
+        "map_peers": {"cudaMemcpy"},
+        "comm_gpu_open": {"device_allocate"},
+        "comm_open": {"device_allocate"},
+        "comm_close": {"device_wait"},
+    },
+    # The first product, and the choice of algorithms before the first step.
+    "layers/matmul_gpu.cuh": {"matmul_cache": {"cudaMalloc"}, "matmul_race": {"device_wait"}},
+    # Setup, the end of the last step, checkpoints, evaluation.
+    "train_llama.cu": {
+        "run": {"device_allocate"},
+        "model_tune": {"device_wait"},
+        "step_finish": {"readback_wait"},
+        "save": {"copy_to_host"},
+        "to_host": {"copy_to_host"},
+        "score_rows": {"to_host"},
+        "dump_logits": {"to_host"},
+        "generate": {"to_host"},
+    },
+}
+
 
 def floor(path):
     """Includes go downward only: the trainer, the layers, the core."""
@@ -58,6 +97,33 @@ def include_faults(path, text):
             yield "includes core/comm.h: only layers/ring.cuh may", None
 
 
+def waits(path, text):
+    """Calls for which the host waits, outside of the functions that may: (line, function, call)."""
+    function, head, depth = "", "", 0
+    for number, line in enumerate(text.split("\n"), 1):
+        line = re.sub(r"""//.*|"(\\.|[^"\\])*"|'(\\.|[^'\\])'""", "", line)
+        if line.startswith("#") or line.endswith("\\"):
+            continue
+        # Namespaces and aggregates do not hide the functions in them; a head is what stands before a function's brace.
+        if depth == 0:
+            head += " " + line
+            if re.match(r"\s*(inline )?(namespace|struct|class|enum|union|extern)\b[^()]*\{", head):
+                head = ""
+                continue
+            if "{" not in line:
+                head = "" if ";" in line or line.startswith("}") else head
+                continue
+            named = re.search(r"(\w+)\(", re.sub(r"__launch_bounds__\([^)]*\)|template <[^(]*?> ", "", head))
+            function, head = named.group(1) if named else "", ""
+        depth += line.count("{") - line.count("}")
+        for call in WAITS.finditer(line):
+            declares = call.group(1) == function and line.find(call.group(0)) < line.find("{")
+            if not declares and call.group(1) not in MAY_WAIT.get(path, {}).get(function, ()):
+                yield number, function, call.group(1)
+    if depth:
+        yield number, function, "an open brace"
+
+
 def faults(path, text, users):
     lines = text.split("\n")
     suffix = pathlib.Path(path).suffix
@@ -80,6 +146,9 @@ def faults(path, text, users):
         yield f"{len(lines)}: a file of more than 600 lines"
     if len(re.findall(r"(?m)^#ifdef __CUDACC__", text)) > 1:
         yield "more than one #ifdef __CUDACC__"
+    if floor(path) < 3:
+        for number, function, call in waits(path, text):
+            yield f"{number}: {call} in {function}: the host waits there for the GPU, and it is not in MAY_WAIT"
     for fault, once in include_faults(path, text):
         if once:
             users.setdefault(once, []).append(path)
