@@ -80,7 +80,8 @@ flex() {
     [ "$PEERS" = 1 ] || return
     for case in $flex; do
         since=$SECONDS
-        $python "$scripts/attention_peers.py" flex ${case%:*} ${case#*:} 2>&1 | grep "flex anchor" | tee build/attention_peers.txt
+        $python "$scripts/attention_peers.py" flex ${case%:*} ${case#*:} 2>&1 |
+            awk '{ last = $0 } /^flex anchor/ { row = $0 } END { print row == "" ? last : row }' | tee build/attention_peers.txt
         ratios build/attention.txt build/attention_peers.txt
         echo "    $case: $((SECONDS - since)) s"
     done
