@@ -8,6 +8,7 @@
 #include "../layers/embedding.cuh"
 #include "../layers/grad_norm.cuh"
 #include "../layers/loss.cuh"
+#include "../layers/matmul.cuh"
 #include "../layers/rmsnorm.cuh"
 #include "../layers/swiglu.cuh"
 #include "../rope.cuh"
@@ -138,6 +139,20 @@ void bench_swiglu(Gpu gpu, double ceiling) {
     release(gate_up, out, dgate_up);
 }
 
+// Of Q, K and V. A copy writes as much as it reads; here hardly anything is written.
+void bench_bias(Gpu gpu, double ceiling) {
+    constexpr size_t N = 3 * C;
+    bf16 *dout = normal(gpu, T * N, 1, 0.01f), *dbias = normal(gpu, N, 2);
+    float* dbias_float = bench_normal<float>(gpu, N, 3);
+    const std::string name = "bias gradient, " + std::to_string(T) + " x " + std::to_string(N);
+    // Read: dout.
+    double ms = mean_ms(gpu, [&] { matmul_backward_bias(gpu, dbias, dout, T, N); });
+    bench_row_bytes(name.c_str(), ms, 2.0 * double(T * N), ceiling);
+    ms = mean_ms(gpu, [&] { matmul_backward_bias(gpu, dbias_float, dout, T, N); });
+    bench_row_bytes((name + ", float").c_str(), ms, 2.0 * double(T * N), ceiling);
+    release(dout, dbias, dbias_float);
+}
+
 // In place, so later rounds see the gradients of gradients: the time depends on no value. 512 rows (33 MB) stay in L2
 // from one round to the next, so there several sets take turns.
 void bench_loss(Gpu gpu, size_t tokens, size_t vocabulary, double ceiling) {
@@ -210,6 +225,7 @@ int main() {
     bench_rmsnorm(gpu, copy);
     bench_rope(gpu, copy);
     bench_swiglu(gpu, copy);
+    bench_bias(gpu, copy);
     bench_loss(gpu, 512, V, copy);
     bench_loss(gpu, 2048, V, copy);
     bench_loss(gpu, 512, 128256, copy);

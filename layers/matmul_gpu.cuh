@@ -324,14 +324,8 @@ template <class G> __global__ void matmul_dbias_add_kernel(G* dbias, const float
     dbias[n] = G(float(dbias[n]) + sum);
 }
 
-template <class E, class G>
-void matmul_backward_weight(Gpu gpu, G* dweight, G* dbias, const E* dout, const E* in, size_t T, size_t M, size_t N) {
-    REQUIRE(M > 0 && N > 0, "a linear layer has at least one channel in and out");
-    if (T == 0) return;
-    const E* none = nullptr;
-    const G* old = dweight;
-    matmul_run(gpu, matmul_product(MatmulKind::backward_weight, T, M, N, dweight, in, dout, none, old));
-    if (!dbias) return;
+// dbias (N) += the columns' sums of dout (T, N).
+template <class E, class G> void matmul_backward_bias(Gpu gpu, G* dbias, const E* dout, size_t T, size_t N) {
     const size_t width = packs_fit<E>(N, dout) ? pack_width<E> : 1, blocks = gemm_pieces(N, 256 * width);
     // About a thousand blocks fill the GPU; 32 rows or more keep the partial sums small against dout.
     const size_t most = std::min(gemm_pieces(T, 32), GpuContext::scratch_bytes / (N * sizeof(float)));
@@ -343,4 +337,14 @@ void matmul_backward_weight(Gpu gpu, G* dweight, G* dbias, const E* dout, const 
     CUDA_CHECK(cudaGetLastError());
     matmul_dbias_add_kernel<<<grid_blocks(gemm_pieces(N, 256)), 256, 0, gpu.stream>>>(dbias, partial, parts, N);
     CUDA_CHECK(cudaGetLastError());
+}
+
+template <class E, class G>
+void matmul_backward_weight(Gpu gpu, G* dweight, G* dbias, const E* dout, const E* in, size_t T, size_t M, size_t N) {
+    REQUIRE(M > 0 && N > 0, "a linear layer has at least one channel in and out");
+    if (T == 0) return;
+    const E* none = nullptr;
+    const G* old = dweight;
+    matmul_run(gpu, matmul_product(MatmulKind::backward_weight, T, M, N, dweight, in, dout, none, old));
+    if (dbias) matmul_backward_bias(gpu, dbias, dout, T, N);
 }
