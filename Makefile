@@ -13,8 +13,8 @@
 # make clean
 #
 # With nvcc on the PATH the GPU's layers are built in (CUDA=0 leaves them out), for the GPU of this machine or, when it
-# has none, for A100 and H100 (GPU_ARCH="80 90a") and as PTX, which later GPUs' drivers compile at the start. MPI=0 leaves MPI aside, ARCH=x86-64-v3 is another CPU than this
-# machine's, SAN=1 builds with sanitizers.
+# has none, for A100 and H100 (GPU_ARCH="80 90a") and as PTX, which the drivers of later ones compile at the start.
+# MPI=0 leaves MPI aside, ARCH=x86-64-v3 is another CPU than this machine's, SAN=1 builds with sanitizers.
 
 .PHONY: help demo test test-gpu bench lint format docs deps clean
 help:

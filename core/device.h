@@ -192,15 +192,21 @@ inline const void* readback_wait(Gpu, Readback& readback) {
     return readback.memory;
 }
 
+// The GPUs of this host that the process sees, 0 when the call fails. The first call of CUDA in every program.
+inline cudaError_t gpu_count(int& count) {
+    setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0); // a queue for every stream: none waits behind another's transfer
+    const cudaError_t status = cudaGetDeviceCount(&count);
+    if (status != cudaSuccess) count = 0;
+    return status;
+}
+
 // The facts of this host's GPU number `device`, in whose memory this makes the driver's context. The probe is loaded
 // with all kernels of its file, and what it was compiled for, they were.
 static __global__ void gpu_probe_kernel() {}
 inline GpuFacts gpu_facts(int device) {
     GpuFacts g;
-    setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0); // a queue for every stream: none waits behind another's transfer
-    cudaError_t status = cudaGetDeviceCount(&g.count);
+    cudaError_t status = gpu_count(g.count);
     g.driver_too_old = status == cudaErrorInsufficientDriver;
-    if (status != cudaSuccess) g.count = 0;
     cudaDriverGetVersion(&g.driver), cudaRuntimeGetVersion(&g.runtime);
     for (int c : {__CUDA_ARCH_LIST__}) g.built_for.push_back(c / 10);
     g.device = device;
@@ -212,7 +218,7 @@ inline GpuFacts gpu_facts(int device) {
         if (status == cudaSuccess) g.capability = major * 10 + minor;
         cudaFuncAttributes probe = {};
         if (status == cudaSuccess && major >= 8) status = cudaFuncGetAttributes(&probe, gpu_probe_kernel);
-        g.code = probe.ptxVersion;
+        g.code = probe.ptxVersion ? probe.ptxVersion : probe.binaryVersion;
         for (cudaError_t none : {cudaErrorNoKernelImageForDevice, cudaErrorInvalidDeviceFunction, cudaErrorInvalidPtx,
                                  cudaErrorUnsupportedPtxVersion, cudaErrorJitCompilerNotFound})
             g.no_code |= status == none;

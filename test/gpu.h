@@ -8,8 +8,7 @@ inline Gpu the_gpu() {
     static const Gpu gpu = [] {
         const char* local_rank = getenv("OMPI_COMM_WORLD_LOCAL_RANK");
         int count = 0;
-        const std::string fault = gpu_fault(0); // the process's first call of CUDA
-        if (fault.empty()) cudaGetDeviceCount(&count);
+        gpu_count(count);
         return gpu_open(local_rank && count ? atoi(local_rank) % count : 0);
     }();
     return gpu;

@@ -434,7 +434,7 @@ void check_options(Study& s) {
     s.bases = parse_numbers<double>("bases", o.bases, "2..1e15");
     if (!o.lengths.empty()) parse_numbers<int>("lengths", o.lengths, "1..16777216");
     if (o.reference == o.other) fail("--reference and --other are to be two shifts");
-    const std::string fault = gpu_fault(0);
+    const std::string fault = o.device == "cpu" ? "" : gpu_fault(0);
     if (o.device == "gpu" && !fault.empty()) fail("%s; --device cpu runs without a GPU", fault.c_str());
     s.gpu = o.device != "cpu" && fault.empty();
 }
