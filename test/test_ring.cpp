@@ -205,7 +205,7 @@ TEST_CASE("placement balances packs of 20 documents and more, and the full mask 
                 for (size_t i = 0; seed % 4 == 3 && i < S / 3; i++) doc[S / 2 + i] = doc[S / 2]; // one is very long
                 CHECK(*std::max_element(doc.begin(), doc.end()) >= 20);
                 const Placement p = ring_placement(doc.data(), S, size);
-                CHECK(balanced(p.load));
+                CHECK(balanced(p.load, 105));
                 CHECK(p.rank[0] == 0);
                 for (int r = 0; r < size; r++)
                     CHECK(std::count(p.rank.begin(), p.rank.end(), r) == int64_t(p.rank.size()) / size);
@@ -224,7 +224,7 @@ static int64_t moved_by(const Chunks& c, const std::vector<int32_t>& rank, size_
             for (size_t i = 0; i < c.size(); i++) sees |= rank[i] == r && c.sees[i * c.size() + j];
             moved += sees && rank[j] != r;
         }
-    return balanced(load) ? moved : -1;
+    return balanced(load, 105) ? moved : -1;
 }
 
 TEST_CASE("of all balanced placements of a few chunks one that moves least is found, or one chunk more") {
@@ -246,14 +246,14 @@ TEST_CASE("of all balanced placements of a few chunks one that moves least is fo
             } while (std::next_permutation(rank.begin(), rank.end()));
             int64_t found = -1, unspared = -1;
             for (RingStart start : {RingStart::zigzag, RingStart::runs, RingStart::longest_first}) {
-                const Placement p = make_placement(c, size, start);
+                const Placement p = make_placement(c, size, start, 105);
                 const int64_t moved = moved_by(c, p.rank, size);
                 if (moved >= 0) CHECK(moved * int64_t(c.length) == p.moved);
                 if (moved >= 0 && (found < 0 || moved < found)) found = moved;
                 std::vector<int32_t> first = ring_start(c, size, start);
                 std::vector<int64_t> load(size);
                 for (size_t j = 0; j < n; j++) load[first[j]] += c.work[j];
-                ring_level(first, load, c);
+                ring_level(first, load, c, 105);
                 const int64_t levelled = moved_by(c, first, size);
                 if (levelled >= 0 && (unspared < 0 || levelled < unspared)) unspared = levelled;
             }
@@ -268,17 +268,17 @@ TEST_CASE("of all balanced placements of a few chunks one that moves least is fo
     CHECK(4 * spared >= rows); // the search has something to do
 }
 
-TEST_CASE("packs move less than an eighth of what a plain ring moves") {
+TEST_CASE("packs are balanced to 2%, and move less than a seventh of what a plain ring moves") {
     const size_t S = 65536;
     for (int size : {4, 8}) {
         double moved = 0;
         for (uint64_t seed = 0; seed < 6; seed++) {
             const std::vector<int32_t> doc = make_docs(Mode::anchor, 1, S, 4096, seed);
             const Placement p = ring_placement(doc.data(), S, size);
-            CHECK(balanced(p.load));
+            CHECK(balanced(p.load, 102));
             moved += double(p.moved) / double(S * (size - 1)) / 6;
         }
-        CHECK(moved < 1.0 / 8); // 0.098 and 0.109; without the search 0.20 and 0.19
+        CHECK(moved < 1.0 / 7); // 0.140 and 0.124; without the search 0.20 and 0.19
     }
 }
 
@@ -286,7 +286,7 @@ TEST_CASE("exchanges level the ranks and keep their numbers of chunks") {
     Chunks c{1, {9, 8, 7, 6, 5, 4, 3, 2}, std::vector<uint8_t>(64)};
     std::vector<int32_t> rank = ring_start(c, 2, RingStart::runs);
     std::vector<int64_t> load = {30, 14};
-    ring_level(rank, load, c);
+    ring_level(rank, load, c, 105);
     CHECK(load == std::vector<int64_t>{23, 21}); // 9 against 2: 23 / 22 is within 1.05
     int64_t sum[2] = {}, count[2] = {};
     for (size_t j = 0; j < c.size(); j++) sum[rank[j]] += c.work[j], count[rank[j]]++;
@@ -300,7 +300,7 @@ TEST_CASE("documents that fit a rank stay on it, and the anchor moves no chunk")
     doc[0] = 0;
     const Placement p = ring_placement(doc.data(), doc.size(), 4);
     CHECK(p.moved == 0);
-    CHECK(balanced(p.load));
+    CHECK(balanced(p.load, 105));
 }
 
 TEST_CASE("padded lengths divide, and add little") {
