@@ -5,12 +5,21 @@
 #include "rank_main.h"
 
 static Comm world;
+constexpr Attention all_modes[] = {Attention::full, Attention::intra, Attention::intra_reset, Attention::anchor};
+
+// How rings of that many ranks can share attention.
+static std::vector<RingBackend> exchanges(const Config& c, int ring) {
+    std::vector<RingBackend> all = {RingBackend::ring};
+    if (ring > 1) all.push_back(RingBackend::allgather);
+    if (ring > 1 && c.K % ring == 0) all.push_back(RingBackend::ulysses);
+    return all;
+}
 
 // Both sides are in double, sums of some 300 terms in another order: 1e-12 is far above that rounding and far
 // below what a lost or doubled token would change (1e-3).
 TEST_CASE("rings x groups against one rank") {
     const Config c = small_config(true, true);
-    for (Attention mode : {Attention::full, Attention::intra, Attention::intra_reset, Attention::anchor})
+    for (Attention mode : all_modes)
         for (size_t S : {29, 64})
             for (int ring_size = 1; ring_size <= world.size; ring_size++) {
                 if (world.size % ring_size) continue;
@@ -30,22 +39,24 @@ TEST_CASE("rings x groups against one rank") {
                 Layout layout = small_layout(S, 3);
                 layout.ring = ring_size, layout.world = world.size;
                 Comm ring = comm_split(world, world.rank / ring_size, world.rank);
-                // every exchange in turn; the model has 2 KV heads
-                layout.exchange.backend = S == 29          ? RingBackend::allgather
-                                          : ring_size == 2 ? RingBackend::ulysses
-                                                           : RingBackend::ring;
-                TestModel<double, double> spread(c, layout, world);
-                double sum = spread.gradients(mine, mode, ring, counted, 3);
-                comm_sum(Cpu{}, world, &sum, 1);
-                model_norm(spread.m);
-                double norm = std::sqrt(spread.m.update->norm_squared), squared = 0;
-                for (size_t i = 0; i < alone.m.elements; i++) squared += alone.m.grad_flat[i] * alone.m.grad_flat[i];
+                for (RingBackend backend : exchanges(c, ring_size)) {
+                    CAPTURE(int(backend));
+                    layout.exchange.backend = backend;
+                    TestModel<double, double> spread(c, layout, world);
+                    double sum = spread.gradients(mine, mode, ring, counted, 3);
+                    comm_sum(Cpu{}, world, &sum, 1);
+                    model_norm(spread.m);
+                    double norm = std::sqrt(spread.m.update->norm_squared), squared = 0;
+                    for (size_t i = 0; i < alone.m.elements; i++)
+                        squared += alone.m.grad_flat[i] * alone.m.grad_flat[i];
 
-                CHECK(std::fabs(sum - loss) < 1e-12);
-                CHECK(std::fabs(norm - std::sqrt(squared)) < 1e-12 * norm);
-                for (const Part<double, double>& part : spread.m.parts)
-                    CHECK(largest_error(part.grads_shard, alone.m.grad_flat + part.begin + spread.m.shard_begin(part),
-                                        spread.m.shard_count(part)) < 1e-12);
+                    CHECK(std::fabs(sum - loss) < 1e-12);
+                    CHECK(std::fabs(norm - std::sqrt(squared)) < 1e-12 * norm);
+                    for (const Part<double, double>& part : spread.m.parts)
+                        CHECK(largest_error(part.grads_shard,
+                                            alone.m.grad_flat + part.begin + spread.m.shard_begin(part),
+                                            spread.m.shard_count(part)) < 1e-12);
+                }
             }
 }
 
@@ -109,58 +120,69 @@ TEST_CASE("ZeRO 1, 2 and 3 train alike") {
 // Stored in bf16, with several micro-batches: loss and gradients of all ranks against those of one rank in double, by
 // the rule for kernels; the yardstick is one rank in bf16 that works on the same rows in micro-batches of two. The
 // smallest tensor has 64 elements: the largest error of a few would be a matter of luck.
-template <class G> static void check_levels_2x(bool tied) {
-    Config c = make_config(2, 64, 8, 2, 96, 67, 100, 64);
+template <class G> static void check_levels_2x(bool tied, Attention mode) {
+    CAPTURE(int(mode));
+    Config c = make_config(2, 64, 8, 4, 96, 67, 100, 64);
     c.tied = tied, c.qkv_bias = true;
     const size_t S = 29;
     std::vector<Row> rows;
-    for (int i = 0; i < 12; i++) rows.push_back(make_row(Attention::anchor, S, c.V, 200 + i, i % 2));
+    for (int i = 0; i < 12; i++) rows.push_back(make_row(mode, S, c.V, 200 + i, mode == Attention::anchor && i % 2));
     double counted = 0;
     for (const Row& row : rows) counted += double(row.counted);
     TestModel<double, double> exact(c, small_layout(S, 2));
     TestModel<bf16, G> alone(c, small_layout(S, 2));
     for (size_t i = 0; i < exact.m.elements; i++) exact.m.param_flat[i] = double(alone.m.param_flat[i]);
-    const double loss = exact.gradients(rows, Attention::anchor, Comm{}, counted, 2);
-    alone.gradients(rows, Attention::anchor, Comm{}, counted, 2);
+    const double loss = exact.gradients(rows, mode, Comm{}, counted, 2);
+    alone.gradients(rows, mode, Comm{}, counted, 2);
     // A mean of losses is no further off than the furthest of them, which the last micro-batch stands for.
     const double loss_error = largest_error(alone.m.loss, exact.m.loss, 2 * S);
 
+    auto check = [&](const Layout& layout) {
+        const int groups = world.size / layout.ring, group = world.rank / layout.ring;
+        std::vector<Row> mine;
+        for (size_t i = group; i < rows.size(); i += groups) mine.push_back(rows[i]);
+        TestModel<bf16, G> spread(c, layout, world);
+        double sum = spread.gradients(mine, mode, comm_split(world, group, world.rank), counted, 2);
+        comm_sum(Cpu{}, world, &sum, 1);
+        CHECK(std::fabs(sum - loss) <= 2 * loss_error + 2 * ulp<float>(loss));
+        for (const ParamInfo& p : param_table(c)) {
+            CAPTURE(std::string(p.name) + " " + std::to_string(p.layer));
+            const Part<bf16, G>& part = spread.m.parts[part_of(p, c)];
+            const size_t begin = part.begin + spread.m.shard_begin(part), end = begin + spread.m.shard_count(part);
+            const size_t first = std::max(begin, p.offset), last = std::min(end, p.offset + p.count());
+            double largest = 0;
+            for (size_t i = 0; i < p.count(); i++)
+                largest = std::max(largest, std::fabs(exact.m.grad_flat[p.offset + i]));
+            const double yardstick =
+                largest_error(alone.m.grad_flat + p.offset, exact.m.grad_flat + p.offset, p.count());
+            if (first < last)
+                CHECK(largest_error(part.grads_shard + (first - begin), exact.m.grad_flat + first, last - first) <=
+                      2 * yardstick + 2 * ulp<G>(largest));
+        }
+    };
     for (int zero : {1, 2, 3})
         for (int ring_size = 1; ring_size <= world.size; ring_size++) {
             if (world.size % ring_size) continue;
-            CAPTURE(zero);
-            CAPTURE(ring_size);
-            Layout layout = small_layout(S, 2);
-            layout.ring = ring_size, layout.world = world.size, layout.zero = zero;
-            const int groups = world.size / ring_size, group = world.rank / ring_size;
-            std::vector<Row> mine;
-            for (size_t i = group; i < rows.size(); i += groups) mine.push_back(rows[i]);
-            TestModel<bf16, G> spread(c, layout, world);
-            double sum = spread.gradients(mine, Attention::anchor, comm_split(world, group, world.rank), counted, 2);
-            comm_sum(Cpu{}, world, &sum, 1);
-            CHECK(std::fabs(sum - loss) <= 2 * loss_error + 2 * ulp<float>(loss));
-            for (const ParamInfo& p : param_table(c)) {
-                CAPTURE(std::string(p.name) + " " + std::to_string(p.layer));
-                const Part<bf16, G>& part = spread.m.parts[part_of(p, c)];
-                const size_t begin = part.begin + spread.m.shard_begin(part), end = begin + spread.m.shard_count(part);
-                const size_t first = std::max(begin, p.offset), last = std::min(end, p.offset + p.count());
-                double largest = 0;
-                for (size_t i = 0; i < p.count(); i++)
-                    largest = std::max(largest, std::fabs(exact.m.grad_flat[p.offset + i]));
-                const double yardstick =
-                    largest_error(alone.m.grad_flat + p.offset, exact.m.grad_flat + p.offset, p.count());
-                if (first < last)
-                    CHECK(largest_error(part.grads_shard + (first - begin), exact.m.grad_flat + first, last - first) <=
-                          2 * yardstick + 2 * ulp<G>(largest));
+            for (RingBackend backend : exchanges(c, ring_size)) {
+                CAPTURE(zero);
+                CAPTURE(ring_size);
+                CAPTURE(int(backend));
+                Layout layout = small_layout(S, 2);
+                layout.ring = ring_size, layout.world = world.size, layout.zero = zero;
+                layout.exchange.backend = backend;
+                check(layout);
             }
         }
 }
-TEST_CASE("loss and gradients of every level of ZeRO by the rule for kernels") {
+TEST_CASE("loss and gradients of every level of ZeRO, mode and exchange by the rule for kernels") {
     for (bool tied : {false, true}) {
         CAPTURE(tied);
-        check_levels_2x<bf16>(tied);
-        check_levels_2x<float>(tied);
+        check_levels_2x<bf16>(tied, Attention::anchor);
+        check_levels_2x<float>(tied, Attention::anchor);
     }
+    check_levels_2x<float>(false, Attention::full);
+    check_levels_2x<bf16>(true, Attention::intra);
+    check_levels_2x<float>(true, Attention::intra_reset);
 }
 
 TEST_CASE("ZeRO takes from every rank what it says it does not keep") {
