@@ -153,6 +153,19 @@ def test_a_run_repeats_bit_for_bit(tmp_path, extra):
     assert digest(newest(tmp_path / "a")) == digest(newest(tmp_path / "b"))
 
 
+@needs_ranks
+@pytest.mark.parametrize("backend", ["ring", "allgather", "ulysses"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_run_on_ranks_repeats_bit_for_bit(tmp_path, ranks, backend):
+    if ranks > RANKS:
+        pytest.skip("fewer ranks")
+    for name in "ab":
+        run(*SMALL, "--heads", 4, "--total_batch", 128, "--steps", 4, "--ring_backend", backend, "-o", tmp_path / name,
+            ranks=ranks, threads=4 // ranks)
+    assert digest(newest(tmp_path / "a")) == digest(newest(tmp_path / "b"))
+    assert len(digest(newest(tmp_path / "a"))) == ranks + 2  # every rank's optimizer, weights, state
+
+
 def test_a_new_run_does_not_overwrite_an_old_one(tmp_path):
     run(*SMALL, "--steps", 2, "-o", tmp_path / "run")
     assert "--resume" in run(*SMALL, "--steps", 2, "-o", tmp_path / "run", ok=False)
@@ -176,6 +189,33 @@ def test_resume_on_another_number_of_ranks(tmp_path):
     for a, b in zip(whole, cut, strict=True):
         assert a["tokens"] == b["tokens"] and a["counted"] == b["counted"]
         assert abs(a["loss"] - b["loss"]) < 1e-3
+
+
+# A ring of all ranks, first to last, at every level of ZeRO and by every backend.
+ELASTIC = [
+    ((4, 1, "ring"), (2, 2, "allgather"), (1, 3, "auto"), (4, 3, "ulysses")),
+    ((4, 3, "allgather"), (2, 1, "ulysses"), (1, 1, "auto"), (4, 2, "ring")),
+]
+
+
+@needs_ranks
+@pytest.mark.parametrize("attention", ["full", "anchor"])
+@pytest.mark.parametrize("parts", ELASTIC)
+def test_a_ring_of_4_goes_on_with_2_1_and_4_ranks(tmp_path, parts, attention):
+    """In double, several micro-batches an update: as one that nobody has interrupted. On a GPU as in
+    test_ranks_train_alike, after a step by the bound of its later ones."""
+    args = [*SMALL, "--heads", 4, "--attention", attention, "-c", 64, "--total_batch", 256, "--dtype",
+            "float" if ON_GPU else "double"]
+    for i, (ranks, zero, backend) in enumerate(parts):
+        ranks = min(ranks, RANKS)
+        out = run(*args, "--steps", 3 * (i + 1), "--ring", ranks, "--ring_backend", backend, "--zero", zero, "-o",
+                  tmp_path / "cut", "--resume", ranks=ranks)
+        assert i == 0 or f"going on from step {3 * i}" in out
+        assert f"{ranks} rank" in out and f"rings of {ranks}" in out
+    run(*args, "--steps", 12, "-o", tmp_path / "whole")
+    for a, b in zip(events(tmp_path / "whole"), events(tmp_path / "cut"), strict=True):
+        assert (a["step"], a["tokens"], a["counted"]) == (b["step"], b["tokens"], b["counted"])
+        assert abs(a["loss"] - b["loss"]) < (1e-3 if ON_GPU else 1e-9 * a["loss"])
 
 
 @needs_ranks
