@@ -1395,16 +1395,17 @@ struct StepResult {
     double loss = 0, norm = 0, lr = 0, seconds = 0;
     double moving = 0, waiting = 0, optimizer = 0; // of the seconds, on GPUs: data that nothing hid, others, the update
     int64_t counted = 0, inputs = 0;               // labels and data tokens, over all ranks
-    double pairs = 0, imbalance = 1, moved = 0;
-    double step_imbalance = 1; // the slowest rank of every ring step, summed, over the mean rank
-    bool stop = false;         // a signal asks to save and leave
-    std::string skipped;       // why; empty: the update was done
+    double pairs = 0;
+    double imbalance = 1, moved = 0; // of the worst micro-batch of the worst ring
+    double step_imbalance = 1;       // of the worst ring: the slowest rank of every ring step, summed, over the mean
+    bool stop = false;               // a signal asks to save and leave
+    std::string skipped;             // why; empty: the update was done
 };
 
 volatile sig_atomic_t signal_caught = 0;
 
-// Of the visible pairs that this rank has in each step of its ring: the most that a rank has, summed over the steps,
-// over the mean of a rank's sum.
+// Of the visible pairs that this rank has in each step of its ring, of all micro-batches: the most that a rank has,
+// summed over the steps, over the mean of a rank's sum.
 double slowest_over_mean(const Comm& ring, const std::vector<double>& pairs /*(steps)*/) {
     const size_t steps = pairs.size();
     std::vector<double> all(steps * ring.size);
@@ -1416,6 +1417,29 @@ double slowest_over_mean(const Comm& ring, const std::vector<double>& pairs /*(s
         slowest += most;
     }
     return sum > 0 ? slowest * ring.size / sum : 1;
+}
+
+// Adds what this rank has in each step of a micro-batch. The anchor's column is part of the first.
+void pairs_by_step(std::vector<double>& pairs, const RingPlan& plan) {
+    const size_t first = pairs.size();
+    pairs.push_back(double(plan.backend == RingBackend::ulysses ? plan.own.forward.pairs : plan.pairs));
+    for (const RingStep& step : plan.steps) {
+        pairs.push_back(double(step.map.forward.pairs));
+        pairs[first] -= pairs.back();
+    }
+}
+
+// What the hosts tell each other once in a step: all is known before their GPUs get there.
+void step_gather(const Setup& s, StepResult& r, const std::vector<double>& by_step) {
+    const double mine[5] = {r.pairs, double(signal_caught), r.imbalance, slowest_over_mean(s.ring, by_step), r.moved};
+    std::vector<double> all(5 * s.world.size);
+    comm_gather(Cpu{}, s.world, all.data(), mine, 5);
+    r.pairs = 0;
+    for (const double* x = all.data(); x < all.data() + all.size(); x += 5) {
+        r.pairs += x[0], r.stop |= x[1] > 0;
+        r.imbalance = std::max(r.imbalance, x[2]), r.step_imbalance = std::max(r.step_imbalance, x[3]);
+        r.moved = std::max(r.moved, x[4]);
+    }
 }
 
 // Gradients of one update: all micro-batches forward and backward. The count of labels is known first, so every
@@ -1430,7 +1454,7 @@ StepResult step_gradients(Model<Dev, E, G>& m, const Setup& s, const TrainState&
     comm_sum(Cpu{}, s.world, counts, 2);
     r.counted = counts[0] / s.layout.ring, r.inputs = counts[1] / s.layout.ring;
 
-    std::vector<double> by_step(s.layout.ring);
+    std::vector<double> by_step;
     fill_zero(m.dev, m.grad_flat, m.grad_elements * sizeof(G));
     fill_zero(m.dev, &m.update->loss_sum, sizeof m.update->loss_sum);
     for (size_t first = 0; first < rows.size() && r.counted; first += s.layout.B) {
@@ -1442,14 +1466,10 @@ StepResult step_gradients(Model<Dev, E, G>& m, const Setup& s, const TrainState&
         sum(m.dev, &m.update->loss_sum, m.loss, b.T, true);
         r.pairs += double(b.pairs) / s.layout.ring;
         r.imbalance = std::max(r.imbalance, b.plan.imbalance), r.moved = std::max(r.moved, b.plan.moved);
-        by_step[0] += double(b.plan.own.forward.pairs);
-        for (size_t i = 0; i < b.plan.steps.size(); i++) by_step[i + 1] += double(b.plan.steps[i].map.forward.pairs);
+        pairs_by_step(by_step, b.plan);
     }
     grads_finish(m);
-    r.step_imbalance = slowest_over_mean(s.ring, by_step);
-    double sums[2] = {r.pairs, double(signal_caught)};
-    comm_sum(Cpu{}, s.world, sums, 2);
-    r.pairs = sums[0], r.stop = sums[1] > 0;
+    step_gather(s, r, by_step);
     return r;
 }
 

@@ -185,6 +185,92 @@ TEST_CASE("loss and gradients of every level of ZeRO, mode and exchange by the r
     check_levels_2x<float>(true, Attention::intra_reset);
 }
 
+// Visible pairs of a micro-batch, counted one by one: of each rank in each step of the ring, which brings the keys of
+// one other rank, the anchor's in the first; of each rank in all.
+struct Counted {
+    std::vector<double> by_step, whole; // (n, n) step, rank; (n)
+    double moved = 0, mean = 0, most = 0;
+};
+static Counted count_pairs(const std::vector<Row>& rows, Attention mode, int n, const RingExchange& exchange) {
+    const size_t S = rows[0].token.size();
+    REQUIRE(ring_padded_length(S, n) == S, "padding has pairs, too");
+    Counted c{std::vector<double>(n * n), std::vector<double>(n)};
+    std::vector<int> owner(rows.size() * S);
+    for (int rank = 0; rank < n; rank++) {
+        Comm ring;
+        ring.rank = rank, ring.size = n;
+        const RingPlan plan = batch_make(rows, mode, ring, attention_tiles_cpu, exchange).plan;
+        const Tokens& local = plan.local;
+        for (size_t row = 0; row < rows.size(); row++)
+            for (int32_t i = local.row_begin[row]; i < local.row_begin[row + 1]; i++)
+                owner[row * S + local.index[i]] = rank;
+        c.moved = plan.moved;
+    }
+    for (size_t row = 0; row < rows.size(); row++)
+        for (int32_t q = 0; q < int32_t(S); q++)
+            for (int32_t k = 0; k <= q; k++) {
+                if (!visible(q, rows[row].doc[q], k, rows[row].doc[k])) continue;
+                const int a = owner[row * S + q], b = owner[row * S + k];
+                const int step = is_anchor(k, rows[row].doc[k]) ? 0 : (a - b + n) % n;
+                c.by_step[step * n + a]++, c.whole[a]++;
+            }
+    c.mean = std::accumulate(c.whole.begin(), c.whole.end(), 0.0) / n;
+    c.most = *std::max_element(c.whole.begin(), c.whole.end());
+    return c;
+}
+
+// Each micro-batch waits for its slowest rank; what is told is of the worst ring.
+TEST_CASE("the slowest ranks of a step, over micro-batches and rings") {
+    auto check = [](const Setup& s, int micro_batches) {
+        const int n = s.layout.ring, groups = s.groups();
+        const RingBackend backend = s.layout.exchange.backend;
+        TestModel<double, double> t(s.config, s.layout, world);
+        Loader loader;
+        loader_open(loader, "", pack_options(s, true));
+        const StepResult r = step_gradients(t.m, s, TrainState{}, loader);
+
+        loader_seek(loader, {});
+        std::vector<Row> rows(2 * groups * micro_batches);
+        for (Row& row : rows) loader_next(loader, row);
+        double all = 0, imbalance = 1, by_steps = 1, moved = 0;
+        for (int g = 0; g < groups; g++) {
+            double slowest = 0, mean = 0;
+            for (int i = 0; i < micro_batches; i++) {
+                const Counted c = count_pairs({rows[2 * i * groups + g], rows[(2 * i + 1) * groups + g]}, s.attention,
+                                              n, s.layout.exchange);
+                all += c.mean * n, mean += c.mean, moved = std::max(moved, c.moved);
+                for (int step = 0; step < n && backend == RingBackend::ring; step++)
+                    slowest += *std::max_element(&c.by_step[step * n], &c.by_step[step * n] + n);
+                if (backend == RingBackend::allgather) slowest += c.most;
+                if (backend == RingBackend::ulysses) slowest += c.mean; // each rank has its heads of everything
+                else imbalance = std::max(imbalance, c.most / c.mean);
+            }
+            by_steps = std::max(by_steps, slowest / mean);
+        }
+        CHECK(r.pairs == doctest::Approx(all).epsilon(1e-12));
+        CHECK(r.imbalance == doctest::Approx(imbalance).epsilon(1e-12));
+        CHECK(r.step_imbalance == doctest::Approx(by_steps).epsilon(1e-12));
+        CHECK(r.moved == moved);
+    };
+    for (Attention mode : all_modes)
+        for (int n = 1; n <= world.size; n++) {
+            if (world.size % n) continue;
+            Setup s;
+            s.config = small_config(), s.attention = mode, s.world = world;
+            s.ring = comm_split(world, world.rank / n, world.rank);
+            s.layout = small_layout(96, 2); // cut into chunks for 1 to 4 ranks without padding
+            s.layout.ring = n, s.layout.world = world.size;
+            s.o.total_batch = 96 * 2 * s.groups() * 3, s.o.generator_mean = 16;
+            for (RingBackend backend : exchanges(s.config, n)) {
+                CAPTURE(int(mode));
+                CAPTURE(n);
+                CAPTURE(int(backend));
+                s.layout.exchange.backend = backend;
+                check(s, 3);
+            }
+        }
+}
+
 TEST_CASE("ZeRO takes from every rank what it says it does not keep") {
     const Config c = make_config(8, 64, 4, 2, 96, 300, 10000, 64);
     auto part = [&](int zero, const std::string& name) {
