@@ -1394,6 +1394,7 @@ struct StepResult {
     int64_t step = 0, tokens = 0; // the state's after it
     double loss = 0, norm = 0, lr = 0, seconds = 0;
     double moving = 0, waiting = 0, optimizer = 0; // of the seconds, on GPUs: data that nothing hid, others, the update
+    int shares_of = 0;                             // whose these are: the rank's that lost the most to the first two
     int64_t counted = 0, inputs = 0;               // labels and data tokens, over all ranks
     double pairs = 0;
     double imbalance = 1, moved = 0; // of the worst micro-batch of the worst ring
@@ -1514,6 +1515,19 @@ void step_shares(StepResult& r, Spent& last, const Spent& now) {
     r.waiting = now.layers.waiting - last.layers.waiting + waiting;
     r.optimizer -= moving + waiting;
     last = now;
+}
+
+// Takes the shares of the rank that lost the most: one that is late itself does not wait. The hosts meet here, as they
+// do in step_gather; their GPUs are through with this step and mostly have the next one's work already.
+void shares_gather(const Comm& world, StepResult& r) {
+    const double mine[3] = {r.moving, r.waiting, r.optimizer};
+    std::vector<double> all(3 * world.size);
+    comm_gather(Cpu{}, world, all.data(), mine, 3);
+    for (int rank = 0; rank < world.size; rank++) {
+        const double* x = &all[3 * rank];
+        if (rank == 0 || x[0] + x[1] > r.moving + r.waiting)
+            r.moving = x[0], r.waiting = x[1], r.optimizer = x[2], r.shares_of = rank;
+    }
 }
 
 template <class Dev, class X> std::vector<X> to_host(Dev dev, const X* from, size_t count) {
@@ -1725,8 +1739,9 @@ void log_step(Log& log, const Setup& s, const StepResult& r, double memory) {
         log_note(log, "step %lld/%lld | loss %.4f | norm %.3f | skipped: %s", (long long)r.step, (long long)s.o.steps,
                  r.loss, r.norm, r.skipped.c_str());
     if (apart)
-        log_values(log, "time", // of rank 0
+        log_values(log, "time",
                    {{"step", double(r.step)},
+                    {"rank", double(r.shares_of)},
                     {"compute", seconds - r.moving - r.waiting - r.optimizer},
                     {"moving", r.moving},
                     {"waiting", r.waiting},
@@ -1806,6 +1821,7 @@ template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setu
     auto finish = [&](StepResult& r) { // false: the run is lost
         step_finish(m, r);
         step_shares(r, spent, spent_so_far(m.dev, s));
+        if (s.gpu) shares_gather(s.world, r);
         log_step(log, s, r, memory_gib(m.dev));
         skips = r.skipped.empty() ? 0 : skips + 1;
         return r.skipped.empty() || (skips < most_skips && (o.on_bad == "skip" || r.counted == 0));

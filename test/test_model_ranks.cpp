@@ -271,6 +271,17 @@ TEST_CASE("the slowest ranks of a step, over micro-batches and rings") {
         }
 }
 
+TEST_CASE("the shares of a step are those of the rank that lost the most") {
+    const int most = world.size / 2;
+    StepResult r;
+    r.moving = 0.5 - 0.1 * world.rank, r.waiting = world.rank == most ? 1 : 0, r.optimizer = world.rank;
+    shares_gather(world, r);
+    CHECK(r.shares_of == most);
+    CHECK(r.moving == 0.5 - 0.1 * most);
+    CHECK(r.waiting == 1);
+    CHECK(r.optimizer == most);
+}
+
 TEST_CASE("ZeRO takes from every rank what it says it does not keep") {
     const Config c = make_config(8, 64, 4, 2, 96, 300, 10000, 64);
     auto part = [&](int zero, const std::string& name) {

@@ -340,6 +340,7 @@ def test_the_log_tells_what_transfers_cost(tmp_path):
     for step, time in zip(events(tmp_path / "run"), events(tmp_path / "run", "time"), strict=True):
         parts = [time[part] for part in ("compute", "moving", "waiting", "optimizer")]
         assert abs(sum(parts) - step["seconds"]) < 1e-6 and time["moving"] > 0 and time["waiting"] >= 0
+        assert time["rank"] in (0, 1)
 
 
 @pytest.mark.skipif(not ON_GPU or RANKS < 2, reason="not on two GPUs")
