@@ -1726,15 +1726,17 @@ void log_step(Log& log, const Setup& s, const StepResult& r, double memory) {
     double flops = model_flops(s.config, tokens, r.pairs) / seconds / s.world.size;
     const bool shown = r.step % s.o.log_every == 0 || r.step == s.o.steps || r.step <= 3;
     const bool apart = s.gpu && s.world.size > 1;
-    char shares[64] = "";
+    char shares[64] = "", work[64] = "";
     if (apart)
         snprintf(shares, sizeof shares, " | moving %.1f%% waiting %.1f%%", 100 * r.moving / seconds,
                  100 * r.waiting / seconds);
+    if (s.layout.ring > 1) snprintf(work, sizeof work, " | work %.2f steps %.2f", r.imbalance, r.step_imbalance);
     if (r.skipped.empty() && shown)
         log_note(log,
-                 "step %lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.0f ms | %.0f tok/s | %.1f %s/rank | %.2f GiB%s",
+                 "step %lld/%lld | loss %.4f | norm %.3f | lr %.2e | %.0f ms | %.0f tok/s | %.1f %s/rank | "
+                 "%.2f GiB%s%s",
                  (long long)r.step, (long long)s.o.steps, r.loss, r.norm, r.lr, seconds * 1e3, tokens / seconds,
-                 flops / (s.gpu ? 1e12 : 1e9), s.gpu ? "TFLOP/s" : "GFLOP/s", memory, shares);
+                 flops / (s.gpu ? 1e12 : 1e9), s.gpu ? "TFLOP/s" : "GFLOP/s", memory, shares, work);
     if (!r.skipped.empty())
         log_note(log, "step %lld/%lld | loss %.4f | norm %.3f | skipped: %s", (long long)r.step, (long long)s.o.steps,
                  r.loss, r.norm, r.skipped.c_str());

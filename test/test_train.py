@@ -343,6 +343,16 @@ def test_the_log_tells_what_transfers_cost(tmp_path):
         assert time["rank"] in (0, 1)
 
 
+@needs_ranks
+def test_the_log_tells_how_even_the_work_is(tmp_path):
+    out = run(*SMALL, "-c", 512, "--steps", 4, "-o", tmp_path / "run", ranks=2)
+    steps = events(tmp_path / "run")
+    assert re.findall(r" \| work ([\d.]+) steps ([\d.]+)$", out, re.M) == [
+        (f"{s['imbalance']:.2f}", f"{s['step_imbalance']:.2f}") for s in steps]
+    assert all(1 <= s["imbalance"] <= s["step_imbalance"] < 2 for s in steps)
+    assert "work" not in run(*SMALL, "--steps", 1)
+
+
 @pytest.mark.skipif(not ON_GPU or RANKS < 2, reason="not on two GPUs")
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_dies_or_hangs_ends_all(tmp_path, stop):
