@@ -3,7 +3,10 @@
 #   sh scripts/run_nodes.sh hosts.txt -e llama2-7b.bin -i 'data/books_0*.bin' -c 262144 --rope_base 5e7 -o run
 # hosts.txt has a line for each node with its number of GPUs: node1 slots=8
 [ $# -gt 1 ] || { sed -n '2,4s/^# *//p' "$0"; exit 1; }
-hosts=$1
+hosts=$1 resume=
 shift
-exec mpirun --hostfile "$hosts" --map-by slot --bind-to none -x PATH -x LD_LIBRARY_PATH -x OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}" \
-    ./train_llama --device gpu --resume "$@"
+for argument; do # with a folder for checkpoints, the same command goes on from the newest
+    case $argument in -o | -o=* | --out | --out=*) resume=--resume ;; esac
+done
+exec mpirun --hostfile "$hosts" --map-by slot --bind-to none -x PATH ${LD_LIBRARY_PATH:+-x LD_LIBRARY_PATH} \
+    -x OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}" ./train_llama --device gpu $resume "$@"

@@ -742,3 +742,31 @@ def test_llmc_shards_train(tmp_path):
         f.write(header.tobytes() + tokens.astype("<u2").tobytes())
     out = run("-e", "tiny", "-i", tmp_path / "gpt2.bin", "-c", 64, "--steps", 2)
     assert "20 documents, 2000 tokens" in out
+
+
+def launched(tmp_path, launcher, script, *args, **env):
+    """What a script of several nodes runs, with a stand-in for its launcher."""
+    (tmp_path / launcher).write_text('#!/bin/sh\nfor argument; do echo "$argument"; done\n')
+    (tmp_path / launcher).chmod(0o755)
+    clean = {k: v for k, v in os.environ.items() if k not in ("LD_LIBRARY_PATH", "OMP_NUM_THREADS")}
+    return subprocess.run([*script, *args], capture_output=True, text=True, check=True, cwd=ROOT,
+                          env={**clean, "PATH": f"{tmp_path}:{os.environ['PATH']}", **env}).stdout.splitlines()
+
+
+@pytest.mark.parametrize("launcher, script", [("mpirun", ["sh", "scripts/run_nodes.sh", "hosts.txt"]),
+                                              ("srun", ["bash", "scripts/run_slurm.sh"])])
+def test_several_nodes_resume_where_there_is_a_folder(tmp_path, launcher, script):
+    for out in (["-o", "my run"], ["-o=run"], ["--out", "run"], ["--out=run"], []):
+        args = ["-i", "books 0*.bin", *out, "--steps", "3"]
+        line = launched(tmp_path, launcher, script, *args)
+        begin = line.index("./train_llama")
+        assert line[begin:] == ["./train_llama", "--device", "gpu", *(["--resume"] if out else []), *args]
+
+
+def test_several_nodes_get_the_environment_that_is_set(tmp_path):
+    def passed(**env):
+        line = launched(tmp_path, "mpirun", ["sh", "scripts/run_nodes.sh", "hosts.txt"], "-e", "tiny", **env)
+        return [name for x, name in zip(line, line[1:]) if x == "-x"]
+
+    assert passed() == ["PATH", "OMP_NUM_THREADS=8"]
+    assert passed(LD_LIBRARY_PATH="/opt/mpi/lib", OMP_NUM_THREADS="4") == ["PATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS=4"]
