@@ -1959,8 +1959,7 @@ int main(int argc, char** argv) {
     const Options options = options_parse(argc, argv);
     if (options.help) return options_help(), 0;
     if (options.options_table) return options_markdown(), 0;
-    Comm world = comm_init(&argc, &argv);
-    world.timeout = double(options.timeout);
+    Comm world = comm_init(&argc, &argv, double(options.timeout));
     signal(SIGPIPE, SIG_IGN); // when nobody reads what is printed any more, the run goes on, and so does log.jsonl
     set_threads(world);
 

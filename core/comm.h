@@ -21,8 +21,9 @@ struct Comm {
     double timeout = 300; // seconds; groups split from this one inherit it
 };
 
-// The world. Call first (again: the same world). Fails when a launcher started more ranks than the backend sees.
-Comm comm_init(int* argc, char*** argv);
+// The world. Call first (again: the same world); its timeout holds for the start already. Fails when a launcher started
+// more ranks than the backend sees.
+Comm comm_init(int* argc, char*** argv, double timeout = Comm().timeout);
 void comm_finalize(const Comm& world); // a second call does nothing
 const char* comm_backend();            // "serial" or "MPI"
 

@@ -6,13 +6,15 @@ void abort_all_ranks(int status) { _exit(status); }
 int world_rank() { return 0; }
 const char* comm_backend() { return "serial"; }
 
-Comm comm_init(int*, char***) {
+Comm comm_init(int*, char***, double timeout) {
     int launched = comm_launched_ranks();
     if (launched > 1)
         fail("started as one of %d ranks, but built without MPI: every rank would train alone; install MPI "
              "(Debian: libopenmpi-dev) and build again, or start it without mpirun or srun",
              launched);
-    return {};
+    Comm world;
+    world.timeout = timeout;
+    return world;
 }
 void comm_finalize(const Comm&) {}
 

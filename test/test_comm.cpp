@@ -280,6 +280,20 @@ TEST_CASE("ends: longer" * doctest::skip()) {
 TEST_CASE("ends: early" * doctest::skip()) {
     meet([](const Comm&) { fail("this rank gives up"); }, sum);
 }
+static void stop_after_barrier(const Comm& w) { comm_barrier(w), raise(SIGSTOP); } // by which a split begins
+TEST_CASE("ends: unsplit" * doctest::skip()) {
+    meet(stop_after_barrier, [](const Comm& w) { comm_split(w, 0, 0); });
+}
+TEST_CASE("ends: unhosted" * doctest::skip()) {
+    meet(stop_after_barrier, [](const Comm& w) { comm_host(w); });
+}
+TEST_CASE("ends: unfinished" * doctest::skip()) { meet(stop_after_barrier, comm_finalize); }
+// Before MPI is up, a rank has its number from the launcher.
+TEST_CASE("ends: unstarted" * doctest::skip()) {
+    if (comm_launched_ranks() != 2) return;
+    if (world_rank() == 1) raise(SIGSTOP);
+    comm_init(nullptr, nullptr, 1);
+}
 
 TEST_CASE("a rank that dies, hangs or disagrees ends all ranks in time") {
     if (world().size > 1 || std::string(comm_backend()) != "MPI" || system("command -v mpirun > /dev/null") != 0) {
@@ -292,4 +306,8 @@ TEST_CASE("a rank that dies, hangs or disagrees ends all ranks in time") {
     check_ends("shorter", "rank 0: shift from rank 1: 3996 bytes came from rank 1 of the group, 4000 were expected");
     check_ends("longer", "MPI_ERR_TRUNCATE");
     check_ends("early", "rank 1: this rank gives up");
+    check_ends("unstarted", "rank 0: start of MPI: no progress for 1 s");
+    check_ends("unsplit", "rank 0: split: no progress for 1 s");
+    check_ends("unhosted", "rank 0: split by host: no progress for 1 s");
+    check_ends("unfinished", "rank 0: end of MPI: no progress for 1 s");
 }
