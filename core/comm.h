@@ -6,7 +6,7 @@
 //
 // Every function but shift_start and shift_wait is collective: all ranks of the group call it, in the same order,
 // with the same sizes; ranks that are together in several groups, one order for all of these. A wait that sees no
-// progress for `timeout` seconds ends all ranks and names the operation.
+// progress for `timeout` seconds ends all ranks and names the operation and, where it is known, the missing ranks.
 // Sums are formed in rank order, ((x0 + x1) + x2) + ..., in Acc<E> and rounded once (integers: in themselves), so
 // every rank gets the same bits in every run.
 #pragma once

@@ -14,6 +14,7 @@
 #include <mpi.h>
 #include <mutex>
 #include <sched.h>
+#include <set>
 #include <string>
 #include <thread>
 #include <unistd.h>
@@ -115,11 +116,13 @@ static Comm make_comm(MPI_Comm group, double timeout) {
 struct Transfer {
     Comm comm;
     std::string operation; // for the message when it fails
+    int tag = 0;
     std::vector<MPI_Request> requests = {};
     std::vector<int> expected = {}; // bytes of a receive, -1 for all else
+    std::vector<int> peers = {};    // who must take part, -1 where that is not known
 
-    MPI_Request* add(int bytes_expected) {
-        expected.push_back(bytes_expected);
+    MPI_Request* add(int peer, int bytes_expected) {
+        peers.push_back(peer), expected.push_back(bytes_expected);
         return &requests.emplace_back(MPI_REQUEST_NULL);
     }
 };
@@ -130,18 +133,39 @@ template <class F> static void for_each_message(size_t bytes, F f) {
 }
 static void add_send(Transfer& t, const void* data, size_t bytes, int to) {
     for_each_message(bytes, [&](size_t at, int length) {
-        MPI_CHECK(MPI_Isend((const char*)data + at, length, MPI_BYTE, to, 0, mpi_comm(t.comm), t.add(-1)));
+        MPI_CHECK(MPI_Isend((const char*)data + at, length, MPI_BYTE, to, t.tag, mpi_comm(t.comm), t.add(to, -1)));
     });
 }
 static void add_receive(Transfer& t, void* data, size_t bytes, int from) {
     for_each_message(bytes, [&](size_t at, int length) {
-        MPI_CHECK(MPI_Irecv((char*)data + at, length, MPI_BYTE, from, 0, mpi_comm(t.comm), t.add(length)));
+        MPI_CHECK(MPI_Irecv((char*)data + at, length, MPI_BYTE, from, t.tag, mpi_comm(t.comm), t.add(from, length)));
     });
 }
+// What a root sends goes from rank to rank in MPI's own way: the root does not learn who has not taken it.
 static void add_broadcast(Transfer& t, void* data, size_t bytes, int root) {
+    const int peer = root == t.comm.rank ? -1 : root;
     for_each_message(bytes, [&](size_t at, int length) {
-        MPI_CHECK(MPI_Ibcast((char*)data + at, length, MPI_BYTE, root, mpi_comm(t.comm), t.add(-1)));
+        MPI_CHECK(MPI_Ibcast((char*)data + at, length, MPI_BYTE, root, mpi_comm(t.comm), t.add(peer, -1)));
     });
+}
+
+// The ranks whose part in what is under way has not come, by their numbers in the world; a broadcast's may have come to
+// the rank that passes it on.
+static std::string missing(const Transfer& t) {
+    MPI_Group group, world;
+    MPI_CHECK(MPI_Comm_group(mpi_comm(t.comm), &group));
+    MPI_CHECK(MPI_Comm_group(MPI_COMM_WORLD, &world));
+    std::set<int> ranks;
+    for (size_t i = 0; i < t.requests.size(); i++) {
+        if (t.requests[i] == MPI_REQUEST_NULL || t.peers[i] < 0) continue;
+        int rank = 0;
+        MPI_CHECK(MPI_Group_translate_ranks(group, 1, &t.peers[i], world, &rank));
+        ranks.insert(rank);
+    }
+    if (ranks.empty()) return "";
+    std::string text = ranks.size() > 1 ? ", waiting for ranks" : ", waiting for rank";
+    for (int rank : ranks) text += " " + std::to_string(rank);
+    return text + " of the world";
 }
 
 // Polls until all is done; any completion counts as progress. After a short spin it sleeps between polls, so that
@@ -164,7 +188,7 @@ static void wait_all(Transfer& t) {
                 fail("%s: %d bytes came from rank %d of the group, %d were expected: the ranks disagree on a size",
                      t.operation.c_str(), bytes, status[i].MPI_SOURCE, t.expected[done[i]]);
         }
-        if (waited.look() > t.comm.timeout && count == 0) give_up(t.operation, t.comm.timeout);
+        if (waited.look() > t.comm.timeout && count == 0) give_up(t.operation + missing(t), t.comm.timeout);
         if (count > 0) idle = 0, waited.seconds = 0;
         constexpr timespec pause = {0, 50000};
         if (idle < 2000) sched_yield();
@@ -192,7 +216,7 @@ Comm comm_init(int* argc, char*** argv, double timeout) {
     return world;
 }
 
-// The barrier finds missing ranks in bounded time; what follows it blocks, here and in the two below.
+// The barrier finds missing ranks and names them; what follows it blocks, here and in the two below.
 void comm_finalize(const Comm& world) {
     if (!mpi_is_up()) return;
     comm_barrier(world);
@@ -217,9 +241,16 @@ Comm comm_host(const Comm& comm) {
     return make_comm(group, comm.timeout);
 }
 
+// A byte from each rank to each, and not MPI's own barrier: so it is known who is missing.
 void comm_barrier(const Comm& comm) {
-    Transfer t{comm, "barrier"};
-    MPI_CHECK(MPI_Ibarrier(mpi_comm(comm), t.add(-1)));
+    Transfer t{comm, "barrier", 1}; // beside messages that are under way
+    const char mine = 0;
+    std::vector<char> theirs(comm.size);
+    for (int r = 0; r < comm.size; r++) {
+        if (r == comm.rank) continue;
+        add_receive(t, &theirs[r], 1, r);
+        add_send(t, &mine, 1, r);
+    }
     wait_all(t);
 }
 

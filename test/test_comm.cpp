@@ -281,6 +281,9 @@ TEST_CASE("ends: early" * doctest::skip()) {
     meet([](const Comm&) { fail("this rank gives up"); }, sum);
 }
 static void stop_after_barrier(const Comm& w) { comm_barrier(w), raise(SIGSTOP); } // by which a split begins
+TEST_CASE("ends: barred" * doctest::skip()) {
+    meet([](const Comm&) { raise(SIGSTOP); }, comm_barrier);
+}
 TEST_CASE("ends: unsplit" * doctest::skip()) {
     meet(stop_after_barrier, [](const Comm& w) { comm_split(w, 0, 0); });
 }
@@ -288,6 +291,14 @@ TEST_CASE("ends: unhosted" * doctest::skip()) {
     meet(stop_after_barrier, [](const Comm& w) { comm_host(w); });
 }
 TEST_CASE("ends: unfinished" * doctest::skip()) { meet(stop_after_barrier, comm_finalize); }
+// In a group that counts backwards.
+TEST_CASE("ends: renumbered" * doctest::skip()) {
+    if (world().size != 2) return;
+    Comm flipped = comm_split(world(), 0, -world().rank);
+    flipped.timeout = 1;
+    if (flipped.rank == 0) raise(SIGSTOP);
+    comm_broadcast(Cpu(), flipped, many, 1000, 0);
+}
 // Before MPI is up, a rank has its number from the launcher.
 TEST_CASE("ends: unstarted" * doctest::skip()) {
     if (comm_launched_ranks() != 2) return;
@@ -301,11 +312,13 @@ TEST_CASE("a rank that dies, hangs or disagrees ends all ranks in time") {
         return;
     }
     check_ends("killed", "signal 9");
-    check_ends("stopped", "rank 0: sum: no progress for 1 s");
-    check_ends("absent", "rank 0: shift from rank 1: no progress for 1 s");
+    check_ends("stopped", "rank 0: sum, waiting for rank 1 of the world: no progress for 1 s");
+    check_ends("absent", "rank 0: shift from rank 1, waiting for rank 1 of the world: no progress for 1 s");
     check_ends("shorter", "rank 0: shift from rank 1: 3996 bytes came from rank 1 of the group, 4000 were expected");
     check_ends("longer", "MPI_ERR_TRUNCATE");
     check_ends("early", "rank 1: this rank gives up");
+    check_ends("barred", "rank 0: barrier, waiting for rank 1 of the world: no progress for 1 s");
+    check_ends("renumbered", "rank 0: broadcast, waiting for rank 1 of the world: no progress for 1 s");
     check_ends("unstarted", "rank 0: start of MPI: no progress for 1 s");
     check_ends("unsplit", "rank 0: split: no progress for 1 s");
     check_ends("unhosted", "rank 0: split by host: no progress for 1 s");
