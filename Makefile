@@ -36,7 +36,7 @@ CXXFLAGS   := -std=c++20 $(HOST_FLAGS) -Wall -Wextra -Wno-restrict -I. $(if $(SA
 COMPILE    := $(CXX) $(CXXFLAGS) -x c++
 ifeq ($(CUDA),1)
 # wgmma and setmaxnreg want 90a instead of 90, by -gencode: -arch=sm_90a would also run a pass for plain sm_90.
-GPU_HERE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u)
+GPU_HERE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | grep -xE '[0-9]+' | sort -u)
 ifneq ($(or $(GPU_HERE),$(GPU_ARCH)),)
 GPU_ARCH ?= $(GPU_HERE)
 else

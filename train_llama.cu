@@ -875,7 +875,7 @@ double host_memory() { return double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_
 
 double machine_memory(const Setup& s) {
     constexpr double h200 = 139.8 * (1 << 30); // as its driver says
-    if (s.gpu) return s.o.plan && !gpu_fault(0).empty() ? h200 : gpu_memory(s.host.rank);
+    if (s.gpu) return s.o.plan && !gpu_fault(s.host.rank).empty() ? h200 : gpu_memory(s.host.rank);
     int sharers = s.o.plan && s.o.ranks ? int(s.o.ranks) : s.host.size;
     return host_memory() / sharers;
 }
@@ -1046,8 +1046,8 @@ StepWork step_work(const Setup& s) {
 }
 
 void print_estimate(const Setup& s) {
-    const bool here = s.gpu && gpu_fault(0).empty();
-    const std::string name = here ? gpu_name(0) : "NVIDIA H200";
+    const bool here = s.gpu && gpu_fault(s.host.rank).empty();
+    const std::string name = here ? gpu_name(s.host.rank) : "NVIDIA H200";
     const Ceilings* ceilings = s.gpu ? ceilings_of(name) : nullptr;
     const AttentionCeilings* attention =
         ceilings ? ceilings_of(*ceilings, s.config.D, s.o.portable_attention, s.o.deterministic) : nullptr;
@@ -1520,13 +1520,13 @@ void step_shares(StepResult& r, Spent& last, const Spent& now) {
 // Takes the shares of the rank that lost the most: one that is late itself does not wait. The hosts meet here, as they
 // do in step_gather; their GPUs are through with this step and mostly have the next one's work already.
 void shares_gather(const Comm& world, StepResult& r) {
-    const double mine[3] = {r.moving, r.waiting, r.optimizer};
-    std::vector<double> all(3 * world.size);
-    comm_gather(Cpu{}, world, all.data(), mine, 3);
+    const double mine[4] = {r.moving, r.waiting, r.optimizer, r.seconds};
+    std::vector<double> all(4 * world.size);
+    comm_gather(Cpu{}, world, all.data(), mine, 4);
     for (int rank = 0; rank < world.size; rank++) {
-        const double* x = &all[3 * rank];
+        const double* x = &all[4 * rank];
         if (rank == 0 || x[0] + x[1] > r.moving + r.waiting)
-            r.moving = x[0], r.waiting = x[1], r.optimizer = x[2], r.shares_of = rank;
+            r.moving = x[0], r.waiting = x[1], r.optimizer = x[2], r.seconds = x[3], r.shares_of = rank;
     }
 }
 

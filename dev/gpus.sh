@@ -3,5 +3,5 @@
 if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
     echo "$CUDA_VISIBLE_DEVICES" | tr , '\n' | grep -c .
 else
-    nvidia-smi -L 2> /dev/null | wc -l
+    nvidia-smi -L 2> /dev/null | grep -c '^GPU '
 fi

@@ -202,11 +202,12 @@ inline Placement ring_placement(const int32_t* doc /*(S)*/, size_t S, size_t siz
             if (a_balanced) return a.moved != b.moved ? a.moved < b.moved : largest(a) < largest(b);
             return largest(a) != largest(b) ? largest(a) < largest(b) : a.moved < b.moved;
         };
-        for (const Chunks& chunks : cuts)
-            for (RingStart start : {RingStart::zigzag, RingStart::runs, RingStart::longest_first}) {
-                Placement p = make_placement(chunks, size, start, percent);
-                if (best.chunk == 0 || better(p, best)) best = std::move(p);
-            }
+        std::vector<Placement> all(3 * cuts.size());
+#pragma omp parallel for schedule(dynamic, 1)
+        for (size_t i = all.size(); i > 0; i--) // what takes longest is begun first
+            all[i - 1] = make_placement(cuts[(i - 1) / 3], size, RingStart((i - 1) % 3), percent);
+        for (Placement& p : all)
+            if (best.chunk == 0 || better(p, best)) best = std::move(p);
         if (balanced(best.load, percent)) break;
     }
     return best;

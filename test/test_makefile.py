@@ -24,6 +24,8 @@ def codes(tmp_path, gpus, *args, **env):
 def test_without_a_gpu_there_is_code_for_a100_and_h100_and_ptx_for_later_ones(tmp_path):
     default = [("compute_80", "sm_80"), ("compute_90a", "sm_90a"), ("compute_80", "compute_80")]
     assert codes(tmp_path, "") == default
+    for message in ("NVIDIA-SMI has failed because it could not reach the driver.\\n", "No devices were found\\n"):
+        assert codes(tmp_path, message) == default
 
 
 def test_for_the_gpus_that_are_here_or_named_there_is_code_for_them_alone(tmp_path):
