@@ -1797,7 +1797,7 @@ template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setu
     }
     Loader loader, validation;
     loader_open(loader, o.train_data, pack_options(s, true));
-    const std::string data = corpus_fingerprint(loader.corpus);
+    const std::string data = s.world.rank == 0 && !o.out.empty() ? corpus_fingerprint(loader.corpus) : "";
     TrainState state;
     bool resumed = o.resume && resume(m, s, state);
     const std::string changes = resumed && s.world.rank == 0 ? log_changes(o, o.out, data) : "";

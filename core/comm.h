@@ -11,6 +11,8 @@
 // every rank gets the same bits in every run.
 #pragma once
 #include "types.h"
+#include <algorithm>
+#include <chrono>
 #include <initializer_list>
 #include <string>
 
@@ -19,6 +21,21 @@ struct Comm {
     int rank = 0, size = 1;
     int handle = 0;       // the backend's own
     double timeout = 300; // seconds; groups split from this one inherit it
+};
+
+// For a wait that has seen no progress for so long. The clock: seconds since the look before, 1 at most, for a job that
+// was stopped and continued has not waited.
+[[noreturn]] inline void comm_give_up(const std::string& operation, double timeout) {
+    fail("%s: no progress for %g s: another rank has died, hangs or is late; see its output (--timeout sets the limit)",
+         operation.c_str(), timeout);
+}
+struct WaitClock {
+    std::chrono::steady_clock::time_point last = std::chrono::steady_clock::now();
+    double passed() {
+        const auto before = last;
+        last = std::chrono::steady_clock::now();
+        return std::min(std::chrono::duration<double>(last - before).count(), 1.0);
+    }
 };
 
 // The world. Call first (again: the same world); its timeout holds for the start already. Fails when a launcher started

@@ -155,30 +155,24 @@ std::string missing(const Exchange& x) {
     return text.empty() ? "" : ", waiting for rank" + text;
 }
 
-// A gap between two looks counts 1 s at most: a job that was stopped and continued has not waited. Ending the process
-// is all the cleaning up: the driver ends what NCCL has on the GPU.
+// Ending the process is all the cleaning up: the driver ends what NCCL has on the GPU.
 void watch(CommGpu& c) {
     CUDA_CHECK(cudaSetDevice(c.device));
     uint64_t settled = 0;
-    double last = seconds_now(), stream_waited = 0;
-    auto give_up = [](const std::string& operation, double timeout) {
-        fail("%s: no progress for %g s: another rank has died, hangs or is late; see its output (--timeout sets the "
-             "limit)",
-             operation.c_str(), timeout);
-    };
+    double stream_waited = 0;
+    WaitClock clock;
     std::unique_lock<std::mutex> lock(c.mutex);
     while (!c.ends) {
         c.wake.wait_for(lock, std::chrono::milliseconds(10));
-        const double now = seconds_now(), passed = std::min(now - last, 1.0);
-        last = now;
+        const double passed = clock.passed();
         settle(c);
         const Exchange* front = c.waited.empty() ? nullptr : c.waited.front().get();
         const bool waits = front && settled == c.settled && is_done(front->before);
         stream_waited = waits ? stream_waited + passed : 0, settled = c.settled;
         if (waits && stream_waited > front->group->comm.timeout)
-            give_up(front->operation + missing(*front), front->group->comm.timeout);
+            comm_give_up(front->operation + missing(*front), front->group->comm.timeout);
         c.host_waited += passed;
-        if (c.host_call && c.host_waited > c.host_timeout) give_up(c.host_call, c.host_timeout);
+        if (c.host_call && c.host_waited > c.host_timeout) comm_give_up(c.host_call, c.host_timeout);
         for (const std::unique_ptr<Group>& g : c.groups)
             if (const std::string fault = g->nccl ? nccl_fault(g->nccl) : ""; !fault.empty())
                 fail("%s: NCCL: %s", front ? front->operation.c_str() : "between operations", fault.c_str());

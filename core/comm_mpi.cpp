@@ -64,25 +64,6 @@ void abort_all_ranks(int status) {
 
 const char* comm_backend() { return "MPI"; }
 
-// How long a wait has gone on. A gap between two looks counts 1 s at most: a job that was stopped and continued has not
-// waited. The clock is not MPI's, which some versions have only after the start.
-struct Waited {
-    std::chrono::steady_clock::time_point last = std::chrono::steady_clock::now();
-    double seconds = 0;
-
-    double look() {
-        const auto now = std::chrono::steady_clock::now();
-        seconds += std::min(std::chrono::duration<double>(now - last).count(), 1.0);
-        last = now;
-        return seconds;
-    }
-};
-
-[[noreturn]] static void give_up(const std::string& operation, double timeout) {
-    fail("%s: no progress for %g s: another rank has died, hangs or is late; see its output (--timeout sets the limit)",
-         operation.c_str(), timeout);
-}
-
 // A thread that ends all ranks when it lives longer than the timeout: it stands beside a call that blocks inside MPI.
 // Where MPI is not up there is no MPI_Abort: this process then ends alone, badly, and the launcher ends the others.
 // They end one after another: when several leave at once during their start, mpirun itself can crash or hang (Open MPI
@@ -92,11 +73,13 @@ static std::jthread guard(const char* operation, double timeout) {
         std::mutex mutex;
         std::condition_variable_any wake;
         std::unique_lock<std::mutex> lock(mutex);
-        for (Waited waited; !returned.stop_requested();) {
+        WaitClock clock;
+        for (double waited = 0; !returned.stop_requested();) {
             wake.wait_for(lock, returned, std::chrono::milliseconds(100), [] { return false; });
-            if (waited.look() < timeout || returned.stop_requested()) continue;
+            waited += clock.passed();
+            if (waited < timeout || returned.stop_requested()) continue;
             usleep(200000 * std::min(world_rank(), 5));
-            give_up(operation, timeout);
+            comm_give_up(operation, timeout);
         }
     });
 }
@@ -173,7 +156,8 @@ static std::string missing(const Transfer& t) {
 static void wait_all(Transfer& t) {
     std::vector<int> done(t.requests.size());
     std::vector<MPI_Status> status(t.requests.size());
-    Waited waited;
+    WaitClock clock;
+    double waited = 0;
     for (int idle = 0;; idle++) {
         int count = 0;
         int result = MPI_Testsome(int(t.requests.size()), t.requests.data(), &count, done.data(), status.data());
@@ -188,8 +172,10 @@ static void wait_all(Transfer& t) {
                 fail("%s: %d bytes came from rank %d of the group, %d were expected: the ranks disagree on a size",
                      t.operation.c_str(), bytes, status[i].MPI_SOURCE, t.expected[done[i]]);
         }
-        if (waited.look() > t.comm.timeout && count == 0) give_up(t.operation + missing(t), t.comm.timeout);
-        if (count > 0) idle = 0, waited.seconds = 0;
+        const double passed = clock.passed();
+        waited = count > 0 ? 0 : waited + passed;
+        if (count > 0) idle = 0;
+        if (waited > t.comm.timeout) comm_give_up(t.operation + missing(t), t.comm.timeout);
         constexpr timespec pause = {0, 50000};
         if (idle < 2000) sched_yield();
         else nanosleep(&pause, nullptr);

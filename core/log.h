@@ -35,10 +35,16 @@ inline std::string log_changes(const Options& options, const std::string& folder
     std::string start, line, changes;
     for (std::ifstream file(folder + "/log.jsonl"); std::getline(file, line);)
         if (line.compare(0, is_start.size(), is_start) == 0) start = line;
+    auto changed = [&](const char* name, const std::string& now, size_t& from) { // from: where the value of then begins
+        const std::string key = std::string(", \"") + name + "\": ";
+        const size_t at = start.find(key);
+        from = at + key.size();
+        return at != std::string::npos && start.compare(from, now.size(), now) != 0;
+    };
+    size_t from = 0;
     auto compare = [&](auto& value, const char* name, char, const char*, const char*) {
-        const std::string key = std::string(", \"") + name + "\": ", now = json_text(option_text(value));
-        const size_t at = start.find(key), from = at + key.size();
-        if (at == std::string::npos || !strcmp(name, "resume") || start.compare(from, now.size(), now) == 0) return;
+        const std::string now = json_text(option_text(value));
+        if (!strcmp(name, "resume") || !changed(name, now, from)) return;
         size_t end = from + 1; // of the text, whose own quotes stand behind a backslash
         while (end < start.size() && start[end] != '"') end += start[end] == '\\' ? 2 : 1;
         const std::string was = start.substr(from + 1, end - from - 1);
@@ -46,9 +52,7 @@ inline std::string log_changes(const Options& options, const std::string& folder
                    (now.size() > 2 ? now.substr(1, now.size() - 2) : "none");
     };
     options_visit(options, compare, [](const char*) {});
-    const std::string key = ", \"data\": ";
-    const size_t at = start.find(key);
-    if (at != std::string::npos && start.compare(at + key.size(), data.size() + 2, json_text(data)) != 0)
+    if (changed("data", json_text(data), from))
         changes += std::string(changes.empty() ? "" : ", ") + "the contents of the training data";
     return changes;
 }

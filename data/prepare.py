@@ -275,10 +275,10 @@ class Sources:
 
     def find(self, name, where):
         if name not in self.number:
-            if len(name.encode(errors="surrogatepass")) >= NAME_BYTES or "\0" in name:
-                raise Fault(f"{where}: the source name '{name[:80]}' is longer than {NAME_BYTES - 1} bytes")
             if any("\ud800" <= character <= "\udfff" for character in name):
                 raise Fault(f"{where}: half a surrogate pair in the source name {ascii(name)}")
+            if len(name.encode()) >= NAME_BYTES or "\0" in name:
+                raise Fault(f"{where}: the source name '{name[:80]}' is longer than {NAME_BYTES - 1} bytes")
             text = self.tags.get(name, self.tags.get("*", "")).replace("{source}", name)
             ids = self.tokenizer.encode([text])[0].tolist() if text else []
             if len(ids) > MAX_TAGS:

@@ -3,10 +3,10 @@
 # PEERS=1 the PyTorch peers in the same run, and our speed over theirs. `make bench` runs all parts and says how long each
 # took; PART="kernels matmul", PART=attention or PART=step runs some of them. FlexAttention's peers are a part of their own,
 # PART=flex, since it compiles for minutes: FLEX="16384:2048" some of its cases (tokens:mean length of the documents).
-# STEPS="4k 32k" some of the steps: 4k, 32k, 64k, 64k-4096, 64k-16384,
-# 64k-14 and 64k-18 (bytes a parameter), 64k-portable. PART=ring spreads a row over RANKS GPUs (all of this host), by each
-# exchange: LENGTHS="16384 65536 262144" tokens, MASKS="full 4096" (mean length of the documents), BACKENDS="ring allgather
-# ulysses"; beyond 65536 tokens a GPU with 8 of the 32 layers. Other options of the trainer for all steps: OPTIONS="...".
+# STEPS="4k 32k" some of the steps: 4k, 32k, 64k, 64k-4096, 64k-16384, 64k-14 and 64k-18 (bytes a parameter), 64k-portable.
+# PART=ring spreads a row over RANKS GPUs (all of this host), by each exchange: LENGTHS="16384 65536 262144" tokens,
+# MASKS="full 4096" (mean length of the documents), BACKENDS="ring allgather ulysses"; beyond 65536 tokens a GPU with 8 of
+# the 32 layers. Other options of the trainer for all steps: OPTIONS="...".
 # Peers' scripts: the folder PEER_SCRIPTS (attention_peers.py, peer_titan.py).
 cd "$(dirname "$0")/.."
 build=${BUILD:-build/cuda}

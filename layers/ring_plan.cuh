@@ -22,7 +22,7 @@ struct Placement {
 };
 
 constexpr size_t ring_chunks_per_rank[] = {2, 4, 8, 16};
-constexpr int64_t ring_imbalance_percent[] = {102, 105};
+constexpr int64_t ring_imbalance_percent[] = {102, 105}; // the first up to ring_hidden_ranks
 constexpr size_t ring_hidden_ranks = 32;
 
 // The length to which rows are padded: a multiple of ring * 16, so that every number of chunks can be had, but of less
@@ -195,7 +195,7 @@ inline Placement ring_placement(const int32_t* doc /*(S)*/, size_t S, size_t siz
     auto largest = [](const Placement& p) { return *std::max_element(p.load.begin(), p.load.end()); };
     Placement best;
     for (int64_t percent : ring_imbalance_percent) {
-        if (percent < 105 && size > ring_hidden_ranks) continue;
+        if (percent == ring_imbalance_percent[0] && size > ring_hidden_ranks) continue;
         auto better = [&](const Placement& a, const Placement& b) {
             const bool a_balanced = balanced(a.load, percent), b_balanced = balanced(b.load, percent);
             if (a_balanced != b_balanced) return a_balanced;

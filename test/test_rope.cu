@@ -315,19 +315,20 @@ void run_local(const RopeOptions& o, const std::vector<double>& bases) {
     fflush(stdout);
 }
 
-size_t tokens_of_text(const Study& s) {
-    Corpus corpus;
-    corpus_open(corpus, s.o.data, s.config.V);
-    return size_t(corpus.text);
-}
-
-// Sequences spread evenly over the data, and so are the first `swept`: one BOS, then `length` - 1 tokens of text.
-std::vector<std::vector<int32_t>> read_sequences(const Study& s, size_t count, size_t swept, size_t length) {
+// The data, for sequences of s.T tokens.
+Loader open_text(const Study& s) {
     PackOptions pack;
-    pack.attention = Attention::anchor, pack.S = length, pack.V = s.config.V;
+    pack.attention = Attention::anchor, pack.S = s.T, pack.V = s.config.V;
     pack.bos = s.config.bos >= 0 ? s.config.bos : s.config.eos;
     Loader loader;
     loader_open(loader, s.o.data, pack);
+    return loader;
+}
+
+// Sequences spread evenly over the data, and so are the first `swept`: one BOS, then `length` - 1 tokens of text.
+std::vector<std::vector<int32_t>> read_sequences(const Study& s, Loader& loader, size_t count, size_t swept,
+                                                 size_t length) {
+    loader.options.S = length;
     const size_t rows = size_t(loader.corpus.text) / (length - 1);
     if (rows == 0)
         fail("%s: %lld tokens do not fill one sequence of %zu: pass a smaller %s", s.o.data.c_str(),
@@ -398,12 +399,13 @@ bool read_study(Study& s) {
     s.T = o.length ? size_t(o.length) : std::min<size_t>(4096, context);
     if (s.T < 2) fail("option --length takes at least 2");
     s.layers = parse_layers(o.layers, s.config.L);
-    const Extent extent = choose_extent(o, s.gpu, s.wants("length"), s.T, context, tokens_of_text(s));
+    Loader loader = open_text(s);
+    const Extent extent = choose_extent(o, s.gpu, s.wants("length"), s.T, context, size_t(loader.corpus.text));
     if (!extent.said.empty() && extent.sequences) printf("%s\n", extent.said.c_str());
     s.lengths = extent.lengths;
     if (size_t(o.sink_key) >= s.T) fail("option --sink_key takes a key of the sequence, less than %zu", s.T);
     s.swept = o.sweep ? std::min(size_t(o.sweep), extent.sequences) : extent.sequences;
-    s.sequences = read_sequences(s, extent.sequences, s.swept, extent.longest);
+    s.sequences = read_sequences(s, loader, extent.sequences, s.swept, extent.longest);
     return true;
 }
 
