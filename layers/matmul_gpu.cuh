@@ -314,13 +314,20 @@ template <class E, int W> __global__ void __launch_bounds__(256)
     for (int j = 0; j < W; j++) partial[blockIdx.y * N + column + j] = sum[j];
 }
 
-// dbias (N) += the sum of the parts, in order: one thread a column.
-template <class G> __global__ void matmul_dbias_add_kernel(G* dbias, const float* partial, size_t parts, size_t N) {
-    const size_t n = blockIdx.x * size_t(256) + threadIdx.x;
-    if (n >= N) return;
+// dbias (N) += the sum of the parts (parts, N), always in the same order: a block has 32 columns, each of its 8 warps adds
+// every eighth part of them, and the first warp adds the eight sums.
+template <class G> __global__ void __launch_bounds__(256)
+    matmul_dbias_add_kernel(G* dbias, const float* partial, size_t parts, size_t N) {
+    __shared__ float sums[8][32];
+    const size_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, n = blockIdx.x * size_t(32) + lane;
+    const size_t end = n < N ? parts : 0;
     float sum = 0;
-#pragma unroll 16 // loads in flight: there are few threads
-    for (size_t part = 0; part < parts; part++) sum += partial[part * N + n];
+#pragma unroll 8 // loads in flight: a warp has few parts
+    for (size_t part = warp; part < end; part += 8) sum += partial[part * N + n];
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0 || n >= N) return;
+    for (int i = 1; i < 8; i++) sum += sums[i][lane];
     dbias[n] = G(float(dbias[n]) + sum);
 }
 
@@ -335,7 +342,7 @@ template <class E, class G> void matmul_backward_bias(Gpu gpu, G* dbias, const E
     auto kernel = width == 1 ? matmul_dbias_kernel<E, 1> : matmul_dbias_kernel<E, pack_width<E>>;
     kernel<<<dim3(unsigned(blocks), unsigned(parts)), 256, 0, gpu.stream>>>(partial, dout, T, N, rows);
     CUDA_CHECK(cudaGetLastError());
-    matmul_dbias_add_kernel<<<grid_blocks(gemm_pieces(N, 256)), 256, 0, gpu.stream>>>(dbias, partial, parts, N);
+    matmul_dbias_add_kernel<<<grid_blocks(gemm_pieces(N, 32)), 256, 0, gpu.stream>>>(dbias, partial, parts, N);
     CUDA_CHECK(cudaGetLastError());
 }
 
