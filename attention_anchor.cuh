@@ -62,7 +62,8 @@ inline int64_t visible_pairs(const int32_t* doc /*(S)*/, size_t S) { return S ==
 // count local tokens, of the query set or of the key set.
 struct KeyRange {
     int32_t begin, end;
-    bool masked; // some of its pairs are not visible: test each
+    bool masked;      // some of its pairs are not visible: test each
+    int32_t turn = 0; // in a map with turns: how many tiles before this one visit the same
 };
 struct QueryTile {
     int32_t row, begin, end;         // queries
@@ -78,6 +79,7 @@ struct TileMap {
     std::vector<TokenInterval> seen; // of every query (by keys: key), where it is one interval for all; else empty
     int64_t pairs = 0;               // visible pairs, the anchor's column excluded
     int32_t tile = 0;                // tokens of a tile, but for a row's last one
+    int32_t turns = 0;               // counters of turns, see tile_map_take_turns; 0: none
 };
 
 // A tile's documents, each with its smallest and largest index, decide exactly whether it sees another tile.
@@ -216,7 +218,7 @@ inline void tile_map_build(TileMap& map, const Tokens& q, const Tokens& k, int t
                            TileMapOptions options = {}) {
     REQUIRE(tile_q > 0 && tile_k > 0 && q.rows() == k.rows(), "pass the same rows of queries and keys");
     REQUIRE(tokens_in_order(q) && tokens_in_order(k), "order each row's tokens by index, documents from 0");
-    map.tiles.clear(), map.ranges.clear(), map.pairs = 0, map.tile = options.by_keys ? tile_k : tile_q;
+    map.tiles.clear(), map.ranges.clear(), map.pairs = 0, map.tile = options.by_keys ? tile_k : tile_q, map.turns = 0;
     map.seen = seen_intervals(q, k, options.by_keys);
     std::vector<int64_t> work;
     for (size_t row = 0; row < q.rows(); row++) {
@@ -249,12 +251,50 @@ inline void tile_map_build(TileMap& map, const Tokens& q, const Tokens& k, int t
     map.tiles = std::move(tiles);
 }
 
+// The counter of the visited tile, of a row, that begins there: each has its own.
+HOST_DEVICE constexpr int32_t turn_counter(int32_t begin, int32_t row, int32_t tile) { return begin / tile + row; }
+
+// Gives a map by keys turns: all that tiles of keys add to a tile of queries, `tile` of them, is added in the order in
+// which the map lists them. Who does the first steps of the list waits for nobody, so all get through, whatever the
+// order of a tile's own steps; that order is such that they wait little. A tile visits its ranges in the order of the
+// map, the queries of each from the last to the first: tiles of a document begin together with its last queries and
+// follow each other at the distance of a step. A tile in which a document ends and another begins visits its own
+// queries first: for the former document these are the last ones.
+inline void tile_map_take_turns(TileMap& map, const Tokens& q, const Tokens& k, int tile) {
+    std::vector<int32_t> visits(1);
+    std::vector<KeyRange> ranges, own;
+    for (QueryTile& t : map.tiles) {
+        const size_t first = ranges.size();
+        const bool several = k.doc[t.begin] != k.doc[t.end - 1];
+        own.clear();
+        for (int32_t r = t.last_range; r-- > t.first_range;) {
+            const KeyRange& range = map.ranges[r];
+            const int32_t steps = (range.end - range.begin + tile - 1) / tile;
+            for (int32_t step = steps; step-- > 0;) {
+                const int32_t begin = range.begin + step * tile, end = std::min(begin + tile, range.end);
+                const size_t counter = turn_counter(begin, t.row, tile);
+                if (counter >= visits.size()) visits.resize(counter + 1);
+                const int32_t turn = visits[counter]++;
+                std::vector<KeyRange>& to = several && q.index[begin] <= k.index[t.end - 1] ? own : ranges;
+                KeyRange* after = to.size() > (&to == &own ? 0 : first) ? &to.back() : nullptr;
+                const bool joins = after && after->begin == end && after->masked == range.masked && after->turn == turn;
+                if (joins) after->begin = begin;
+                else to.push_back({begin, end, range.masked, turn});
+            }
+        }
+        ranges.insert(ranges.begin() + first, own.begin(), own.end());
+        t.first_range = int32_t(first), t.last_range = int32_t(ranges.size());
+    }
+    map.ranges = std::move(ranges), map.turns = int32_t(visits.size());
+}
+
 // Tile sizes that a device's kernels want; backward_k = 0: there is no map by keys. Where a tile visits pairs_from
 // tokens or more in the mean, tiles of queries and, in the map by keys, of keys are twice as long, for a pair of blocks
-// that shares what it visits; 0: never.
+// that shares what it visits; 0: never. `turns`: the map by keys has turns, and no pairs.
 struct AttentionTiles {
     int forward_q, forward_k, backward_q, backward_k;
     int pairs_from = 0;
+    bool turns = false;
 };
 
 // The queries and keys of one portion, as a device wants them. A map is built on the host; a GPU gets a copy of it.
@@ -267,6 +307,7 @@ struct DeviceMap {
     int32_t count = 0;                   // of tiles
     int32_t tile = 0;                    // as in TileMap
     const TokenInterval* seen = nullptr; // likewise; null: by labels
+    int32_t turns = 0;                   // likewise
 };
 struct AttentionMap {
     TileMap forward, backward;           // tiles of queries, tiles of keys
@@ -289,6 +330,7 @@ inline void attention_map_build(AttentionMap& map, const Tokens& q, const Tokens
         tile_map_build(to, q, k, tile_q, tile_k, {by_keys, gpu});
         int64_t visits = 0;
         for (const KeyRange& r : to.ranges) visits += r.end - r.begin;
+        if (by_keys && tiles.turns) return tile_map_take_turns(to, q, k, tile_q);
         if (tiles.pairs_from == 0 || visits < tiles.pairs_from * int64_t(to.tiles.size())) return;
         tile_map_build(to, q, k, by_keys ? tile_q : 2 * tile_q, by_keys ? 2 * tile_k : tile_k, {by_keys, gpu});
     };
@@ -804,20 +846,18 @@ HOST_DEVICE constexpr size_t dq_place(size_t column) { return column / 8 * 8 + c
 #include "layers/attention_hopper.cuh"
 #include "layers/attention_mma.cuh"
 
-// Which kernels a type and a head size get on this GPU; maps must be built for these tiles. A backward with a fixed
-// order of additions is the portable one.
+// Which kernels a type and a head size get on this GPU; maps must be built for these tiles.
 inline bool attention_is_hopper(Gpu gpu, size_t D) {
     return gpu.context->compute == 90 && !gpu.context->portable_attention && attention_hopper_takes(D);
 }
 template <class E> DqOrder attention_dq_order(Gpu gpu, size_t D) {
-    const bool hopper = std::is_same_v<E, bf16> && attention_is_hopper(gpu, D) && !gpu.context->deterministic;
-    return hopper ? DqOrder::split : DqOrder::plain;
+    return std::is_same_v<E, bf16> && attention_is_hopper(gpu, D) ? DqOrder::split : DqOrder::plain;
 }
 template <class E> AttentionTiles attention_tiles(Gpu gpu, size_t D) {
     if (!std::is_same_v<E, bf16> || !attention_mma_takes(D)) return attention_simt_tiles();
     if (!attention_is_hopper(gpu, D)) return attention_mma_tiles(D);
     AttentionTiles tiles = attention_hopper_tiles(D);
-    if (gpu.context->deterministic) tiles.pairs_from = 0; // the portable kernels know no pairs
+    tiles.turns = gpu.context->deterministic;
     return tiles;
 }
 template <class E> void attention_forward_launch(Gpu gpu, const AttentionForward<E>& a) {

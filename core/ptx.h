@@ -100,6 +100,8 @@ template <int N> __device__ __forceinline__ void registers_take() {
 
 // Makes this thread's stores to shared memory visible to the copy engine and to wgmma (the "async proxy").
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same for the GPU's memory.
+__device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // A small copy of one thread, 4 or 8 bytes; without `valid` they become zero, and `from` is not read.
 template <class X> __device__ __forceinline__ void copy_async(X* to, const X* from, bool valid) {
@@ -149,6 +151,20 @@ __device__ __forceinline__ void tensor_add(const CUtensorMap* map, int x, int y,
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void bulk_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
+// Until they are done: this thread sees what they wrote.
+template <int N> __device__ __forceinline__ void bulk_wait() {
+    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// A counter in the GPU's memory. Who sees what a thread has added to it sees all that this thread saw before.
+__device__ __forceinline__ void counter_add(int* counter) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+}
+__device__ __forceinline__ void counter_wait(const int* counter, int least) {
+    int count;
+    do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
+    while (count < least);
 }
 
 // Four 8 x 8 matrices of bf16 from the registers of a warp; lane i gives the address of row i % 8 of matrix i / 8.

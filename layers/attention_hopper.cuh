@@ -30,9 +30,10 @@
 //   P(n+1) = exp(S(n+1))                                       dQ, dK; the other warpgroup's
 //   dQ(n-1) to shared memory
 //
-// dQ is sent, and added in memory, by the copy engine: the order of these additions is not fixed. LSE and delta are
-// subtracted by the products themselves, which read a quarter of what it takes to bring them to every thread: shared
-// memory is what the backward has least of.
+// dQ is sent, and added in memory, by the copy engine, in any order. Where the map has turns (tile_map_take_turns) two
+// more warps send it, which wait until all tiles before this one have added to the same queries, and then count it: the
+// order is fixed, and what waits is not a warp that computes. LSE and delta are subtracted by the products themselves,
+// which read a quarter of what it takes to bring them to every thread: shared memory is what the backward has least of.
 //
 // Where tiles visit much (pairs_from), blocks work in pairs: neighbouring tiles visit the same, and each block loads
 // half the columns of it for both. At full power what the L2 cache must bring is a part of the heat, which sets the
@@ -116,8 +117,9 @@ struct Schedule {
     int items, tiles, heads, together, at_end;
     int end_head, end_item; // the first of those at the end
     int group;              // query heads of a KV head
-    int workers;            // blocks, or pairs
+    int given;              // items with which blocks, or pairs, begin
     int* counter;
+    int* turns; // (query heads, the map's turns): how many tiles have added to the queries
 
     __device__ __forceinline__ int2 tile_and_head(int item) const {
         const bool end = item >= end_item;
@@ -126,7 +128,7 @@ struct Schedule {
         return {tile, (end ? end_head : turn << width) + (n & ((1 << width) - 1))};
     }
     __device__ __forceinline__ int next(int lane) const { // for a whole warp
-        return workers + __shfl_sync(~0u, lane == 0 ? atomicAdd(counter, 1) : 0, 0);
+        return given + __shfl_sync(~0u, lane == 0 ? atomicAdd(counter, 1) : 0, 0);
     }
 };
 
@@ -647,6 +649,7 @@ struct BackwardItem {
 struct BackwardStep {
     int32_t begin, head, queries; // first query, query head; as many of the tile's queries count (more: all)
     bool masked, last;
+    int32_t turn; // with turns
 };
 
 // A value for each query that a product adds to all its sums of that query: an operand by columns whose first three
@@ -680,8 +683,10 @@ template <int D> struct alignas(1024) BackwardShared {
     BackwardItem item;
     BackwardStep step[q_slots];
     int2 place[8]; // first query and head of the last steps, number n at n % 8
+    int2 turn[8];  // likewise, with turns: the turn, the row
     ptx::Barrier kv_full, kv_empty, q_full[q_slots], q_empty[q_slots], dout_full[2], dout_empty[2];
     ptx::Barrier posted[q_slots], ds_full[2];
+    ptx::Barrier placed[8], out_full[2], out_empty[2]; // with turns
     ItemSlots items;
 };
 
@@ -689,14 +694,17 @@ struct BackwardMaps {
     CUtensorMap q, k, v, dout, dq, dkv, dkv_out;
 };
 
-// The first loading warp: the item's keys and values, then queries and dO of all its steps, head by head of the group.
-template <int D, bool PAIR>
+// The first loading warp: the item's keys and values, then queries and dO of all its steps, head by head of the group;
+// with turns, each range from its end. An item waits for those before it, which must have begun: with turns all items
+// come from the counter, for a block may begin late, when its multiprocessor was busy with other work.
+template <int D, bool PAIR, bool TURNS>
 __device__ __forceinline__ void backward_load(const AttentionBackward<bf16>& a, const BackwardMaps& maps,
                                               BackwardShared<D>& s, const Schedule& schedule, int lane) {
     const Worker<PAIR> worker;
     Ring<BackwardShared<D>::q_slots> q;
     uint32_t number = 0, items = 0; // of the step; of the item
-    for (int item = worker.number();; item = next_item(worker, schedule, s.items, items++, lane)) {
+    int item = TURNS ? schedule.next(lane) : worker.number();
+    for (;; item = next_item(worker, schedule, s.items, items++, lane)) {
         ptx::barrier_wait(&s.kv_empty, (items & 1) ^ 1);
         if (item >= schedule.items) break;
         const auto [number_of_tile, kv_head] = schedule.tile_and_head(item);
@@ -715,11 +723,14 @@ __device__ __forceinline__ void backward_load(const AttentionBackward<bf16>& a, 
                 const KeyRange range = a.map.ranges[r];
                 const bool all_masked = range.masked || s.item.end - s.item.begin < backward_keys;
                 const bool last_range = r + 1 == tile.last_range && head + 1 == heads_end;
-                for (int begin = range.begin; begin < range.end; begin += backward_queries) {
+                int begin = TURNS ? range.end - 1 - (range.end - 1 - range.begin) % backward_queries : range.begin;
+                for (; TURNS ? begin >= range.begin : begin < range.end;
+                     begin += TURNS ? -backward_queries : backward_queries) {
                     const int next = begin + backward_queries;
                     ptx::barrier_wait(&s.q_empty[q.slot], q.phase ^ 1);
                     s.step[q.slot] = {begin, head, range.end - begin, all_masked || next > range.end,
-                                      last_range && next >= range.end};
+                                      last_range && (TURNS ? begin == range.begin : next >= range.end),
+                                      TURNS ? range.turn : 0};
                     ptx::barrier_arrive(&s.posted[q.slot]);
                     ptx::barrier_arrive_expect(&s.q_full[q.slot], sizeof s.q[0]);
                     worker.load(s.q[q.slot], maps.q, backward_queries, begin, head, &s.q_full[q.slot]);
@@ -742,15 +753,24 @@ __device__ __forceinline__ void backward_load(const AttentionBackward<bf16>& a, 
 
 // The second loading warp: LSE, delta and labels of the steps that the first one posts. A query that sees nothing has
 // LSE = -inf and no visible pair: any number does.
-template <int D>
+template <int D, bool TURNS>
 __device__ __forceinline__ void backward_load_rows(const AttentionBackward<bf16>& a, BackwardShared<D>& s, int lane) {
+    auto place = [&](uint32_t number, const BackwardStep& step) {
+        s.place[number % 8] = {step.begin, step.head};
+        if (!TURNS) return;
+        s.turn[number % 8] = {step.turn, s.item.row};
+        ptx::barrier_arrive(&s.placed[number % 8]);
+    };
     Ring<BackwardShared<D>::q_slots> q;
     for (uint32_t number = 0;; number++, q.next()) {
         const int dout = slot_of(number);
         ptx::barrier_wait(&s.posted[q.slot], q.phase);
         const BackwardStep step = s.step[q.slot];
-        if (step.head < 0) return;
-        if (lane == 0) s.place[number % 8] = {step.begin, step.head};
+        if (step.head < 0) {
+            if (lane < 2) place(number + lane, step); // for both of backward_add's warps
+            return;
+        }
+        if (lane == 0) place(number, step);
         if (step.masked && !a.map.seen)
             copy_row<backward_queries>(s.q_label[q.slot], (const Label*)a.q_label, step.begin, a.T, lane);
         ptx::barrier_arrive_copies(&s.q_full[q.slot]);
@@ -769,6 +789,33 @@ __device__ __forceinline__ void backward_load_rows(const AttentionBackward<bf16>
         s.dp_offset[dout].set(lane, -delta[0], -delta[1]);
         ptx::fence_async();
         ptx::barrier_arrive(&s.dout_full[dout]);
+    }
+}
+
+// With turns, the other two loading warps, one for the even steps, one for the odd ones: dQ of a step is added when all
+// tiles before this one have added to its queries, and the next tile may when memory has it. `number`: of the first step.
+template <int D> __device__ __forceinline__ void backward_add(const AttentionBackward<bf16>& a, const BackwardMaps& maps,
+                                                              BackwardShared<D>& s, const Schedule& schedule,
+                                                              uint32_t number, int lane) {
+    for (;; number += 2) {
+        ptx::barrier_wait(&s.placed[number % 8], number / 8 & 1);
+        const int2 place = s.place[number % 8], turn = s.turn[number % 8];
+        if (place.y < 0) return;
+        int* counter = schedule.turns + place.y * a.map.turns + turn_counter(place.x, turn.y, backward_queries);
+        if (lane == 0) ptx::counter_wait(counter, turn.x);
+        __syncwarp();
+        ptx::fence_async_global();
+        ptx::barrier_wait(&s.out_full[slot_of(number)], phase_of(number));
+        if (lane < 8) { // a part for each computing warp
+            ptx::tensor_add(&maps.dq, 0, place.x + 16 * (lane % 4), lane / 4 * (D / 64), place.y, s.out[lane]);
+            ptx::bulk_commit();
+            ptx::bulk_wait_read<0>();
+        }
+        __syncwarp();
+        if (lane == 0) ptx::barrier_arrive(&s.out_empty[slot_of(number)]);
+        if (lane < 8) ptx::bulk_wait<0>();
+        __syncwarp();
+        if (lane == 0) ptx::counter_add(counter);
     }
 }
 
@@ -803,7 +850,7 @@ __device__ __forceinline__ void backward_mask(float (&p)[backward_queries / 2], 
 }
 
 // A warpgroup's place in the rings, and what it carries from step to step.
-template <int D, bool PAIR> struct BackwardGroup {
+template <int D, bool PAIR, bool TURNS> struct BackwardGroup {
     static constexpr int dq_columns = D / 2; // of dQ, which the two warpgroups share out by columns
     const AttentionBackward<bf16>& a;
     const BackwardMaps& maps;
@@ -828,6 +875,13 @@ template <int D, bool PAIR> struct BackwardGroup {
     // The named barrier at which a warpgroup waits to overwrite a buffer of dS: the other one is done with it.
     static __device__ __forceinline__ int ds_free(int slot, int group) { return 1 + 2 * slot + group; }
 
+    // Waits until what stands in the warp's part of `out`, at last dQ of the step before `number`, is on its way.
+    __device__ __forceinline__ void wait_out(uint32_t number) {
+        if (TURNS) ptx::barrier_wait(&s.out_empty[slot_of(number - 1)], phase_of(number - 1));
+        if (at.lane == 0) ptx::bulk_wait_read<0>();
+        __syncwarp();
+    }
+
     // A warp's 16 rows of C columns, from fragments, to its place in shared memory, and from there, after a fence,
     // added to memory by the copy engine; token, part and head as in head_map. Rows g and g + 1 would write to the same
     // banks, so odd rows write their columns in another order.
@@ -836,8 +890,7 @@ template <int D, bool PAIR> struct BackwardGroup {
         const uint32_t to =
             (ptx::address(s.out[4 * at.group + at.warp]) + at.g * 128 + ((at.t / 2 ^ at.g) << 4) + at.t % 2 * 8) ^
             (odd ? 64 : 0);
-        if (at.lane == 0) ptx::bulk_wait_read<0>();
-        __syncwarp();
+        wait_out(number);
 #pragma unroll
         for (int j = 0; j < C / 8; j++) // blocks j and j + 2 of every four
             if (j % 4 < 2)
@@ -851,11 +904,10 @@ template <int D, bool PAIR> struct BackwardGroup {
     }
     // The same for dQ, in the order of DqOrder::split: the four lanes of a row have the even columns of eight in one
     // register and the odd ones in the next, 16 bytes each.
-    template <int C> __device__ __forceinline__ void write_split(const float (&x)[C / 2]) {
+    template <int C> __device__ __forceinline__ void write_split(const float (&x)[C / 2], uint32_t of) {
         const int row = at.lane % 8, odd = at.lane / 8 % 2, half = at.lane / 16; // of the address that the lane gives
         const uint32_t to = ptx::address(s.out[4 * at.group + at.warp]) + half * 1024 + row * 128 + ((odd ^ row) << 4);
-        if (at.lane == 0) ptx::bulk_wait_read<0>();
-        __syncwarp();
+        wait_out(of);
 #pragma unroll
         for (int j = 0; j < C / 8; j++)
             ptx::store_matrices((to ^ j % 4 * 32) + j / 4 * 2048, __float_as_uint(x[4 * j]),
@@ -910,14 +962,16 @@ template <int D, bool PAIR> struct BackwardGroup {
         ptx::settle(dq);
         if (int32_t(of - first) < 0) return;
         ptx::named_arrive(ds_free(slot_of(of), at.group ^ 1), 256);
-        write_split<dq_columns>(dq);
+        write_split<dq_columns>(dq, of);
     }
     __device__ __forceinline__ void send_dq(uint32_t of) {
         if (int32_t(of - first) < 0) return;
         const int2 place = s.place[of % 8];
         ptx::fence_async();
         __syncwarp();
-        if (at.lane == 0) send_rows(maps.dq, place.x + 16 * at.warp, at.group * (D / 64), place.y);
+        if (at.lane != 0) return;
+        if (TURNS) ptx::barrier_arrive(&s.out_full[slot_of(of)]);
+        else send_rows(maps.dq, place.x + 16 * at.warp, at.group * (D / 64), place.y);
     }
 
     // Waits for the queries of the step, and looks at what it is before it is needed.
@@ -1030,8 +1084,7 @@ template <int D, bool PAIR> struct BackwardGroup {
     __device__ __forceinline__ void store_gradient(const float (&x)[D / 2], int token, int rows, int head) {
         float* out = s.out[4 * at.group + at.warp];
         if (rows >= 16) {
-            if (at.lane == 0) ptx::bulk_wait_read<0>();
-            __syncwarp();
+            wait_out(number);
             store_rows<D>(ptx::address(out), 16, 0, x, at.lane);
             ptx::fence_async();
             __syncwarp();
@@ -1098,9 +1151,10 @@ template <int D, bool PAIR> struct BackwardGroup {
 };
 
 // A warpgroup of keys.
-template <int D, bool PAIR> __device__ __forceinline__ void
-backward_compute(const AttentionBackward<bf16>& a, const BackwardMaps& maps, BackwardShared<D>& s, int group) {
-    BackwardGroup<D, PAIR> w(a, maps, s, group);
+template <int D, bool PAIR, bool TURNS>
+__device__ __forceinline__ void backward_compute(const AttentionBackward<bf16>& a, const BackwardMaps& maps,
+                                                 BackwardShared<D>& s, int group) {
+    BackwardGroup<D, PAIR, TURNS> w(a, maps, s, group);
     for (int slot = 0; slot < 2; slot++) ptx::named_arrive(w.ds_free(slot, group ^ 1), 256);
     for (uint32_t phase = 0;; phase ^= 1) {
         ptx::barrier_wait(&s.kv_full, phase);
@@ -1128,7 +1182,7 @@ backward_compute(const AttentionBackward<bf16>& a, const BackwardMaps& maps, Bac
 // at 128 bytes a cycle (measured: 3360), in which its 10 D FLOP a pair keep the tensor cores busy for 2560, and LSE and
 // delta for 128 more; and by power. On an H200: 585 to 596 TFLOP/s at 16384 causal tokens, D = 128, with the passes
 // before and after, 59 to 60% of the peak, and 618 to 630 at 65536 (3c23a96).
-template <int D, bool PAIR> __global__ void __launch_bounds__(block_threads, 1)
+template <int D, bool PAIR, bool TURNS> __global__ void __launch_bounds__(block_threads, 1)
     attention_hopper_backward_kernel(const __grid_constant__ AttentionBackward<bf16> a,
                                      const __grid_constant__ BackwardMaps maps,
                                      const __grid_constant__ Schedule schedule) {
@@ -1143,8 +1197,10 @@ template <int D, bool PAIR> __global__ void __launch_bounds__(block_threads, 1)
                 ptx::barrier_init(&s.q_empty[i], Worker<PAIR>::releases);
         for (int i = 0; i < 2; i++) {
             ptx::barrier_init(&s.dout_full[i], filling), ptx::barrier_init(&s.ds_full[i], 8);
+            ptx::barrier_init(&s.out_full[i], 8), ptx::barrier_init(&s.out_empty[i], 1);
             ptx::barrier_init(&s.dout_empty[i], Worker<PAIR>::releases);
         }
+        for (ptx::Barrier& placed : s.placed) ptx::barrier_init(&placed, 1);
         s.items.init();
         ptx::barrier_init_fence();
     }
@@ -1156,11 +1212,12 @@ template <int D, bool PAIR> __global__ void __launch_bounds__(block_threads, 1)
     block_sync<PAIR>();
     if (group == 0) {
         ptx::registers_give<24>();
-        if (threadIdx.x < 32) backward_load<D, PAIR>(a, maps, s, schedule, threadIdx.x);
-        else if (threadIdx.x < 64) backward_load_rows<D>(a, s, threadIdx.x - 32);
+        if (threadIdx.x < 32) backward_load<D, PAIR, TURNS>(a, maps, s, schedule, threadIdx.x);
+        else if (threadIdx.x < 64) backward_load_rows<D, TURNS>(a, s, threadIdx.x - 32);
+        else if (TURNS) backward_add<D>(a, maps, s, schedule, threadIdx.x / 32 - 2, threadIdx.x % 32);
     } else {
         ptx::registers_take<240>();
-        backward_compute<D, PAIR>(a, maps, s, group - 1);
+        backward_compute<D, PAIR, TURNS>(a, maps, s, group - 1);
     }
     if (PAIR) ptx::cluster_sync();
 #else
@@ -1177,26 +1234,33 @@ inline CUtensorMap head_map(const void* base, bool fp32, size_t stride, size_t T
         fp32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base,
         {{width, T, D / width, heads}, {stride * bytes, 128, D * bytes}, {uint32_t(width), rows, parts, 1}});
 }
-// As many heads together as have their rows, of `bytes` a head, in half of the L2 cache.
-inline Schedule schedule_of(Gpu gpu, int tiles, int heads, int group, size_t bytes) {
+// As many heads together as have their rows, of `bytes` a head, in half of the L2 cache. With turns, `turns` counters of
+// all heads, 4 or more together: tiles of a head follow each other at the distance of a step or two, so that many of one
+// head would wait at its beginning, and few rows are in use at a time.
+inline Schedule schedule_of(Gpu gpu, int tiles, int heads, int group, size_t bytes, size_t turns = 0) {
+    auto fits = [&](int n) { return (bytes << n) <= gpu.context->l2_bytes / 2 || (turns > 0 && n <= 2); };
     int together = 0;
-    while (heads % (2 << together) == 0 && (bytes << together) * 2 <= gpu.context->l2_bytes / 2) together++;
-    CUDA_CHECK(cudaMemsetAsync(gpu.context->scratch, 0, sizeof(int), gpu.stream));
-    return {tiles * heads, tiles, heads, together, together, 0, 0, group, 0, (int*)gpu.context->scratch};
+    while (heads % (2 << together) == 0 && fits(together + 1)) together++;
+    const size_t counters = 32 + turns; // the schedule's has a line of the cache for itself
+    REQUIRE(counters * sizeof(int) <= GpuContext::scratch_bytes, "so many queries need a larger scratch");
+    int* counter = (int*)gpu.context->scratch;
+    CUDA_CHECK(cudaMemsetAsync(counter, 0, counters * sizeof(int), gpu.stream));
+    return {tiles * heads, tiles, heads, together, together, 0, 0, group, 0, counter, counter + 32};
 }
 
-template <bool PAIR, class Kernel, class Arguments, class Maps>
-void launch(Gpu gpu, Kernel kernel, size_t shared, const Arguments& a, const Maps& maps, Schedule schedule) {
+template <bool PAIR, class Kernel, class Arguments, class Maps> void
+launch(Gpu gpu, Kernel kernel, size_t shared, const Arguments& a, const Maps& maps, Schedule schedule, bool turns) {
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-    schedule.workers = std::min(gpu.context->sms / (PAIR ? 2 : 1), schedule.items);
+    const int workers = std::min(gpu.context->sms / (PAIR ? 2 : 1), schedule.items); // blocks, or pairs
     constexpr int each = 3; // items of a worker at the end, where a longest one lasts as long as two
-    while (2 << schedule.at_end <= schedule.heads && schedule.tiles << schedule.at_end < each * schedule.workers)
+    while (2 << schedule.at_end <= schedule.heads && schedule.tiles << schedule.at_end < each * workers)
         schedule.at_end++;
     schedule.end_head = schedule.heads - (1 << schedule.at_end), schedule.end_item = schedule.end_head * schedule.tiles;
+    schedule.given = turns ? 0 : workers;
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension, cluster.val.clusterDim = {PAIR ? 2u : 1u, 1, 1};
     cudaLaunchConfig_t config{};
-    config.gridDim = schedule.workers * (PAIR ? 2 : 1), config.blockDim = block_threads;
+    config.gridDim = workers * (PAIR ? 2 : 1), config.blockDim = block_threads;
     config.dynamicSmemBytes = shared, config.stream = gpu.stream, config.attrs = &cluster, config.numAttrs = 1;
     CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a, maps, schedule));
 }
@@ -1211,10 +1275,10 @@ template <int D, bool PAIR> void forward_launch(Gpu gpu, const AttentionForward<
     maps.v = head_map(a.Tk > 0 ? a.kv + size_t(a.K) * D : a.q, false, kv_stride, Tk, a.K, D, forward_keys, parts);
     maps.out = head_map(a.last ? a.out : a.q, false, a.last ? size_t(a.H) * D : a.q_stride, a.T, a.H, D, 16, 1);
     const Schedule schedule = schedule_of(gpu, a.map.count, a.H, a.H / a.K, Tk * 2 * D * sizeof(bf16) / (a.H / a.K));
-    launch<PAIR>(gpu, attention_hopper_forward_kernel<D, PAIR>, sizeof(ForwardShared<D>), a, maps, schedule);
+    launch<PAIR>(gpu, attention_hopper_forward_kernel<D, PAIR>, sizeof(ForwardShared<D>), a, maps, schedule, false);
 }
 
-template <int D, bool PAIR> void backward_launch(Gpu gpu, const AttentionBackward<bf16>& a) {
+template <int D, bool PAIR, bool TURNS> void backward_launch(Gpu gpu, const AttentionBackward<bf16>& a) {
     const bool queries = a.T > 0; // maps of no queries are never used, but must be some
     const size_t T = queries ? a.T : a.Tk, H = queries ? a.H : a.K, q_stride = queries ? a.q_stride : a.kv_stride;
     const bf16* q = queries ? a.q : a.kv;
@@ -1229,8 +1293,9 @@ template <int D, bool PAIR> void backward_launch(Gpu gpu, const AttentionBackwar
     else maps.dkv = head_map(a.dkv, true, size_t(2) * a.K * D, a.Tk, 2 * a.K, D, 16, 2);
     const int group = a.H / a.K;
     const size_t bytes = size_t(a.T) * group * D * (2 * sizeof(bf16) + sizeof(float));
-    const Schedule schedule = schedule_of(gpu, a.map.count, a.K, group, bytes);
-    launch<PAIR>(gpu, attention_hopper_backward_kernel<D, PAIR>, sizeof(BackwardShared<D>), a, maps, schedule);
+    const Schedule schedule = schedule_of(gpu, a.map.count, a.K, group, bytes, TURNS ? size_t(a.H) * a.map.turns : 0);
+    launch<PAIR>(gpu, attention_hopper_backward_kernel<D, PAIR, TURNS>, sizeof(BackwardShared<D>), a, maps, schedule,
+                 TURNS);
 }
 
 } // namespace hopper
@@ -1263,13 +1328,17 @@ inline void attention_hopper_forward(Gpu gpu, const AttentionForward<bf16>& a) {
 }
 
 // See AttentionBackward; dq, in the order of DqOrder::split, delta and danchor come from attention_backward_begin. The
-// order of the additions to dq is not fixed.
+// order of the additions to dq is fixed where the map has turns.
 inline void attention_hopper_backward(Gpu gpu, const AttentionBackward<bf16>& a) {
     attention_hopper_require(gpu, a, hopper::backward_keys);
     REQUIRE(!a.dkv_out || a.dkv_out_stride % 8 == 0, "tokens must be a multiple of 16 bytes apart");
     if (a.map.count == 0) return;
-    if (a.D == 64) hopper::backward_launch<64, false>(gpu, a);
-    else if (a.map.tile == hopper::backward_keys) hopper::backward_launch<128, false>(gpu, a);
-    else hopper::backward_launch<128, true>(gpu, a);
+    const bool alone = a.map.tile == hopper::backward_keys, turns = a.map.turns > 0;
+    REQUIRE(alone || !turns, "a map with turns has no pairs");
+    if (a.D == 64 && turns) hopper::backward_launch<64, false, true>(gpu, a);
+    else if (a.D == 64) hopper::backward_launch<64, false, false>(gpu, a);
+    else if (turns) hopper::backward_launch<128, false, true>(gpu, a);
+    else if (alone) hopper::backward_launch<128, false, false>(gpu, a);
+    else hopper::backward_launch<128, true, false>(gpu, a);
 }
 #endif

@@ -422,7 +422,7 @@ struct RingUpload {
     }
     DeviceMap put(const TileMap& map) {
         return {put(map.tiles), put(map.ranges), int32_t(map.tiles.size()), map.tile,
-                map.seen.empty() ? nullptr : put(map.seen)};
+                map.seen.empty() ? nullptr : put(map.seen), map.turns};
     }
 };
 

@@ -69,11 +69,11 @@ struct MapOnGpu {
           backward_ranges(map.backward.ranges), forward_seen(map.forward.seen), backward_seen(map.backward.seen) {}
     DeviceMap forward() const {
         return {forward_tiles.data, forward_ranges.data, int(map.forward.tiles.size()), map.forward.tile,
-                map.forward.seen.empty() ? nullptr : forward_seen.data};
+                map.forward.seen.empty() ? nullptr : forward_seen.data, map.forward.turns};
     }
     DeviceMap backward() const {
         return {backward_tiles.data, backward_ranges.data, int(map.backward.tiles.size()), map.backward.tile,
-                map.backward.seen.empty() ? nullptr : backward_seen.data};
+                map.backward.seen.empty() ? nullptr : backward_seen.data, map.backward.turns};
     }
 };
 

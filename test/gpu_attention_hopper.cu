@@ -26,8 +26,9 @@ template <class E> struct Parts {
     }
 };
 
-// Each with a tile of its own, in pairs wherever a tile visits one of the others in the mean, or as the trainer has it.
-enum class Blocks { alone, pairs, chosen };
+// Each with a tile of its own, in pairs wherever a tile visits one of the others in the mean, as the trainer has it, or as
+// it has it with dQ in a fixed order.
+enum class Blocks { alone, pairs, chosen, turns };
 
 // The problem's buffers on the GPU, its keys in portions: portion[i] is the call in which token i is a key. In one
 // portion keys and values stand inside qkv and their gradients inside dqkv; in several they are packed, and summed.
@@ -49,7 +50,8 @@ struct OnGpu {
           out(dout.count), dqkv(qkv.count), lse(z.H * T), delta(z.H * T), state(dout.count), dq(dout.count),
           danchor(t.rows() * z.kv()), k0(anchored(t) ? anchor.data() : nullptr), from(portions) {
         AttentionTiles tiles = attention_hopper_tiles(z.D);
-        if (blocks != Blocks::chosen) tiles.pairs_from = blocks == Blocks::alone ? 0 : 1;
+        if (blocks == Blocks::alone || blocks == Blocks::pairs) tiles.pairs_from = blocks == Blocks::alone ? 0 : 1;
+        tiles.turns = blocks == Blocks::turns;
         for (size_t p = 0; p < portions; p++) {
             const Tokens keys = subset(
                 t, [&](size_t i) { return portion[i] == p; }, &from[p]);
@@ -163,6 +165,7 @@ void check(Mode mode, size_t B, size_t S, Sizes z, uint64_t seed, size_t portion
     const Parts<bf16> yardstick = p.yardstick();
     const Parts<double> truth = p.truth();
     check_result(p.result(portions, seed + 3, Blocks::alone), yardstick, truth, z.D);
+    check_result(p.result(portions, seed + 3, Blocks::turns), yardstick, truth, z.D);
     if (z.D == 128) check_result(p.result(portions, seed + 3, Blocks::pairs), yardstick, truth, z.D);
 }
 
@@ -226,14 +229,20 @@ TEST_CASE("Hopper attention is what the trainer takes, unless told otherwise") {
     gpu.context->portable_attention = true;
     CHECK(attention_tiles<bf16>(gpu, 128).forward_k == portable.forward_k);
     gpu.context->portable_attention = false;
-    // The backward in a fixed order is the portable one, over the same map.
-    CHECK(hopper.backward_q == portable.backward_q);
-    CHECK(hopper.backward_k == portable.backward_k);
+    CHECK(!attention_tiles<bf16>(gpu, 128).turns);
+    gpu.context->deterministic = true;
+    CHECK(attention_tiles<bf16>(gpu, 128).turns);
+    CHECK(attention_dq_order<bf16>(gpu, 128) == DqOrder::split);
+    gpu.context->deterministic = false;
 }
 
 TEST_CASE("Hopper attention: queries that see nothing give zeros, not NaN (small)") {
     if (!here()) return;
-    for (size_t D : {128, 64}) check_blind_queries(300, D);
+    for (bool deterministic : {false, true}) {
+        the_gpu().context->deterministic = deterministic;
+        for (size_t D : {128, 64}) check_blind_queries(300, D);
+    }
+    the_gpu().context->deterministic = false;
 }
 
 TEST_CASE("Hopper attention: large scores neither overflow nor lose the softmax (small)") {
@@ -277,6 +286,24 @@ TEST_CASE("Hopper attention: the same bits in every run, but for dQ") {
         CHECK(same_bits(a.dk, b.dk));
         CHECK(same_bits(a.dv, b.dv));
     }
+}
+
+// Enough tiles for several rounds of all multiprocessors, whose order differs from run to run.
+TEST_CASE("Hopper attention: with turns dQ has the same bits in every run") {
+    if (!here()) return;
+    for (Mode mode : {Mode::full, Mode::anchor, Mode::interleaved})
+        for (size_t D : {128, 64}) {
+            CAPTURE(int(mode));
+            const size_t portions = mode == Mode::anchor ? 3 : 1;
+            const Problem p(make_tokens(mode, 2, 4000, 62), {8, 4, D}, 62);
+            const Parts<bf16> first = p.result(portions, 5, Blocks::turns);
+            for (int run = 0; run < 3; run++) {
+                const Parts<bf16> again = p.result(portions, 5, Blocks::turns);
+                CHECK(same_bits(first.dq, again.dq));
+                CHECK(same_bits(first.dk, again.dk));
+                CHECK(same_bits(first.dv, again.dv));
+            }
+        }
 }
 
 namespace {

@@ -20,7 +20,7 @@ wanted() { # whether the part is; else it counts as skipped
 
 if wanted kernels; then
     start=$SECONDS
-    "$test" --no-colors > $log 2>&1
+    "$test" --no-colors --duration > $log 2>&1
     count "$test" $? $start
 fi
 
