@@ -60,7 +60,7 @@ inline const Ceilings known_ceilings[] = {{
       {{837, 416e12}, {2048, 548e12}, {2587, 520e12}, {4096, 616e12}, {6048, 568e12}, {8192, 585e12}, {16384, 613e12},
        {32768, 620e12}}},
      {false, false, 64, {{8192, 469e12}}, {{8192, 469e12}}}, // the same, 16K causal, D = 64
-     // `--deterministic`, "with turns", commit a3d03d7; the forward is that of above
+     // `--deterministic`, "with turns": 4 heads, commit a3d03d7; the forward is that of above
      {false, true, 128,
       {{837, 501e12}, {2048, 631e12}, {2587, 651e12}, {4096, 700e12}, {6048, 622e12}, {8192, 738e12}, {16384, 668e12},
        {32768, 680e12}},

@@ -49,8 +49,12 @@ struct Arrays {
         return to;
     }
     DeviceMap upload(const TileMap& map) {
-        return {upload(map.tiles), upload(map.ranges), int32_t(map.tiles.size()), map.tile,
-                map.seen.empty() ? nullptr : upload(map.seen), map.turns};
+        return {upload(map.tiles),
+                upload(map.ranges),
+                int32_t(map.tiles.size()),
+                map.tile,
+                map.seen.empty() ? nullptr : upload(map.seen),
+                map.turns};
     }
     ~Arrays() {
         for (void* x : all) CUDA_CHECK(cudaFree(x));

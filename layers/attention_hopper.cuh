@@ -728,7 +728,10 @@ __device__ __forceinline__ void backward_load(const AttentionBackward<bf16>& a, 
                      begin += TURNS ? -backward_queries : backward_queries) {
                     const int next = begin + backward_queries;
                     ptx::barrier_wait(&s.q_empty[q.slot], q.phase ^ 1);
-                    s.step[q.slot] = {begin, head, range.end - begin, all_masked || next > range.end,
+                    s.step[q.slot] = {begin,
+                                      head,
+                                      range.end - begin,
+                                      all_masked || next > range.end,
                                       last_range && (TURNS ? begin == range.begin : next >= range.end),
                                       TURNS ? range.turn : 0};
                     ptx::barrier_arrive(&s.posted[q.slot]);
@@ -793,10 +796,10 @@ __device__ __forceinline__ void backward_load_rows(const AttentionBackward<bf16>
 }
 
 // With turns, the other two loading warps, one for the even steps, one for the odd ones: dQ of a step is added when all
-// tiles before this one have added to its queries, and the next tile may when memory has it. `number`: of the first step.
-template <int D> __device__ __forceinline__ void backward_add(const AttentionBackward<bf16>& a, const BackwardMaps& maps,
-                                                              BackwardShared<D>& s, const Schedule& schedule,
-                                                              uint32_t number, int lane) {
+// tiles before this one have added to its queries, and the next tile may when memory has it. `number`: of the first.
+template <int D> __device__ __forceinline__ void backward_add(const AttentionBackward<bf16>& a,
+                                                              const BackwardMaps& maps, BackwardShared<D>& s,
+                                                              const Schedule& schedule, uint32_t number, int lane) {
     for (;; number += 2) {
         ptx::barrier_wait(&s.placed[number % 8], number / 8 & 1);
         const int2 place = s.place[number % 8], turn = s.turn[number % 8];
@@ -1151,9 +1154,8 @@ template <int D, bool PAIR, bool TURNS> struct BackwardGroup {
 };
 
 // A warpgroup of keys.
-template <int D, bool PAIR, bool TURNS>
-__device__ __forceinline__ void backward_compute(const AttentionBackward<bf16>& a, const BackwardMaps& maps,
-                                                 BackwardShared<D>& s, int group) {
+template <int D, bool PAIR, bool TURNS> __device__ __forceinline__ void
+backward_compute(const AttentionBackward<bf16>& a, const BackwardMaps& maps, BackwardShared<D>& s, int group) {
     BackwardGroup<D, PAIR, TURNS> w(a, maps, s, group);
     for (int slot = 0; slot < 2; slot++) ptx::named_arrive(w.ds_free(slot, group ^ 1), 256);
     for (uint32_t phase = 0;; phase ^= 1) {
@@ -1234,9 +1236,9 @@ inline CUtensorMap head_map(const void* base, bool fp32, size_t stride, size_t T
         fp32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base,
         {{width, T, D / width, heads}, {stride * bytes, 128, D * bytes}, {uint32_t(width), rows, parts, 1}});
 }
-// As many heads together as have their rows, of `bytes` a head, in half of the L2 cache. With turns, `turns` counters of
-// all heads, 4 or more together: tiles of a head follow each other at the distance of a step or two, so that many of one
-// head would wait at its beginning, and few rows are in use at a time.
+// As many heads together as have their rows, of `bytes` a head, in half of the L2 cache. With turns, `turns` counters
+// of all heads, 4 or more together: tiles of a head follow each other at the distance of a step or two, so that many of
+// one head would wait at its beginning, and few rows are in use at a time.
 inline Schedule schedule_of(Gpu gpu, int tiles, int heads, int group, size_t bytes, size_t turns = 0) {
     auto fits = [&](int n) { return (bytes << n) <= gpu.context->l2_bytes / 2 || (turns > 0 && n <= 2); };
     int together = 0;

@@ -193,8 +193,7 @@ __global__ void attention_begin_sum_kernel(float* danchor, const float* partial,
         const int head = i % width / D * group, d = i % D;
         const float* from = partial + size_t(blockIdx.y) * parts * 2 * H * D + (i / width * H + head) * size_t(D) + d;
 #pragma unroll 8 // loads in flight: there are few threads
-        for (int n = threadIdx.y; n < parts * group; n += 8)
-            sum += from[size_t(n / group) * 2 * H * D + n % group * D];
+        for (int n = threadIdx.y; n < parts * group; n += 8) sum += from[size_t(n / group) * 2 * H * D + n % group * D];
     }
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();

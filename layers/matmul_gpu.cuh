@@ -314,8 +314,8 @@ template <class E, int W> __global__ void __launch_bounds__(256)
     for (int j = 0; j < W; j++) partial[blockIdx.y * N + column + j] = sum[j];
 }
 
-// dbias (N) += the sum of the parts (parts, N), always in the same order: a block has 32 columns, each of its 8 warps adds
-// every eighth part of them, and the first warp adds the eight sums.
+// dbias (N) += the sum of the parts (parts, N), always in the same order: a block has 32 columns, each of its 8 warps
+// adds every eighth part of them, and the first warp adds the eight sums.
 template <class G> __global__ void __launch_bounds__(256)
     matmul_dbias_add_kernel(G* dbias, const float* partial, size_t parts, size_t N) {
     __shared__ float sums[8][32];

@@ -68,12 +68,20 @@ struct MapOnGpu {
           forward_tiles(map.forward.tiles), backward_tiles(map.backward.tiles), forward_ranges(map.forward.ranges),
           backward_ranges(map.backward.ranges), forward_seen(map.forward.seen), backward_seen(map.backward.seen) {}
     DeviceMap forward() const {
-        return {forward_tiles.data, forward_ranges.data, int(map.forward.tiles.size()), map.forward.tile,
-                map.forward.seen.empty() ? nullptr : forward_seen.data, map.forward.turns};
+        return {forward_tiles.data,
+                forward_ranges.data,
+                int(map.forward.tiles.size()),
+                map.forward.tile,
+                map.forward.seen.empty() ? nullptr : forward_seen.data,
+                map.forward.turns};
     }
     DeviceMap backward() const {
-        return {backward_tiles.data, backward_ranges.data, int(map.backward.tiles.size()), map.backward.tile,
-                map.backward.seen.empty() ? nullptr : backward_seen.data, map.backward.turns};
+        return {backward_tiles.data,
+                backward_ranges.data,
+                int(map.backward.tiles.size()),
+                map.backward.tile,
+                map.backward.seen.empty() ? nullptr : backward_seen.data,
+                map.backward.turns};
     }
 };
 

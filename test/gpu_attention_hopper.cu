@@ -26,8 +26,8 @@ template <class E> struct Parts {
     }
 };
 
-// Each with a tile of its own, in pairs wherever a tile visits one of the others in the mean, as the trainer has it, or as
-// it has it with dQ in a fixed order.
+// Each with a tile of its own, in pairs wherever a tile visits one of the others in the mean, as the trainer has it, or
+// as it has it with dQ in a fixed order.
 enum class Blocks { alone, pairs, chosen, turns };
 
 // The problem's buffers on the GPU, its keys in portions: portion[i] is the call in which token i is a key. In one

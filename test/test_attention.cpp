@@ -110,7 +110,7 @@ TEST_CASE("turns number the visitors of each tile of queries in the order of the
                 attention_map_build(pairs, q, k, {64, 64, 16, 32, 1});
                 CHECK(turns.forward.tile == pairs.forward.tile); // the backward alone goes without
                 CHECK(turns.backward.tiles.size() == plain.backward.tiles.size());
-                using Visits = std::map<int32_t, bool>; // by the first query: masked
+                using Visits = std::map<int32_t, bool>;        // by the first query: masked
                 std::map<int32_t, int32_t> visitors, counters; // by the first query; the first query, by the counter
                 for (size_t i = 0; i < plain.backward.tiles.size(); i++) {
                     auto visits = [&](const TileMap& m, bool count) {
