@@ -202,8 +202,8 @@ inline std::vector<TokenInterval> seen_intervals(const Tokens& q, const Tokens& 
     return seen;
 }
 
-// A tile keeps at most this many ranges, which bounds the memory of a map. The last one then reaches to the end of all
-// that is left, and is masked.
+// A tile keeps at most this many ranges, which bounds the memory of a map; turns can cut them into more. The last one
+// then reaches to the end of all that is left, and is masked.
 constexpr size_t tile_ranges_most = 64;
 
 struct TileMapOptions {
@@ -255,11 +255,11 @@ inline void tile_map_build(TileMap& map, const Tokens& q, const Tokens& k, int t
 HOST_DEVICE constexpr int32_t turn_counter(int32_t begin, int32_t row, int32_t tile) { return begin / tile + row; }
 
 // Gives a map by keys turns: all that tiles of keys add to a tile of queries, `tile` of them, is added in the order in
-// which the map lists them. Who does the first steps of the list waits for nobody, so all get through, whatever the
-// order of a tile's own steps; that order is such that they wait little. A tile visits its ranges in the order of the
-// map, the queries of each from the last to the first: tiles of a document begin together with its last queries and
-// follow each other at the distance of a step. A tile in which a document ends and another begins visits its own
-// queries first: for the former document these are the last ones.
+// which the map lists them. A tile waits only for those before it in the list, so all get through if they are begun in
+// its order, whatever the order of a tile's own steps. That one is such that they wait little: a tile visits its ranges
+// in the order of the map, the queries of each from the last to the first, so that tiles of a document begin together
+// with its last queries and follow each other at the distance of a step. A tile in which a document ends and another
+// begins visits its own queries first: for the former document these are the last ones.
 inline void tile_map_take_turns(TileMap& map, const Tokens& q, const Tokens& k, int tile) {
     std::vector<int32_t> visits(1);
     std::vector<KeyRange> ranges, own;

@@ -30,10 +30,11 @@
 //   P(n+1) = exp(S(n+1))                                       dQ, dK; the other warpgroup's
 //   dQ(n-1) to shared memory
 //
-// dQ is sent, and added in memory, by the copy engine, in any order. Where the map has turns (tile_map_take_turns) two
-// more warps send it, which wait until all tiles before this one have added to the same queries, and then count it: the
-// order is fixed, and what waits is not a warp that computes. LSE and delta are subtracted by the products themselves,
-// which read a quarter of what it takes to bring them to every thread: shared memory is what the backward has least of.
+// dQ is sent, and added in memory, by the copy engine, in any order. Where the map has turns (tile_map_take_turns) the
+// order is fixed: two more warps send it, which wait until all tiles before this one have added to the same queries,
+// and then count it. A warp that computes waits only where dQ of the step before still stands in its way. LSE and delta
+// are subtracted by the products themselves, which read a quarter of what it takes to bring them to every thread:
+// shared memory is what the backward has least of.
 //
 // Where tiles visit much (pairs_from), blocks work in pairs: neighbouring tiles visit the same, and each block loads
 // half the columns of it for both. At full power what the L2 cache must bring is a part of the heat, which sets the
@@ -119,7 +120,7 @@ struct Schedule {
     int group;              // query heads of a KV head
     int given;              // items with which blocks, or pairs, begin
     int* counter;
-    int* turns; // (query heads, the map's turns): how many tiles have added to the queries
+    int* counters; // (query heads, the map's turns): how many tiles have added to the queries
 
     __device__ __forceinline__ int2 tile_and_head(int item) const {
         const bool end = item >= end_item;
@@ -683,7 +684,7 @@ template <int D> struct alignas(1024) BackwardShared {
     BackwardItem item;
     BackwardStep step[q_slots];
     int2 place[8]; // first query and head of the last steps, number n at n % 8
-    int2 turn[8];  // likewise, with turns: the turn, the row
+    int2 turn[8];  // likewise, with turns: the turn, and its counter among those of the head
     ptx::Barrier kv_full, kv_empty, q_full[q_slots], q_empty[q_slots], dout_full[2], dout_empty[2];
     ptx::Barrier posted[q_slots], ds_full[2];
     ptx::Barrier placed[8], out_full[2], out_empty[2]; // with turns
@@ -761,7 +762,7 @@ __device__ __forceinline__ void backward_load_rows(const AttentionBackward<bf16>
     auto place = [&](uint32_t number, const BackwardStep& step) {
         s.place[number % 8] = {step.begin, step.head};
         if (!TURNS) return;
-        s.turn[number % 8] = {step.turn, s.item.row};
+        s.turn[number % 8] = {step.turn, turn_counter(step.begin, s.item.row, backward_queries)};
         ptx::barrier_arrive(&s.placed[number % 8]);
     };
     Ring<BackwardShared<D>::q_slots> q;
@@ -804,7 +805,7 @@ template <int D> __device__ __forceinline__ void backward_add(const AttentionBac
         ptx::barrier_wait(&s.placed[number % 8], number / 8 & 1);
         const int2 place = s.place[number % 8], turn = s.turn[number % 8];
         if (place.y < 0) return;
-        int* counter = schedule.turns + place.y * a.map.turns + turn_counter(place.x, turn.y, backward_queries);
+        int* counter = schedule.counters + place.y * a.map.turns + turn.y;
         if (lane == 0) ptx::counter_wait(counter, turn.x);
         __syncwarp();
         ptx::fence_async_global();
@@ -878,9 +879,9 @@ template <int D, bool PAIR, bool TURNS> struct BackwardGroup {
     // The named barrier at which a warpgroup waits to overwrite a buffer of dS: the other one is done with it.
     static __device__ __forceinline__ int ds_free(int slot, int group) { return 1 + 2 * slot + group; }
 
-    // Waits until what stands in the warp's part of `out`, at last dQ of the step before `number`, is on its way.
-    __device__ __forceinline__ void wait_out(uint32_t number) {
-        if (TURNS) ptx::barrier_wait(&s.out_empty[slot_of(number - 1)], phase_of(number - 1));
+    // Waits until what stands in the warp's part of `out` is on its way; the last dQ in it is that of step `before`.
+    __device__ __forceinline__ void wait_out(uint32_t before) {
+        if (TURNS) ptx::barrier_wait(&s.out_empty[slot_of(before)], phase_of(before));
         if (at.lane == 0) ptx::bulk_wait_read<0>();
         __syncwarp();
     }
@@ -893,7 +894,7 @@ template <int D, bool PAIR, bool TURNS> struct BackwardGroup {
         const uint32_t to =
             (ptx::address(s.out[4 * at.group + at.warp]) + at.g * 128 + ((at.t / 2 ^ at.g) << 4) + at.t % 2 * 8) ^
             (odd ? 64 : 0);
-        wait_out(number);
+        wait_out(number - 1);
 #pragma unroll
         for (int j = 0; j < C / 8; j++) // blocks j and j + 2 of every four
             if (j % 4 < 2)
@@ -910,7 +911,7 @@ template <int D, bool PAIR, bool TURNS> struct BackwardGroup {
     template <int C> __device__ __forceinline__ void write_split(const float (&x)[C / 2], uint32_t of) {
         const int row = at.lane % 8, odd = at.lane / 8 % 2, half = at.lane / 16; // of the address that the lane gives
         const uint32_t to = ptx::address(s.out[4 * at.group + at.warp]) + half * 1024 + row * 128 + ((odd ^ row) << 4);
-        wait_out(of);
+        wait_out(of - 1);
 #pragma unroll
         for (int j = 0; j < C / 8; j++)
             ptx::store_matrices((to ^ j % 4 * 32) + j / 4 * 2048, __float_as_uint(x[4 * j]),
@@ -1087,7 +1088,7 @@ template <int D, bool PAIR, bool TURNS> struct BackwardGroup {
     __device__ __forceinline__ void store_gradient(const float (&x)[D / 2], int token, int rows, int head) {
         float* out = s.out[4 * at.group + at.warp];
         if (rows >= 16) {
-            wait_out(number);
+            wait_out(number - 1);
             store_rows<D>(ptx::address(out), 16, 0, x, at.lane);
             ptx::fence_async();
             __syncwarp();
@@ -1188,6 +1189,7 @@ template <int D, bool PAIR, bool TURNS> __global__ void __launch_bounds__(block_
     attention_hopper_backward_kernel(const __grid_constant__ AttentionBackward<bf16> a,
                                      const __grid_constant__ BackwardMaps maps,
                                      const __grid_constant__ Schedule schedule) {
+    static_assert(!PAIR || !TURNS);
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) uint8_t memory[];
     BackwardShared<D>& s = *(BackwardShared<D>*)memory;
@@ -1237,8 +1239,8 @@ inline CUtensorMap head_map(const void* base, bool fp32, size_t stride, size_t T
         {{width, T, D / width, heads}, {stride * bytes, 128, D * bytes}, {uint32_t(width), rows, parts, 1}});
 }
 // As many heads together as have their rows, of `bytes` a head, in half of the L2 cache. With turns, `turns` counters
-// of all heads, 4 or more together: tiles of a head follow each other at the distance of a step or two, so that many of
-// one head would wait at its beginning, and few rows are in use at a time.
+// of all heads, and 4 together if they are a multiple of it: tiles of a head follow each other at the distance of a
+// step or two, so that many of one head would wait at its beginning, and few rows are in use at a time.
 inline Schedule schedule_of(Gpu gpu, int tiles, int heads, int group, size_t bytes, size_t turns = 0) {
     auto fits = [&](int n) { return (bytes << n) <= gpu.context->l2_bytes / 2 || (turns > 0 && n <= 2); };
     int together = 0;
@@ -1337,6 +1339,7 @@ inline void attention_hopper_backward(Gpu gpu, const AttentionBackward<bf16>& a)
     if (a.map.count == 0) return;
     const bool alone = a.map.tile == hopper::backward_keys, turns = a.map.turns > 0;
     REQUIRE(alone || !turns, "a map with turns has no pairs");
+    REQUIRE(turns || !gpu.context->deterministic, "dQ in a fixed order wants a map with turns");
     if (a.D == 64 && turns) hopper::backward_launch<64, false, true>(gpu, a);
     else if (a.D == 64) hopper::backward_launch<64, false, false>(gpu, a);
     else if (turns) hopper::backward_launch<128, false, true>(gpu, a);

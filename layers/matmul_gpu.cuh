@@ -298,8 +298,8 @@ void matmul_backward_input(Gpu gpu, E* din, const E* dout, const E* weight, size
 }
 
 // partial (parts, N): sums of dout (T, N) over `rows` rows each. A thread has W neighbouring columns, loaded as one,
-// and all rows of its part. Bound by the one reading of dout: both kernels, T = 16384, N = 12288, 0.12 ms on an H200,
-// 77% of the speed of a copy.
+// and all rows of its part. Bound by the one reading of dout: both kernels, T = 16384, N = 12288, 0.11 ms on an H200,
+// 87% of the speed of a copy.
 template <class E, int W> __global__ void __launch_bounds__(256)
     matmul_dbias_kernel(float* partial, const E* dout, size_t T, size_t N, size_t rows) {
     const size_t column = (blockIdx.x * size_t(256) + threadIdx.x) * W;

@@ -63,6 +63,11 @@ template <class E> struct Buffer {
     }
 };
 
+// Bits, not values: a NaN equals itself and -0 differs from 0.
+template <class E> bool same_bits(const Buffer<E>& a, const Buffer<E>& b) {
+    return a.count == b.count && memcmp(a.data(), b.data(), a.count * sizeof(E)) == 0;
+}
+
 template <class To, class From> Buffer<To> converted(const Buffer<From>& from) {
     Buffer<To> to(from.count);
     for (size_t i = 0; i < from.count; i++) to[i] = To(from[i]);

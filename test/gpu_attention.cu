@@ -171,10 +171,6 @@ template <class E> void check(Mode mode, size_t B, size_t S, Sizes z, uint64_t s
     check_result(p, attend_gpu(p.t, p.qkv, p.dout, z, kernels, split), p.yardstick(), p.truth());
 }
 
-template <class E> bool same_bits(const Buffer<E>& a, const Buffer<E>& b) {
-    return memcmp(a.data(), b.data(), a.count * sizeof(E)) == 0;
-}
-
 struct Deterministic { // for a scope
     GpuContext& context = *the_gpu().context;
     Deterministic() { context.deterministic = true; }

@@ -1,7 +1,8 @@
 // The Hopper kernels of attention against the CPU reference: all modes, sizes, heads, portions, layouts, long rows.
 #include "../attention_anchor.cuh"
 #include "gpu_attention.h"
-#include "large.h"
+#include <chrono>
+#include <thread>
 
 namespace {
 // Of one problem: the gradients as dQ (T, H, D), dK and dV (T, K, D) each, for each has its own size of error.
@@ -43,6 +44,8 @@ struct OnGpu {
     std::vector<std::vector<size_t>> from;
     std::vector<std::unique_ptr<MapOnGpu>> map;
     std::vector<std::unique_ptr<DeviceBuffer<bf16>>> packed;
+    std::vector<Buffer<float>> before; // what dkv holds and is added to
+    std::vector<std::unique_ptr<DeviceBuffer<float>>> dkv;
 
     OnGpu(const Tokens& t, const Buffer<bf16>& qkv, const Buffer<bf16>& dout, Sizes z,
           const std::vector<size_t>& portion, size_t portions, Blocks blocks)
@@ -59,6 +62,8 @@ struct OnGpu {
             Buffer<bf16> kv(from[p].size() * z.kv());
             for (size_t i = 0; i < kv.count; i++) kv[i] = qkv[from[p][i / z.kv()] * W + z.H * z.D + i % z.kv()];
             packed.push_back(std::make_unique<DeviceBuffer<bf16>>(kv));
+            before.emplace_back(kv.count, 7 + p);
+            dkv.push_back(std::make_unique<DeviceBuffer<float>>(before[p]));
         }
     }
     const bf16* kv(size_t p) { return portions == 1 ? qkv.data() + z.H * z.D : packed[p]->data(); }
@@ -70,16 +75,13 @@ struct OnGpu {
                                            map[p]->forward(), p == 0, p + 1 == portions, out.data(), lse.data(),
                                            state.data(), int(T), int(from[p].size()), int(z.H), int(z.K), int(z.D)});
     }
-    void backward(Parts<bf16>& r) {
+    void begin_backward() {
         fill_zero(gpu, danchor.data(), danchor.count * sizeof(float));
-        float* dk0 = k0 ? danchor.data() : nullptr;
-        attention_backward_begin<bf16>(gpu, delta, dq, dk0, dout, out, lse, qkv, W, k0, t.row_begin.data(), t.rows(), T,
-                                       z.H, z.K, z.D, DqOrder::split);
-        Buffer<float> sum(T * z.kv());
+        attention_backward_begin<bf16>(gpu, delta, dq, k0 ? danchor.data() : nullptr, dout, out, lse, qkv, W, k0,
+                                       t.row_begin.data(), t.rows(), T, z.H, z.K, z.D, DqOrder::split);
+    }
+    void add_portions() {
         for (size_t p = 0; p < portions; p++) {
-            const size_t Tk = from[p].size();
-            const Buffer<float> before(Tk * z.kv(), 7 + p); // is added to
-            DeviceBuffer<float> dkv(before);
             bf16* dkv_out = portions == 1 ? dqkv.data() + z.H * z.D : nullptr;
             attention_hopper_backward(gpu, {qkv.data(),
                                             kv(p),
@@ -92,18 +94,25 @@ struct OnGpu {
                                             map[p]->k.data,
                                             map[p]->backward(),
                                             dq.data(),
-                                            dkv.data(),
+                                            dkv[p]->data(),
                                             dkv_out,
                                             W,
-                                            dk0,
+                                            k0 ? danchor.data() : nullptr,
                                             int(T),
-                                            int(Tk),
+                                            int(from[p].size()),
                                             int(z.H),
                                             int(z.K),
                                             int(z.D)});
-            const Buffer<float> part = dkv.host();
+        }
+    }
+    void backward(Parts<bf16>& r) {
+        begin_backward();
+        add_portions();
+        Buffer<float> sum(T * z.kv());
+        for (size_t p = 0; p < portions; p++) {
+            const Buffer<float> part = dkv[p]->host();
             for (size_t i = 0; i < part.count; i++)
-                sum[from[p][i / z.kv()] * z.kv() + i % z.kv()] = part[i] - before[i];
+                sum[from[p][i / z.kv()] * z.kv() + i % z.kv()] = part[i] - before[p][i];
         }
         const Buffer<float> dq_host = dq.host(), danchor_host = danchor.host();
         const Buffer<bf16> dqkv_host = dqkv.host();
@@ -233,7 +242,11 @@ TEST_CASE("Hopper attention is what the trainer takes, unless told otherwise") {
     gpu.context->deterministic = true;
     CHECK(attention_tiles<bf16>(gpu, 128).turns);
     CHECK(attention_dq_order<bf16>(gpu, 128) == DqOrder::split);
-    gpu.context->deterministic = false;
+    CHECK(!attention_tiles<bf16>(gpu, 32).turns); // the portable kernels have a fixed order of their own
+    CHECK(!attention_tiles<float>(gpu, 128).turns);
+    gpu.context->portable_attention = true;
+    CHECK(!attention_tiles<bf16>(gpu, 128).turns);
+    gpu.context->portable_attention = gpu.context->deterministic = false;
 }
 
 TEST_CASE("Hopper attention: queries that see nothing give zeros, not NaN (small)") {
@@ -288,22 +301,82 @@ TEST_CASE("Hopper attention: the same bits in every run, but for dQ") {
     }
 }
 
-// Enough tiles for several rounds of all multiprocessors, whose order differs from run to run.
-TEST_CASE("Hopper attention: with turns dQ has the same bits in every run") {
+namespace {
+// A problem of 8 rounds of all multiprocessors and more, each of whose rounds differs from run to run.
+struct Turns {
+    const Problem p;
+    OnGpu on;
+    std::vector<Buffer<float>> dq, dkv;
+    std::vector<Buffer<bf16>> dqkv;
+    static std::vector<size_t> portion(size_t T, size_t portions) {
+        std::vector<size_t> to(T);
+        for (size_t i = 0; i < T; i++) to[i] = hash64(5, i / 20) % portions;
+        return to;
+    }
+    Turns(Mode mode, size_t D, size_t portions)
+        : p(make_tokens(mode, 2, 4000 * portions, 62), {16, 16, D}, 62),
+          on(p.t, p.qkv, p.dout, p.z, portion(p.t.size(), portions), portions, Blocks::turns) {
+        on.forward();
+    }
+    void keep() {
+        dq.push_back(on.dq.host()), dqkv.push_back(on.dqkv.host()), dkv.push_back(on.dkv.back()->host());
+        for (size_t i = 0; i < on.portions; i++) on.dkv[i]->set(on.before[i]);
+    }
+    void check_bits() const {
+        for (size_t i = 1; i < dq.size(); i++) {
+            CHECK(same_bits(dq[0], dq[i]));
+            CHECK(same_bits(dqkv[0], dqkv[i]));
+            CHECK(same_bits(dkv[0], dkv[i]));
+        }
+    }
+};
+
+// Takes a multiprocessor's shared memory until the flag is set, or for two seconds. `seen`: blocks that saw it.
+__global__ void hold_kernel(const volatile int* flag, int* seen) {
+    if (threadIdx.x > 0) return;
+    const long long begin = clock64();
+    while (!*flag && clock64() - begin < 4'000'000'000) {}
+    if (*flag) atomicAdd(seen, 1);
+}
+} // namespace
+
+TEST_CASE("Hopper attention: with turns all gradients have the same bits in every run") {
     if (!here()) return;
     for (Mode mode : {Mode::full, Mode::anchor, Mode::interleaved})
         for (size_t D : {128, 64}) {
-            CAPTURE(int(mode));
-            const size_t portions = mode == Mode::anchor ? 3 : 1;
-            const Problem p(make_tokens(mode, 2, 4000, 62), {8, 4, D}, 62);
-            const Parts<bf16> first = p.result(portions, 5, Blocks::turns);
-            for (int run = 0; run < 3; run++) {
-                const Parts<bf16> again = p.result(portions, 5, Blocks::turns);
-                CHECK(same_bits(first.dq, again.dq));
-                CHECK(same_bits(first.dk, again.dk));
-                CHECK(same_bits(first.dv, again.dv));
-            }
+            INFO("mode " << int(mode) << ", D " << D);
+            Turns t(mode, D, mode == Mode::anchor ? 2 : 1);
+            for (int run = 0; run < 4; run++) t.on.begin_backward(), t.on.add_portions(), t.keep();
+            t.check_bits();
         }
+}
+
+// Half of the multiprocessors are busy until the backward is done, as another stream's kernels may keep them: the other
+// half must not wait for items of blocks that cannot begin.
+TEST_CASE("Hopper attention: with turns nobody waits for a block that has not begun") {
+    if (!here()) return;
+    const Gpu gpu = the_gpu();
+    Turns t(Mode::anchor, 128, 1);
+    t.on.begin_backward(), t.on.add_portions(), t.keep();
+    t.on.begin_backward();
+    DeviceBuffer<int> flag(1), seen(1);
+    fill_zero(gpu, flag.data(), sizeof(int)), fill_zero(gpu, seen.data(), sizeof(int));
+    device_wait(gpu);
+    cudaStream_t other;
+    CUDA_CHECK(cudaStreamCreateWithFlags(&other, cudaStreamNonBlocking));
+    constexpr int bytes = 200 << 10;
+    CUDA_CHECK(cudaFuncSetAttribute(hold_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    const int held = gpu.context->sms / 2;
+    hold_kernel<<<held, 32, bytes, other>>>(flag.data(), seen.data());
+    CUDA_CHECK(cudaGetLastError());
+    std::this_thread::sleep_for(std::chrono::milliseconds(100)); // until all of them have begun
+    t.on.add_portions();
+    CUDA_CHECK(cudaMemsetAsync(flag.data(), 1, sizeof(int), gpu.stream));
+    CUDA_CHECK(cudaStreamSynchronize(other));
+    CHECK(seen.host()[0] == held);
+    t.keep();
+    t.check_bits();
+    CUDA_CHECK(cudaStreamDestroy(other));
 }
 
 namespace {
@@ -412,154 +485,4 @@ TEST_CASE("Hopper attention over 65536 tokens (large)") {
             check_2x(result[x], yardstick, truth);
         }
     }
-}
-
-namespace {
-__global__ void difference_kernel(double* sums, const bf16* a, const bf16* b, size_t count) {
-    double difference = 0, size = 0;
-    const size_t first = blockIdx.x * count;
-    for (size_t i = threadIdx.x; i < count; i += blockDim.x) {
-        const double x = float(a[first + i]), y = float(b[first + i]);
-        difference += (x - y) * (x - y), size += y * y;
-    }
-    atomicAdd(sums + 2 * blockIdx.x, difference), atomicAdd(sums + 2 * blockIdx.x + 1, size);
-}
-// The largest relative difference of a block of `tokens`, by the root of the sum of squares.
-double largest_difference(const bf16* a, const bf16* b, size_t T, size_t width, size_t tokens) {
-    const size_t blocks = T / tokens;
-    DeviceBuffer<double> sums(2 * blocks);
-    fill_zero(the_gpu(), sums.data(), 2 * blocks * sizeof(double));
-    device_wait(the_gpu());
-    difference_kernel<<<unsigned(blocks), 256>>>(sums.data(), a, b, tokens * width);
-    const Buffer<double> host = sums.host();
-    double largest = 0;
-    for (size_t i = 0; i < blocks; i++) {
-        const double relative = std::sqrt(host[2 * i] / host[2 * i + 1]);
-        largest = relative < largest ? largest : relative; // NaN stays
-    }
-    return largest;
-}
-} // namespace
-
-namespace {
-// Inputs that stay on the GPU.
-struct LargeProblem {
-    const Tokens t;
-    const Sizes z;
-    const size_t T = t.size(), W = z.qkv();
-    LargeBuffer<bf16> qkv, dout, anchor;
-    LargeProblem(const Tokens& t, Sizes z) : t(t), z(z), qkv(T * W, 1, 2), dout(T * z.H * z.D, 2), anchor(z.kv()) {
-        copy_on_device(the_gpu(), anchor, qkv + z.H * z.D, z.kv() * sizeof(bf16));
-    }
-};
-
-// dK and dV (count / width tokens of `width`) to rows of dqkv; danchor (width) is the first token's, unless null.
-__global__ void store_dkv_kernel(bf16* to, size_t stride, const float* from, const float* danchor, size_t width,
-                                 size_t count) {
-    for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < count; i += size_t(gridDim.x) * blockDim.x)
-        to[i / width * stride + i % width] = bf16(from[i] + (danchor && i < width ? danchor[i] : 0));
-}
-
-// Forward and backward. With a cut the keys from it on are a second portion: O, dK and dV then pass through fp32.
-struct LargeResult {
-    LargeBuffer<bf16> out, dqkv;
-    LargeBuffer<float> lse, danchor;
-    LargeResult(LargeProblem& p, bool portable, size_t cut = 0)
-        : out(p.dout.count), dqkv(p.qkv.count), lse(p.z.H * p.T), danchor(p.z.kv()) {
-        const Gpu gpu = the_gpu();
-        const auto [H, K, D] = p.z;
-        const size_t T = p.T, W = p.W, kv = p.z.kv(), portions = cut ? 2 : 1;
-        const size_t ends[] = {0, cut ? cut : T, T};
-        gpu.context->portable_attention = portable;
-        LargeBuffer<float> delta(H * T), dq(T * H * D), state(cut ? T * H * D : 0), dkv(cut ? T * kv : 0);
-        const bf16* k0 = anchored(p.t) ? p.anchor.data() : nullptr;
-        float* dk0 = k0 ? danchor.data() : nullptr;
-        fill_zero(gpu, danchor, danchor.count * sizeof(float));
-        fill_zero(gpu, dkv, dkv.count * sizeof(float));
-        std::vector<std::unique_ptr<MapOnGpu>> map;
-        for (size_t n = 0; n < portions; n++) {
-            const Tokens keys = subset(p.t, [&](size_t i) { return ends[n] <= i && i < ends[n + 1]; });
-            map.push_back(std::make_unique<MapOnGpu>(p.t, keys, attention_tiles<bf16>(gpu, D)));
-        }
-        auto keys_of = [&](size_t n) { return p.qkv + H * D + ends[n] * W; };
-        for (size_t n = 0; n < portions; n++)
-            attention_forward_launch<bf16>(gpu, {p.qkv, keys_of(n), k0, W, W, map[n]->q.data, map[n]->k.data,
-                                                 map[n]->forward(), n == 0, n + 1 == portions, out, lse, state, int(T),
-                                                 int(ends[n + 1] - ends[n]), int(H), int(K), int(D)});
-        attention_backward_begin<bf16>(gpu, delta, dq, dk0, p.dout, out, lse, p.qkv, W, k0, p.t, H, K, D);
-        for (size_t n = 0; n < portions; n++)
-            attention_backward_launch<bf16>(gpu, {p.qkv,
-                                                  keys_of(n),
-                                                  W,
-                                                  W,
-                                                  p.dout,
-                                                  lse,
-                                                  delta,
-                                                  map[n]->q.data,
-                                                  map[n]->k.data,
-                                                  map[n]->backward(),
-                                                  dq,
-                                                  cut ? dkv + ends[n] * kv : nullptr,
-                                                  cut ? nullptr : dqkv + H * D,
-                                                  W,
-                                                  dk0,
-                                                  int(T),
-                                                  int(ends[n + 1] - ends[n]),
-                                                  int(H),
-                                                  int(K),
-                                                  int(D)});
-        attention_store_dq<bf16>(gpu, dqkv, W, dq, T, H, D);
-        if (cut) store_dkv_kernel<<<4096, 256, 0, gpu.stream>>>(dqkv + H * D, W, dkv, dk0, kv, T * kv);
-        device_wait(gpu);
-        gpu.context->portable_attention = false;
-    }
-};
-
-// By blocks of 1024 tokens. Each kernel rounds P, dS and its result to bf16, by 2^-9 at most: six roundings lie between
-// them. LSE has those of fp32 alone, once in each.
-void check_against(LargeResult& ours, LargeResult& portable, const LargeProblem& p) {
-    const auto [H, K, D] = p.z;
-    const double bound = 6 * 0x1p-9;
-    CHECK(largest_difference(ours.out, portable.out, p.T, H * D, 1024) < bound);
-    CHECK(largest_difference(ours.dqkv, portable.dqkv, p.T, p.W, 1024) < bound);
-    const Buffer<float> a = ours.lse.part(0, ours.lse.count), b = portable.lse.part(0, portable.lse.count);
-    CHECK(largest_error(a, b) <= 2 * (score_rounding(p.T, D) + ulp<float>(largest_value(b))));
-    const Buffer<float> x = ours.danchor.part(0, p.z.kv()), y = portable.danchor.part(0, p.z.kv());
-    double difference = 0, size = 0;
-    for (size_t i = 0; i < x.count; i++)
-        difference += std::pow(double(x[i]) - double(y[i]), 2), size += std::pow(double(y[i]), 2);
-    CHECK(std::sqrt(difference) <= bound * std::sqrt(size));
-    CHECK((size > 0) == anchored(p.t));
-}
-void check_against_portable(const Tokens& t, Sizes z, size_t cut) {
-    LargeProblem p(t, z);
-    LargeResult portable(p, true);
-    for (size_t at : {size_t(0), cut}) {
-        INFO("T " << t.size() << ", H " << z.H << ", D " << z.D << ", second portion from " << at);
-        LargeResult ours(p, false, at);
-        check_against(ours, portable, p);
-    }
-}
-} // namespace
-
-TEST_CASE("Hopper attention over 65536 and 262144 tokens in every mode (large)") {
-    if (!here()) return;
-    for (size_t T : {65536, 262144})
-        for (size_t D : {128, 64})
-            for (Mode mode : modes) {
-                INFO("mode " << int(mode));
-                check_against_portable(make_tokens(mode, 1, T, 84, 3000), {2, 1, D}, T * 5 / 8 + 17);
-            }
-}
-
-// Offsets beyond 2^31 elements in every array, in one portion and with O, dK and dV in fp32.
-TEST_CASE("Hopper attention: more than 2^31 elements (large)") {
-    if (!here()) return;
-    const Sizes z{68, 34, 128};
-    const size_t T = 262144, cut = T - 4096;
-    CHECK(T * z.H * z.D > size_t(1) << 31);
-    CHECK(cut * z.kv() > size_t(1) << 31);
-    Tokens t{{}, {}, {0, int32_t(T)}};
-    for (size_t i = 0; i < T; i++) t.index.push_back(int32_t(i)), t.doc.push_back(i == 0 ? 0 : int32_t(1 + i / 9999));
-    check_against_portable(t, z, cut);
 }

@@ -20,10 +20,6 @@ template <class E> Buffer<E> integers(size_t count, uint64_t seed) {
     return x;
 }
 
-template <class E> bool same_bits(const Buffer<E>& a, const Buffer<E>& b) {
-    return a.count == b.count && memcmp(a.data(), b.data(), a.count * sizeof(E)) == 0;
-}
-
 // One linear layer's inputs and, after all(), its results on the Cpu in type R.
 template <class E, class G> struct Layer {
     size_t T, M, N;

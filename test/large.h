@@ -50,8 +50,3 @@ template <class E> struct LargeBuffer {
         CUDA_CHECK(cudaDeviceSynchronize()); // a small copy may still be on its way
     }
 };
-
-// Bits of two buffers, NaN included.
-template <class E> bool same_bits(const Buffer<E>& a, const Buffer<E>& b) {
-    return a.count == b.count && memcmp(a.data(), b.data(), a.count * sizeof(E)) == 0;
-}

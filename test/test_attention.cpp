@@ -133,6 +133,18 @@ TEST_CASE("turns number the visitors of each tile of queries in the order of the
             }
 }
 
+// What ring_plan_bytes reserves for such a map.
+TEST_CASE("turns leave a map four times tile_ranges_most ranges a tile at most") {
+    for (Mode mode : modes)
+        for (int32_t piece : {1, 100}) {
+            Tokens t = make_tokens(mode, 1, 32768, 5, 2000);
+            for (size_t i = 1; i < t.size() && piece > 1; i++) t.doc[i] = 1 + int32_t(hash64(6, i / piece) % 20);
+            AttentionMap map;
+            attention_map_build(map, t, t, {128, 128, 64, 128, 0, true});
+            CHECK(map.backward.ranges.size() <= 4 * tile_ranges_most * map.backward.tiles.size());
+        }
+}
+
 // True if there are intervals; those must be exact.
 static bool check_seen(const Tokens& q, const Tokens& k, bool by_keys) {
     const std::vector<TokenInterval> seen = seen_intervals(q, k, by_keys);

@@ -2,11 +2,6 @@
 #include "../layers/matmul.cuh"
 #include "check.h"
 
-// Bits, not values: a NaN equals itself and -0 differs from 0.
-template <class E> bool same_bits(const Buffer<E>& a, const Buffer<E>& b) {
-    return a.count == b.count && memcmp(a.data(), b.data(), a.count * sizeof(E)) == 0;
-}
-
 template <class E> Buffer<E> copy(const Buffer<E>& x) { return converted<E>(x); }
 
 // Integers in -3..3, exact in every type. The sum of up to 2^24 / 9 products is exact in fp32 in any order.
