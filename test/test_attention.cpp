@@ -1,6 +1,5 @@
 // attention_anchor.cuh: the tile map against brute force, forward and backward against the definition.
 #include "attention_rows.h"
-#include <map>
 
 static size_t row_of(const Tokens& t, size_t i) {
     size_t row = 0;
@@ -91,58 +90,6 @@ TEST_CASE("tiles are twice as long for pairs of blocks where they visit enough")
     CHECK(tile(whole, 600) == 64);
     CHECK(tile(whole, 0) == 64);
     CHECK(tile(documents, 500) == 64);
-}
-
-// Tiles of keys with turns visit what they visit without, and who comes to a tile of queries is counted in the order of
-// the list, wherever rows begin.
-TEST_CASE("turns number the visitors of each tile of queries in the order of the map") {
-    for (Mode mode : modes)
-        for (size_t S : {1, 17, 200, 1000})
-            for (bool pieces : {false, true}) {
-                const Tokens t = make_tokens(mode, 3, S, S + size_t(mode));
-                auto some = [&](uint64_t salt) {
-                    return subset(t, [&, salt](size_t i) { return hash64(salt, i / 9) % 3 == 0; });
-                };
-                const Tokens q = pieces ? some(1) : t, k = pieces ? some(2) : t;
-                AttentionMap plain, pairs, turns;
-                attention_map_build(plain, q, k, {64, 64, 16, 32});
-                attention_map_build(turns, q, k, {64, 64, 16, 32, 1, true});
-                attention_map_build(pairs, q, k, {64, 64, 16, 32, 1});
-                CHECK(turns.forward.tile == pairs.forward.tile); // the backward alone goes without
-                CHECK(turns.backward.tiles.size() == plain.backward.tiles.size());
-                using Visits = std::map<int32_t, bool>;        // by the first query: masked
-                std::map<int32_t, int32_t> visitors, counters; // by the first query; the first query, by the counter
-                for (size_t i = 0; i < plain.backward.tiles.size(); i++) {
-                    auto visits = [&](const TileMap& m, bool count) {
-                        Visits all;
-                        const QueryTile& tile = m.tiles[i];
-                        for (int r = tile.first_range; r < tile.last_range; r++)
-                            for (int32_t begin = m.ranges[r].begin; begin < m.ranges[r].end; begin += 16) {
-                                CHECK(all.emplace(begin, m.ranges[r].masked).second);
-                                if (!count) continue;
-                                CHECK(m.ranges[r].turn == visitors[begin]++);
-                                const int32_t counter = turn_counter(begin, tile.row, 16);
-                                CHECK((counter >= 0 && counter < m.turns));
-                                CHECK(counters.emplace(counter, begin).first->second == begin);
-                            }
-                        return all;
-                    };
-                    CHECK(turns.backward.tiles[i].begin == plain.backward.tiles[i].begin);
-                    CHECK(visits(turns.backward, true) == visits(plain.backward, false));
-                }
-            }
-}
-
-// What ring_plan_bytes reserves for such a map.
-TEST_CASE("turns leave a map four times tile_ranges_most ranges a tile at most") {
-    for (Mode mode : modes)
-        for (int32_t piece : {1, 100}) {
-            Tokens t = make_tokens(mode, 1, 32768, 5, 2000);
-            for (size_t i = 1; i < t.size() && piece > 1; i++) t.doc[i] = 1 + int32_t(hash64(6, i / piece) % 20);
-            AttentionMap map;
-            attention_map_build(map, t, t, {128, 128, 64, 128, 0, true});
-            CHECK(map.backward.ranges.size() <= 4 * tile_ranges_most * map.backward.tiles.size());
-        }
 }
 
 // True if there are intervals; those must be exact.
