@@ -202,5 +202,5 @@ TEST_CASE("there is no estimate for what was not measured") {
     CHECK(ceilings_of("NVIDIA H100 80GB HBM3") == nullptr);
     CHECK(ceilings_of("NVIDIA H200 NVL") == nullptr);
     CHECK(ceilings_of(*ceilings_of("NVIDIA H200"), 96, false, false) == nullptr);
-    CHECK(ceilings_of(*ceilings_of("NVIDIA H200"), 64, false, true) == nullptr);
+    CHECK(ceilings_of(*ceilings_of("NVIDIA H200"), 64, true, true) == nullptr);
 }
