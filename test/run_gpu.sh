@@ -2,9 +2,10 @@
 # Runs every test that needs a GPU and closes with "N passed, N failed": the kernels and the model, the same small cases
 # under the four tools of compute-sanitizer, the ranks, and the program on the GPU. Arguments: the test program, the
 # attention's tests built for racecheck, then the programs that run on 1 to 4 ranks. PART="kernels sanitizers ranks
-# program" names what is wanted.
+# program" names what is wanted; JOBS=4, how many of the ranks' programs and the program's tests run side by side. Two
+# such scripts beside each other, on a GPU each (CUDA_VISIBLE_DEVICES), want a LOG each.
 cd "$(dirname "$0")/.."
-log=build/test_gpu.log
+log=${LOG:-build/test_gpu.log}
 skipped=""
 rm -f $log.*
 . test/count.sh
