@@ -309,6 +309,15 @@ struct DeviceMap {
     const TokenInterval* seen = nullptr; // likewise; null: by labels
     int32_t turns = 0;                   // likewise
 };
+// `put` brings an array to the GPU and says where it is.
+template <class Put> DeviceMap device_map(const TileMap& map, Put put) {
+    return {put(map.tiles),
+            put(map.ranges),
+            int32_t(map.tiles.size()),
+            map.tile,
+            map.seen.empty() ? nullptr : put(map.seen),
+            map.turns};
+}
 struct AttentionMap {
     TileMap forward, backward;           // tiles of queries, tiles of keys
     const TokenLabel* q_label = nullptr; // in the memory of a GPU, as all that follows: (T)
@@ -328,9 +337,9 @@ inline void attention_map_build(AttentionMap& map, const Tokens& q, const Tokens
     const bool gpu = tiles.backward_k > 0; // its kernels also write the tiles that meet nobody
     auto build = [&](TileMap& to, int tile_q, int tile_k, bool by_keys) {
         tile_map_build(to, q, k, tile_q, tile_k, {by_keys, gpu});
+        if (by_keys && tiles.turns) return tile_map_take_turns(to, q, k, tile_q);
         int64_t visits = 0;
         for (const KeyRange& r : to.ranges) visits += r.end - r.begin;
-        if (by_keys && tiles.turns) return tile_map_take_turns(to, q, k, tile_q);
         if (tiles.pairs_from == 0 || visits < tiles.pairs_from * int64_t(to.tiles.size())) return;
         tile_map_build(to, q, k, by_keys ? tile_q : 2 * tile_q, by_keys ? 2 * tile_k : tile_k, {by_keys, gpu});
     };

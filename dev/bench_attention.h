@@ -49,12 +49,7 @@ struct Arrays {
         return to;
     }
     DeviceMap upload(const TileMap& map) {
-        return {upload(map.tiles),
-                upload(map.ranges),
-                int32_t(map.tiles.size()),
-                map.tile,
-                map.seen.empty() ? nullptr : upload(map.seen),
-                map.turns};
+        return device_map(map, [this](const auto& from) { return upload(from); });
     }
     ~Arrays() {
         for (void* x : all) CUDA_CHECK(cudaFree(x));

@@ -120,7 +120,7 @@ struct Schedule {
     int group;              // query heads of a KV head
     int given;              // items with which blocks, or pairs, begin
     int* counter;
-    int* counters; // (query heads, the map's turns): how many tiles have added to the queries
+    int* counters; // (query heads, the map's turns): how many tiles have added to the queries; null without turns
 
     __device__ __forceinline__ int2 tile_and_head(int item) const {
         const bool end = item >= end_item;
@@ -1249,18 +1249,19 @@ inline Schedule schedule_of(Gpu gpu, int tiles, int heads, int group, size_t byt
     REQUIRE(counters * sizeof(int) <= GpuContext::scratch_bytes, "so many queries need a larger scratch");
     int* counter = (int*)gpu.context->scratch;
     CUDA_CHECK(cudaMemsetAsync(counter, 0, counters * sizeof(int), gpu.stream));
-    return {tiles * heads, tiles, heads, together, together, 0, 0, group, 0, counter, counter + 32};
+    int* of_turns = turns > 0 ? counter + 32 : nullptr;
+    return {tiles * heads, tiles, heads, together, together, 0, 0, group, 0, counter, of_turns};
 }
 
-template <bool PAIR, class Kernel, class Arguments, class Maps> void
-launch(Gpu gpu, Kernel kernel, size_t shared, const Arguments& a, const Maps& maps, Schedule schedule, bool turns) {
+template <bool PAIR, class Kernel, class Arguments, class Maps>
+void launch(Gpu gpu, Kernel kernel, size_t shared, const Arguments& a, const Maps& maps, Schedule schedule) {
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
     const int workers = std::min(gpu.context->sms / (PAIR ? 2 : 1), schedule.items); // blocks, or pairs
     constexpr int each = 3; // items of a worker at the end, where a longest one lasts as long as two
     while (2 << schedule.at_end <= schedule.heads && schedule.tiles << schedule.at_end < each * workers)
         schedule.at_end++;
     schedule.end_head = schedule.heads - (1 << schedule.at_end), schedule.end_item = schedule.end_head * schedule.tiles;
-    schedule.given = turns ? 0 : workers;
+    schedule.given = schedule.counters ? 0 : workers;
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension, cluster.val.clusterDim = {PAIR ? 2u : 1u, 1, 1};
     cudaLaunchConfig_t config{};
@@ -1279,7 +1280,7 @@ template <int D, bool PAIR> void forward_launch(Gpu gpu, const AttentionForward<
     maps.v = head_map(a.Tk > 0 ? a.kv + size_t(a.K) * D : a.q, false, kv_stride, Tk, a.K, D, forward_keys, parts);
     maps.out = head_map(a.last ? a.out : a.q, false, a.last ? size_t(a.H) * D : a.q_stride, a.T, a.H, D, 16, 1);
     const Schedule schedule = schedule_of(gpu, a.map.count, a.H, a.H / a.K, Tk * 2 * D * sizeof(bf16) / (a.H / a.K));
-    launch<PAIR>(gpu, attention_hopper_forward_kernel<D, PAIR>, sizeof(ForwardShared<D>), a, maps, schedule, false);
+    launch<PAIR>(gpu, attention_hopper_forward_kernel<D, PAIR>, sizeof(ForwardShared<D>), a, maps, schedule);
 }
 
 template <int D, bool PAIR, bool TURNS> void backward_launch(Gpu gpu, const AttentionBackward<bf16>& a) {
@@ -1298,8 +1299,7 @@ template <int D, bool PAIR, bool TURNS> void backward_launch(Gpu gpu, const Atte
     const int group = a.H / a.K;
     const size_t bytes = size_t(a.T) * group * D * (2 * sizeof(bf16) + sizeof(float));
     const Schedule schedule = schedule_of(gpu, a.map.count, a.K, group, bytes, TURNS ? size_t(a.H) * a.map.turns : 0);
-    launch<PAIR>(gpu, attention_hopper_backward_kernel<D, PAIR, TURNS>, sizeof(BackwardShared<D>), a, maps, schedule,
-                 TURNS);
+    launch<PAIR>(gpu, attention_hopper_backward_kernel<D, PAIR, TURNS>, sizeof(BackwardShared<D>), a, maps, schedule);
 }
 
 } // namespace hopper

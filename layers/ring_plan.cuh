@@ -423,12 +423,7 @@ struct RingUpload {
         return to;
     }
     DeviceMap put(const TileMap& map) {
-        return {put(map.tiles),
-                put(map.ranges),
-                int32_t(map.tiles.size()),
-                map.tile,
-                map.seen.empty() ? nullptr : put(map.seen),
-                map.turns};
+        return device_map(map, [this](const auto& from) { return put(from); });
     }
 };
 

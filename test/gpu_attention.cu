@@ -166,8 +166,7 @@ template <class E> void check(Mode mode, size_t B, size_t S, Sizes z, uint64_t s
     INFO("mode " << int(mode) << ", B " << B << ", S " << S << ", H " << z.H << ", K " << z.K << ", D " << z.D << ", "
                  << portions << " portions");
     const Problem<E> p(mode, B, S, z, seed);
-    Split split{std::vector<size_t>(p.t.size()), portions};
-    for (size_t i = 0; i < split.portion.size(); i++) split.portion[i] = hash64(seed + 3, i / 20) % portions;
+    const Split split{random_portions(p.t.size(), portions, seed + 3), portions};
     check_result(p, attend_gpu(p.t, p.qkv, p.dout, z, kernels, split), p.yardstick(), p.truth());
 }
 

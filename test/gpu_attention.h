@@ -55,35 +55,31 @@ template <class X> struct Uploaded {
 struct MapOnGpu {
     AttentionMap map;
     Uploaded<TokenLabel> q, k;
-    Uploaded<QueryTile> forward_tiles, backward_tiles;
-    Uploaded<KeyRange> forward_ranges, backward_ranges;
-    Uploaded<TokenInterval> forward_seen, backward_seen;
+    std::vector<std::shared_ptr<void>> arrays;
     static AttentionMap built(const Tokens& q, const Tokens& k, const AttentionTiles& tiles) {
         AttentionMap map;
         attention_map_build(map, q, k, tiles);
         return map;
     }
     MapOnGpu(const Tokens& qt, const Tokens& kt, const AttentionTiles& tiles)
-        : map(built(qt, kt, tiles)), q(token_labels(qt, false)), k(token_labels(kt, true)),
-          forward_tiles(map.forward.tiles), backward_tiles(map.backward.tiles), forward_ranges(map.forward.ranges),
-          backward_ranges(map.backward.ranges), forward_seen(map.forward.seen), backward_seen(map.backward.seen) {}
-    DeviceMap forward() const {
-        return {forward_tiles.data,
-                forward_ranges.data,
-                int(map.forward.tiles.size()),
-                map.forward.tile,
-                map.forward.seen.empty() ? nullptr : forward_seen.data,
-                map.forward.turns};
+        : map(built(qt, kt, tiles)), q(token_labels(qt, false)), k(token_labels(kt, true)) {
+        auto put = [this]<class X>(const std::vector<X>& from) {
+            auto on_gpu = std::make_shared<Uploaded<X>>(from);
+            arrays.push_back(on_gpu);
+            return on_gpu->data;
+        };
+        map.device_forward = device_map(map.forward, put), map.device_backward = device_map(map.backward, put);
     }
-    DeviceMap backward() const {
-        return {backward_tiles.data,
-                backward_ranges.data,
-                int(map.backward.tiles.size()),
-                map.backward.tile,
-                map.backward.seen.empty() ? nullptr : backward_seen.data,
-                map.backward.turns};
-    }
+    DeviceMap forward() const { return map.device_forward; }
+    DeviceMap backward() const { return map.device_backward; }
 };
+
+// Keys in portions: token i is a key of call portion[i], twenty neighbours of the same one.
+inline std::vector<size_t> random_portions(size_t T, size_t portions, uint64_t seed) {
+    std::vector<size_t> portion(T);
+    for (size_t i = 0; i < T; i++) portion[i] = hash64(seed, i / 20) % portions;
+    return portion;
+}
 
 // By the kernels that the GPU's context chooses: queries of document 2, of which there is no key, beside others that
 // see some; two heads of one KV head.

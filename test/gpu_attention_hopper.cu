@@ -146,9 +146,7 @@ struct Problem {
     }
     Parts<bf16> yardstick() const { return {attend_cpu(t, qkv, dout, z), t.size(), z}; }
     Parts<bf16> result(size_t portions = 1, uint64_t seed = 0, Blocks blocks = Blocks::chosen) const {
-        std::vector<size_t> portion(t.size());
-        for (size_t i = 0; i < portion.size(); i++) portion[i] = hash64(seed, i / 20) % portions;
-        return OnGpu(t, qkv, dout, z, portion, portions, blocks).run();
+        return OnGpu(t, qkv, dout, z, random_portions(t.size(), portions, seed), portions, blocks).run();
     }
 };
 
@@ -302,20 +300,15 @@ TEST_CASE("Hopper attention: the same bits in every run, but for dQ") {
 }
 
 namespace {
-// A problem of 8 rounds of all multiprocessors and more, each of whose rounds differs from run to run.
+// A problem of nearly 8 rounds of all multiprocessors, whose order differs from run to run.
 struct Turns {
     const Problem p;
     OnGpu on;
     std::vector<Buffer<float>> dq, dkv;
     std::vector<Buffer<bf16>> dqkv;
-    static std::vector<size_t> portion(size_t T, size_t portions) {
-        std::vector<size_t> to(T);
-        for (size_t i = 0; i < T; i++) to[i] = hash64(5, i / 20) % portions;
-        return to;
-    }
     Turns(Mode mode, size_t D, size_t portions)
         : p(make_tokens(mode, 2, 4000 * portions, 62), {16, 16, D}, 62),
-          on(p.t, p.qkv, p.dout, p.z, portion(p.t.size(), portions), portions, Blocks::turns) {
+          on(p.t, p.qkv, p.dout, p.z, random_portions(p.t.size(), portions, 5), portions, Blocks::turns) {
         on.forward();
     }
     void keep() {

@@ -85,7 +85,6 @@ double time_of(const std::vector<std::vector<Visit>>& tiles, int heads, int toge
     struct Worker {
         int tile = -1, head = 0;
         size_t visit = 0;
-        double now = 0;
     };
     std::map<std::pair<int, int32_t>, Counter> counters; // by head
     std::vector<Worker> all(workers);
@@ -99,11 +98,10 @@ double time_of(const std::vector<std::vector<Visit>>& tiles, int heads, int toge
         const auto [now, i] = events.top();
         events.pop();
         Worker& w = all[i];
-        w.now = now;
         if (w.tile < 0 || w.visit == tiles[w.tile].size()) {
             end = std::max(end, now);
             if (item == items) continue;
-            w = {item % block / together, item / block * together + item % together, 0, now};
+            w = {item % block / together, item / block * together + item % together, 0};
             item++;
             events.push({now + 1, i}); // its begin and its end take about a visit
             continue;

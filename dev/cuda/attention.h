@@ -72,9 +72,7 @@ struct Ladder {
         for (int t = 0; t < T; t++) tokens.index.push_back(t);
         AttentionMap map;
         attention_map_build(map, tokens, tokens, tiles);
-        const TileMap& m = map.forward;
-        const DeviceMap device{upload(m.tiles), upload(m.ranges), int32_t(m.tiles.size()), m.tile,
-                               m.seen.empty() ? nullptr : upload(m.seen)};
+        const DeviceMap device = device_map(map.forward, [this](const auto& from) { return upload(from); });
         return {qkv,
                 qkv + H * D,
                 nullptr,
