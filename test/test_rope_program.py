@@ -434,3 +434,10 @@ def test_the_recipe_runs_to_its_figures(recipe, tmp_path):
     assert {x["sequences"] for x in only(read(tmp_path / "rope/result", "shift"), d1=0, experiment="shift", d2=16)} == {"3"}
     assert {x["sequences"] for x in read(tmp_path / "rope/step_2", "shift")} == {"2"}
     assert (tmp_path / "rope/figures/training.png").is_file() and (tmp_path / "rope/result/figure1.png").is_file()
+    tables = subprocess.run([sys.executable, ROOT / "dev/rope_tables.py", tmp_path / "rope"], capture_output=True, text=True)
+    assert tables.returncode == 0, tables.stderr
+    d = only(read(tmp_path / "rope/result", "shift"), d1=0, d2=16, experiment="shift", variant="bf16:C")[0]
+    last = next(line for line in tables.stdout.splitlines() if line.startswith("| step 4 |")).split("|")
+    names = next(line for line in tables.stdout.splitlines() if line.startswith("| weights |")).split("|")
+    value, error = map(float, last[names.index(" bf16:C ")].split(" +- "))
+    assert abs(value - float(d["sum_abs"])) <= error and error == float(f"{float(d['sum_abs_se']):.0e}")
