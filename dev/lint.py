@@ -124,6 +124,21 @@ def waits(path, text):
         yield number, function, "an open brace"
 
 
+def on_the_default_stream(text):
+    """Lines of what would run on the default stream, in step with all others: launches by <<<blocks, threads>>> or
+    <<<blocks, threads, bytes>>>, copies without a stream behind their kind."""
+    code = re.sub(r"//.*", lambda comment: " " * len(comment.group(0)), text)
+    for call, end, least in (("<<<", ">>>", 4), ("cudaMemsetAsync(", ")", 4), ("cudaMemcpyAsync(", ")", 5)):
+        for at in re.finditer(re.escape(call), code):
+            depth, arguments, i = 0, 1, at.end()
+            while i < len(code) and (depth > 0 or not code.startswith(end, i)):
+                depth += (code[i] in "([{") - (code[i] in ")]}")
+                arguments += code[i] == "," and depth == 0
+                i += 1
+            if arguments < least:
+                yield code.count("\n", 0, at.start()) + 1
+
+
 def faults(path, text, users):
     lines = text.split("\n")
     suffix = pathlib.Path(path).suffix
@@ -149,6 +164,8 @@ def faults(path, text, users):
     if floor(path) < 3:
         for number, function, call in waits(path, text):
             yield f"{number}: {call} in {function}: the host waits there for the GPU, and it is not in MAY_WAIT"
+        for number in on_the_default_stream(text):
+            yield f"{number}: no stream is named, so this would run on the default one"
     for fault, once in include_faults(path, text):
         if once:
             users.setdefault(once, []).append(path)

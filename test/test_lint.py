@@ -53,3 +53,15 @@ def test_what_does_not_wait_is_none():
     assert list(lint.waits("layers/x.cuh", text)) == []
     text += "inline void device_wait(Gpu gpu) { go(); }\nvoid other() { device_wait(gpu); }\n"
     assert list(lint.waits("layers/x.cuh", text)) == [(5, "other", "device_wait")]
+
+
+@pytest.mark.parametrize("path", ["layers/embedding.cuh", "layers/attention_simt.cuh", "core/comm_gpu.cu"])
+def test_work_for_the_default_stream_is_a_fault(path):
+    text = (ROOT / path).read_text()
+    assert list(lint.on_the_default_stream(text)) == []
+    line = 1 + text.count("\n")
+    for call in ("k<<<grid, 256>>>(a, b, c, d);", "k<int, 8><<<dim3(8, 2, 1), 256, 8>>>(a);", "cudaMemsetAsync(p, 0, f(n, 8));",
+                 "cudaMemcpyAsync(a, b, n,\n    cudaMemcpyDefault);"):
+        assert list(lint.on_the_default_stream(f"{text}{call}\n")) == [line], call
+    for call in ("k<<<dim3(8, 2), 256, 0, gpu.stream>>>(a);", "cudaMemcpyAsync(a, b, n, kind, s);", "// k<<<1, 2>>>(a);"):
+        assert list(lint.on_the_default_stream(f"{text}{call}\n")) == [], call
