@@ -139,7 +139,7 @@ __device__ void adamw_pack(P* param, float* master, M* m, M* v, const G* grad, c
 
 // The threads that fit on the GPU at once share the parameters, W neighbours at a time, so that the widest type takes
 // 16 bytes, or one where an address is not on 16 bytes; what is left of the last W goes to the grid's first thread. The
-// scalars are computed once a block, in double. Bound by memory, 92 to 95% of a copy's bandwidth on H200; with
+// scalars are computed once a block, in double. Bound by memory, 90 to 94% of a copy's bandwidth on H200; with
 // everything in bf16 (14 bytes of traffic) the 75 instructions an element, 40 of them the hash, take nearly as long.
 template <bool with_master, int W, class P, class G, class M> __global__ void __launch_bounds__(256)
     adamw_kernel(P* param, float* master, M* m, M* v, const G* grad, size_t count, size_t first, AdamW a,

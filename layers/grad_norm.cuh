@@ -32,7 +32,7 @@ struct SumOfSquares {
 };
 
 // sum_kernel with squares. The conversions to double, 16 a clock and multiprocessor, take 0.6 of the time of the reads,
-// which come to 100% of a copy's bandwidth on H200.
+// which come to 98% of a copy's bandwidth on H200.
 template <class G> void grad_norm_squared(Gpu gpu, double* squared, const G* grad, size_t count, bool add = false) {
     sum_of(gpu, squared, grad, count, SumOfSquares(), add);
 }

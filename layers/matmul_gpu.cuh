@@ -8,9 +8,9 @@
 //     backward_input    din (M, T)      = weight (M, N) dout (N, T)
 //     backward_weight   dweight (M, N) += in (M, T) dout (N, T)^T
 //
-// Measured on an H200, cublasLt 13.1.0, bf16, the fifteen products of LLaMA-2-7B's layers and head at T = 16384 (head
-// 2048), taking turns (dev/bench_matmul.cu): 633 TF/s by cuBLASLt's first guesses, 663 by the best of its guesses, 666
-// by matmul_tune, 667 by the best of up to 2300 configurations each; no product is more than 1% behind its best.
+// Measured on an H200, cublasLt 13.1.1, bf16, the fifteen products of LLaMA-2-7B's layers and head at T = 16384 (head
+// 2048), taking turns (dev/bench_matmul.cu): 626 TF/s by cuBLASLt's first guesses, 655 by the best of its guesses, 658
+// by matmul_tune, 659 by the best of up to 2500 configurations each; no product is more than 1% behind its best.
 #pragma once
 #include "../core/checksum.h"
 #include "../core/kernel.h"
@@ -79,7 +79,7 @@ struct MatmulProduct {
 };
 // Where cuBLASLt sees that the residual's factor is 1 and the residual is the output, it rounds the sum and has it
 // added to the output in memory, which rounds again. That is harmless in float; for bf16 the factor is kept in the
-// GPU's memory, where the library cannot look at it. (Adding then takes 1.3% of a weight's gradient, in float nothing.
+// GPU's memory, where the library cannot look at it. (Adding takes 1.5% of a weight's gradient, 1.3% in float.
 // A residual of 16384 x 4096 takes 0.05 ms; a kernel of its own would move 400 MB in 0.1 ms. A bias takes 1% at most.)
 inline bool matmul_hides_factor(const MatmulKey& k) { return k.residual && k.out == Type::bf16; }
 inline MatmulProduct matmul_product(const MatmulKey& k, void* out, const void* a, const void* b, const void* bias,
