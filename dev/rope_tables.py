@@ -2,8 +2,10 @@
 
     python3 dev/rope_tables.py rope
 
-A number is "mean +- standard error over sequences", written to the error's first digit. What has not been run is left
-out.
+A number is "mean +- standard error over sequences", written to the error's first digit; "(no error)" stands where one
+sequence was measured, or where all agree. Ratios of one sequence's values are paired: sum over sum, with the error of
+what each sequence is off it. Where the sequences are not known to be the same, both errors are added as those of
+independent means, which is said. What has not been run is left out; a folder that lacks a table is named at the end.
 """
 
 import math
@@ -13,140 +15,275 @@ import sys
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "scripts"))
-from plot_rope import pick, read_csv, values  # noqa: E402
+from plot_rope import frozen_roundings, pick, read_csv, values  # noqa: E402
 
 PAIR = {"d1": 0, "d2": 16}
+left_out = []
+
+
+def decimals(value, places):
+    """Rounded there, which may be left of the point; never -0."""
+    return f"{round(value, places) + 0.0:.{max(places, 0)}f}"
 
 
 def number(value, error):
-    """1.2345, 0.0678 -> "1.23 +- 0.07"."""
+    """1.2345, 0.0678 -> "1.23 +- 0.07"; below a thousandth "1.23e-4 +- 7e-6"."""
+    if math.isnan(value):
+        return ""
     if not error or math.isnan(error):
-        return f"{value:.4g}"
-    places = -math.floor(math.log10(float(f"{error:.0e}")))
-    if value and abs(value) < 1e-3:
-        places = max(places + math.floor(math.log10(abs(value))), 0)
-        return f"{value:.{places}e} +- {error:.0e}".replace("e-0", "e-")
-    return f"{value:.{max(places, 0)}f} +- {error:.{max(places, 0)}f}"
+        return f"{value:.4g} (no error)".replace("e-0", "e-")
+    error = float(f"{error:.0e}")
+    places = -int(f"{error:e}".split("e")[1])
+    shown = f"{error:.0e}".replace("e-0", "e-") if places > 5 else decimals(error, places)
+    rounded = round(value, places)
+    if max(abs(value), error) >= 1e-3 or not rounded:
+        return f"{decimals(value, places) if rounded or places <= 5 else '0'} +- {shown}"
+    exponent = int(f"{rounded:e}".split("e")[1])
+    return f"{rounded:.{places + exponent}e} +- {error:.0e}".replace("e-0", "e-")
 
 
-def row(*cells):
-    print("| " + " | ".join(str(x) for x in cells) + " |")
+def significant(value, digits=2):
+    """0.1234 -> "0.12", 0.1 -> "0.10", 2.71e-6 -> "2.7e-6"."""
+    rounded = float(f"{value:.{digits - 1}e}")
+    exponent = int(f"{rounded:e}".split("e")[1])
+    if rounded and exponent < -3:
+        return f"{rounded:.{digits - 1}e}".replace("e-0", "e-")
+    return decimals(rounded, digits - 1 - exponent)
 
 
-def heading(text, *cells):
+def percent(value):
+    return significant(100 * value) + "%"
+
+
+def short(value):
+    return f"{value:g}".replace("e+0", "e")
+
+
+def table(text, columns, rows):
+    """In markdown; nothing without rows."""
+    rows = [list(map(str, row)) for row in rows]
+    if not rows:
+        return
     print(f"\n{text}\n")
-    row(*cells)
-    print("|" + "---|" * len(cells))
+    for row in [columns, ["---"] * len(columns), *rows]:
+        print("| " + " | ".join(row) + " |")
 
 
-def cell(lines, column="sum_abs"):
-    return number(lines[0][column], lines[0][column + "_se"]) if lines else ""
+def cell(lines, column="sum_abs", times=1):
+    return number(times * lines[0][column], times * lines[0][column + "_se"]) if lines else ""
+
+
+def paired(above, below):
+    """Ratio of the sums of two values of each sequence, and its error."""
+    above, below = np.array(above), np.array(below)
+    if not below.all():
+        return math.nan, math.nan
+    ratio = above.sum() / below.sum()
+    off = (above - ratio * below) / below.mean()
+    return ratio, np.std(off, ddof=1) / math.sqrt(len(off)) if len(off) > 1 else math.nan
+
+
+def independent(above, below, column="sum_abs"):
+    """Ratio of two lines' means, and its error as if their sequences had nothing in common."""
+    if not above[column] or not below[column]:
+        return math.nan, math.nan
+    ratio = above[column] / below[column]
+    return ratio, abs(ratio) * math.hypot(*(line[column + "_se"] / line[column] for line in (above, below)))
 
 
 def deviations(root, folders):
     """D(0, 16) of every folder's weights."""
     shift = {f: pick(read_csv(root / f, "shift.csv"), experiment="shift", **PAIR) for f in folders}
+    shift = {folder: lines for folder, lines in shift.items() if lines}
     variants = list(dict.fromkeys(x["variant"] for lines in shift.values() for x in lines))
-    heading("D(0, 16) by weights and variant", "weights", "sequences", *variants)
-    for lines in shift.values():
-        if lines:
-            row(lines[0]["weights"], f"{lines[0]['sequences']:.0f}", *(cell(pick(lines, variant=v)) for v in variants))
-    last = next((lines for lines in reversed(shift.values()) if lines), [])
-    heading("the three readings, last weights", "variant", "by weights", "by columns", "signed")
-    for line in last:
-        row(line["variant"], *(cell([line], c) for c in ("sum_abs", "column_abs", "signed_sum")))
+    table("D(0, 16) by weights and variant", ["weights", "sequences", *variants],
+          [[lines[0]["weights"], f"{lines[0]['sequences']:.0f}", *(cell(pick(lines, variant=v)) for v in variants)]
+           for lines in shift.values()])
+    for lines in list(shift.values())[-1:]:
+        table(f"the three readings, {lines[0]['weights']}", ["variant", "by weights", "by columns", "signed"],
+              [[x["variant"], *(cell([x], c) for c in ("sum_abs", "column_abs", "signed_sum"))] for x in lines])
 
 
 def one_folder(folder):
-    shift, layer, head, key = (read_csv(folder, name + ".csv") for name in ("shift", "layer", "head", "key"))
-    frozen = pick(shift, experiment="frozen")
-    heading(f"{folder}: frozen q and k", "rounded", "D")
-    for line in frozen:
-        row(line["variant"], cell([line]))
-    base = pick(shift, experiment="base") + pick(shift, experiment="shift", **PAIR)
-    bases = sorted(values(pick(shift, experiment="base"), "base"))
-    heading(f"{folder}: larger bases", "base", *(f"{b:g}" for b in bases))
-    for variant in values(pick(shift, experiment="base"), "variant"):
-        row(variant, *(cell(pick(base, variant=variant, base=b)) for b in bases))
+    shift, layer, key = (read_csv(folder, name + ".csv") for name in ("shift", "layer", "key"))
+    table(f"{folder}: frozen q and k, D(0, 16)", ["rounded", "D"],
+          [[line["variant"], cell([line])] for line in frozen_roundings(shift)])
+    larger_bases(folder, shift)
     by_layer = pick(layer, **PAIR)
-    numbers = values(by_layer, "layer")
-    heading(f"{folder}: by layer", "variant", *(f"{x:.0f}" for x in numbers))
-    for variant in values(by_layer, "variant"):
-        row(variant, *(f"{x['sum_abs']:.3g}" for x in pick(by_layer, variant=variant)))
-    errors = [x["sum_abs_se"] / x["sum_abs"] for x in by_layer if x["sum_abs"]]
-    print(f"\nstandard errors by layer: at most {100 * max(errors, default=0):.2g}%")
+    numbers = sorted(values(by_layer, "layer"))
+    table(f"{folder}: D(0, 16) by layer", ["variant", *(f"{x:.0f}" for x in numbers)],
+          [[variant, *(significant(at[n]) if n in at else "" for n in numbers)] for variant in values(by_layer, "variant")
+           for at in [{x["layer"]: x["sum_abs"] for x in pick(by_layer, variant=variant)}]])
+    errors = [x["sum_abs_se"] / x["sum_abs"] for x in by_layer if x["sum_abs"] and not math.isnan(x["sum_abs_se"])]
+    if errors:
+        print(f"\nstandard errors by layer: at most {percent(max(errors))}")
     lengths(folder)
-    claims(folder, shift, head, key)
+    by_shift(folder, shift)
+    first_key(folder, read_csv(folder, "head.csv"))
+    by_attention(folder, key)
+
+
+def larger_bases(folder, shift):
+    base = pick(shift, experiment="base")
+    bases, variants = sorted(values(base, "base")), values(base, "variant")
+    at = {(x["variant"], x["base"]): x for x in base}
+    columns = ["variant", *map(short, bases)]
+    table(f"{folder}: D(0, 16) by RoPE base", columns,
+          [[v, *(cell([at[v, b]] if (v, b) in at else []) for b in bases)] for v in variants])
+    table(f"{folder}: D(0, 16) at a base / at {short(min(bases, default=0))}; errors as of different sequences, though "
+          "they are the same", ["variant", *columns[2:]],
+          [[v, *(number(*independent(at[v, b], at[v, bases[0]])) if (v, b) in at else "" for b in bases[1:])]
+           for v in variants if (v, bases[0]) in at and len(bases) > 1])
 
 
 def lengths(folder):
     length = read_csv(folder, "length.csv")
     at = sorted(values(length, "length"))
-    heading(f"{folder}: change of the first key's logit by length", "variant", *(f"{x:g}" for x in at))
-    for variant in values(length, "variant"):
-        mine = pick(length, variant=variant)
-        for column, name in (("logit_abs", ""), ("logit", ", signed")):
-            row(variant + name, *(cell(pick(mine, length=x), column) for x in at))
+    table(f"{folder}: change of the first key's logit by length, summed over the heads",
+          ["variant", "mean of", *(f"{x:g}" for x in at)],
+          [[variant, kind, *(cell(pick(length, variant=variant, length=x), column) for x in at)]
+           for variant in values(length, "variant") for column, kind in (("logit_abs", "absolute"), ("logit", "signed"))])
 
 
-def claims(folder, shift, head, key):
-    """What the paper's claims are held against."""
-    print(f"\n{folder}: for the claims")
+def by_shift(folder, shift):
     swept = pick(shift, experiment="shift", d2=16)
-    for variant in values(swept, "variant"):
-        mine = sorted(pick(swept, variant=variant), key=lambda x: x["d1"])
-        print(f"- {variant}, D(shift, 16): " + ", ".join(f"{x['d1']:g}: {x['sum_abs']:.4g}" for x in mine))
-    sample = [x for x in read_csv(folder, "sample.csv") if x["variant"] == "bf16:C" and x["d2"] == 16]
-    spread = []
-    for s in values(sample, "sequence"):
-        d = [x["sum_abs"] for x in sample if x["sequence"] == s]
+    variants = values(swept, "variant")
+    table(f"{folder}: D(shift, 16)", ["shift", "sequences", *variants],
+          [[short(s), short(pick(swept, d1=s)[0]["sequences"]), *(cell(pick(swept, variant=v, d1=s)) for v in variants)]
+           for s in sorted(values(swept, "d1"))])
+    sample = pick(read_csv(folder, "sample.csv"), d2=16)
+    at = {(x["variant"], x["d1"], x["sequence"]): x["sum_abs"] for x in sample}
+    variants, rows = values(sample, "variant"), []
+    for s in sorted(set(values(sample, "d1")) - {0}):
+        both = {v: [(at[v, s, i], at[v, 0, i]) for i in values(sample, "sequence") if {(v, s, i), (v, 0, i)} <= at.keys()]
+                for v in variants}
+        rows.append([short(s), max(map(len, both.values())),
+                     *(number(*paired(*zip(*both[v]))) if both[v] else "" for v in variants)])
+    table(f"{folder}: D(shift, 16) / D(0, 16) of the same sequences", ["shift", "sequences", *variants], rows)
+    rows = []
+    for sequence in values(pick(sample, variant="bf16:C"), "sequence"):
+        d = {x["d1"]: x["sum_abs"] for x in pick(sample, variant="bf16:C", sequence=sequence)}
         if len(d) > 2:
-            at0 = pick(sample, sequence=s, d1=0)[0]["sum_abs"]
-            spread.append(f"{at0:.3f} ({100 * np.std(d) / np.mean(d):.1f}%)")
-    print("- bf16:C, single sequences at shift 0 and their spread over the shifts:", ", ".join(spread))
-    first = [x for x in head if x["variant"] == "bf16:C" and (x["d1"], x["d2"]) == (0, 16)]
-    if first:
-        mass = [x["first_mass"] for x in first]
-        print(f"- bf16:C, the first key's attention: mean {100 * np.mean(mass):.3f}%, most of a head "
-              f"{100 * max(mass):.3f}%")
-        total, part = sum(x["sum_abs"] for x in first), sum(x["first_sum_abs"] for x in first)
-        print(f"- bf16:C, its part of D: {part:.3g} of {total:.4g}, {100 * part / total:.3f}%")
-    for variant in values(key, "variant"):
-        mine = pick(key, variant=variant)
-        inner = [x for x in mine[:-16] if x["abs"] > 0 and x["mass"] > 0]
-        if inner:
+            rows.append([f"{sequence:g}", significant(d[0], 4) if 0 in d else "",
+                         percent(np.std(list(d.values()), ddof=1) / np.mean(list(d.values())))])
+    table(f"{folder}: single sequences, bf16:C", ["sequence", "D(0, 16)", "standard deviation over the shifts"], rows)
+
+
+def first_key(folder, head):
+    rows = []
+    for variant in values(pick(head, **PAIR), "variant"):
+        mine = pick(head, variant=variant, **PAIR)
+        mass = [x["first_mass"] for x in mine]
+        total, part = sum(x["sum_abs"] for x in mine), sum(x["first_sum_abs"] for x in mine)
+        rows.append([variant, len(mine), f"{100 * np.mean(mass):.3f}%", f"{100 * max(mass):.3f}%", significant(part, 3),
+                     f"{100 * part / total:.3f}%"])
+    table(f"{folder}: the first key", ["variant", "heads", "attention, mean of the heads", "most of a head",
+                                       "part of D(0, 16)", "share of it"], rows)
+
+
+def by_attention(folder, key):
+    """The keys' parts of D against their attention, but for the last 16, which few queries see."""
+    rows = []
+    for variant in values(pick(key, **PAIR), "variant"):
+        inner = [x for x in pick(key, variant=variant, **PAIR)
+                 if x["key"] < x["length"] - 16 and x["abs"] > 0 and x["mass"] > 0]
+        if len(inner) > 2:
             part, mass = (np.log([x[c] for x in inner]) for c in ("abs", "mass"))
-            print(f"- {variant}, logarithms of the keys' parts of D against those of their attention: correlation "
-                  f"{np.corrcoef(mass, part)[0, 1]:.3f}, slope {np.polyfit(mass, part, 1)[0]:.2f}")
+            rows.append([variant, len(inner), f"{np.corrcoef(mass, part)[0, 1]:.3f}",
+                         f"{np.polyfit(mass, part, 1)[0]:.2f}"])
+    table(f"{folder}: logarithm of a key's part of D against that of its attention",
+          ["variant", "keys", "correlation", "slope"], rows)
+
+
+def sink_name(folder):
+    """sink_6 -> ("6", 0), sink_6_key_1000 -> ("6", 1000), others -> None."""
+    words = folder.split("_")
+    try:
+        return (words[1], int(words[3]) if words[2:3] == ["key"] else 0) if len(words) in (2, 4) else None
+    except ValueError:
+        return None
+
+
+def against(samples, reference, line, bare):
+    """A sink's D over that without one: of the same sequences, known by their places in the data, if both folders have
+    some."""
+    def by_place(lines):
+        return {x["place"]: x["sum_abs"] for x in pick(lines, variant=line["variant"], **PAIR) if "place" in x}
+
+    mine, without = by_place(samples), by_place(reference)
+    same = mine.keys() & without.keys()
+    if len(same) > 1:
+        return [number(*paired(*zip(*((mine[p], without[p]) for p in sorted(same))))), f"the same {len(same)}"]
+    return [number(*independent(line, bare)), f"{line['sequences']:.0f}, without a sink {bare['sequences']:.0f} others"]
 
 
 def sinks(root, folders):
-    """Of the folders sink_R and sink_R_key_K, and of `result`: what the key K (0) gets of the attention, and has of D."""
-    key_of = {folder: int(folder.split("_key_")[1]) if "_key_" in folder else 0 for folder in folders}
-    places = [("result", at) for at in sorted({0, *key_of.values()})] + list(key_of.items())
-    heading("sinks", "folder", "network", "attention it gets", "D", "its part of D", "share", "change of its logit",
-            "of other keys' logits", "place among the keys", "a unit of its attention, of the mean")
-    for folder, at in places:
-        shift, key, head, layer = (read_csv(root / folder, name + ".csv") for name in ("shift", "key", "head", "layer"))
-        for line in pick(shift, experiment="shift", **PAIR):
-            keys = pick(key, variant=line["variant"])
-            heads = len(pick(head, variant=line["variant"], **PAIR))
-            if not keys or not heads:
+    """Of the folders sink_R and sink_R_key_K: what the key K (0) gets of the attention, and has of D; and the same keys
+    without a sink, in sink_0 (the same command with --sink 0, and so the same sequences) if it is there, else in result."""
+    named = {folder: sink_name(folder) for folder in folders}
+    for folder in (f for f in folders if named[f] is None):
+        left_out.append(f"{folder}: its name is not sink_R or sink_R_key_K")
+    named = {folder: name for folder, name in named.items() if name and folder != "sink_0"}
+    without = "sink_0" if "sink_0" in folders else "result"
+    places = [(without, "none", at) for at in sorted({at for _, at in named.values()})]
+    places += [(folder, *name) for folder, name in named.items()]
+    tables = {folder: {name: read_csv(root / folder, name + ".csv") for name in ("shift", "key", "head", "layer", "sample")}
+              for folder, _, _ in places}
+    attention, part, ratio, layers, first, numbers = [], [], [], [], [], []
+    for folder, raised, at in places:
+        t = tables[folder]
+        missing = [name for name in ("shift", "key", "head") if not t[name]]
+        if missing:
+            left_out.append(f"{folder}: no {', '.join(name + '.csv' for name in missing)}")
+            continue
+        for line in pick(t["shift"], experiment="shift", **PAIR):
+            variant = {"variant": line["variant"]}
+            keys = pick(t["key"], **variant, **PAIR)
+            heads = len(pick(t["head"], **variant, **PAIR))
+            it = pick(keys, key=at)
+            if not it or not heads:
+                left_out.append(f"{folder}, {line['variant']}: no key {at}, or no heads")
                 continue
-            it, others = keys[at], [x["logit_abs"] for x in keys if x["key"] != at]
-            mean = sum(x["abs"] for x in keys) / sum(x["mass"] for x in keys)
-            place, medians = 1 + sum(x["abs"] > it["abs"] for x in keys), it["abs"] / np.median([x["abs"] for x in keys])
-            row(f"{folder}, key {at}", line["variant"], number(100 * it["mass"] / heads, 100 * it["mass_se"] / heads) + "%",
-                cell([line]), cell([it], "abs"), f"{100 * it['abs'] / line['sum_abs']:.3f}%", cell([it], "logit_abs"),
-                f"{np.mean(others):.4g}" if at else cell([line], "rest_logit_abs"), f"{place}, {medians:.3g} medians",
-                f"{it['abs'] / it['mass'] / mean:.2f}")
-            if at and folder != "result":
-                print(f"  the first key's share: {100 * line['first_sum_abs'] / line['sum_abs']:.3f}%")
-        by_layer = pick(layer, variant="bf16:C", **PAIR)
-        if by_layer and at == 0 and folder != "result":
-            print("  bf16:C by layer, attention and share of D: " + ", ".join(
-                f"{100 * x['first_mass'] * len(by_layer) / heads:.0f}% {100 * x['first_sum_abs'] / x['sum_abs']:.0f}%"
-                for x in by_layer))
+            front = [folder, at, raised, line["variant"]]
+            all_mass, all_parts = sum(x["mass"] for x in keys), sum(x["abs"] for x in keys)
+            median = np.median([x["abs"] for x in keys])
+            others = [x["logit_abs"] for x in keys if x["key"] != at]
+            attention.append([*front, cell(it, "mass", 100 / heads), f"{100 * it[0]['mass'] / all_mass:.3f}",
+                              cell(it, "logit_abs"),
+                              significant(np.mean(others), 4) if at else cell([line], "rest_logit_abs")])
+            part.append([*front, cell([line]), cell(it, "abs"), f"{100 * it[0]['abs'] / line['sum_abs']:.3f}",
+                         1 + sum(x["abs"] > it[0]["abs"] for x in keys),
+                         significant(it[0]["abs"] / median, 3) if median else "",
+                         significant(it[0]["abs"] / it[0]["mass"] / (all_parts / all_mass)) if all_parts else ""])
+            if folder == without:
+                continue
+            for bare in pick(tables[without]["shift"], experiment="shift", **variant, **PAIR):
+                ratio.append([*front, *against(t["sample"], tables[without]["sample"], line, bare)])
+            if at:
+                first.append([*front, f"{100 * line['first_sum_abs'] / line['sum_abs']:.3f}"])
+            by_layer = {} if at else {x["layer"]: x for x in pick(t["layer"], **variant, **PAIR)}
+            numbers = sorted({*numbers, *by_layer})
+            layers += [[folder, line["variant"], "a head's attention", {n: 100 * x["first_mass"] * len(by_layer) / heads
+                                                                        for n, x in by_layer.items()}],
+                       [folder, line["variant"], "D", {n: 100 * x["first_sum_abs"] / x["sum_abs"]
+                                                       for n, x in by_layer.items() if x["sum_abs"]}]] if by_layer else []
+    front = ["folder", "key", "raised by", "variant"]
+    table("sinks: the key's attention, and how far its logit moves", [
+        *front, "attention it gets, % of a head's", "% of all keys' attention, n_j-weighted", "change of its logit",
+        "change of other keys' logits"], attention)
+    table("sinks: the key's part of D(0, 16)", [
+        *front, "D", "the key's part", "% of D", "rank among the keys", "in parts of the median key",
+        "part for its attention, in that of all keys"], part)
+    table("sinks: D(0, 16) with the sink / without", [*front, "ratio", "sequences"], ratio)
+    table("sinks at other keys: the first key", [*front, "% of D"], first)
+    table("sinks by layer", ["folder", "variant", "% of", *map(short, numbers)],
+          [[*front, *(significant(at[n]) if n in at else "" for n in numbers)] for *front, at in layers])
+
+
+def by_number(folder):
+    """step_125 before step_1000, and step_final behind."""
+    number = folder[5:]
+    return (0, int(number), "") if number.isdecimal() else (1, 0, number)
 
 
 def main():
@@ -155,15 +292,16 @@ def main():
     root = pathlib.Path(sys.argv[1])
     if not (root / "result/shift.csv").is_file():
         sys.exit(f"rope_tables.py: no {root}/result/shift.csv: scripts/run_rope.sh makes it")
-    folders = sorted(p.parent.name for p in root.glob("*/*.csv") if p.name in ("shift.csv", "length.csv"))
-    folders = list(dict.fromkeys(folders))
-    steps = sorted((f for f in folders if f.startswith("step_")), key=lambda f: int(f[5:]))
+    folders = sorted({p.parent.name for p in root.glob("*/*.csv") if p.name in ("shift.csv", "length.csv")})
+    steps = sorted((f for f in folders if f.startswith("step_")), key=by_number)
     deviations(root, [f for f in folders if f.startswith("random")] + steps + ["result"])
     one_folder(root / "result")
     sinks(root, [f for f in folders if f.startswith("sink_")])
     for folder in folders:
-        if folder != "result" and (root / folder / "length.csv").is_file():
+        if folder != "result":
             lengths(root / folder)
+    if left_out:
+        print("\nleft out:", *dict.fromkeys(left_out), sep="\n- ")
 
 
 if __name__ == "__main__":

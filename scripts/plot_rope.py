@@ -10,6 +10,8 @@ figure7.png     single samples; the other sweep
 layers.png      per layer, and per layer and head
 causes.png      frozen queries and keys with one place of rounding at a time; larger bases; the layer-local check
 training.png    D of every folder's weights, when there are several
+
+A variant has one colour and marker in all figures; of several weights the last one's lines are solid, its markers full.
 """
 
 import argparse
@@ -20,16 +22,30 @@ import math
 import pathlib
 import sys
 
-import matplotlib
+import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
+try:  # dev/rope_tables.py reads the tables by this file's functions, and draws nothing
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+except ImportError:
+    plt = None
 
 # Figures are as wide as the text of a page, so that their letters are there as large as here: 7 points at least.
 WIDTH, DPI = 6.5, 220
-plt.rcParams.update({"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
-                     "legend.fontsize": 7})
+FONTS = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
+         "legend.fontsize": 7}
+# Of every variant, apart by colour and, in print without it, by marker.
+STYLES = {"float:E": ("#888888", "v"), "float:F": ("#000000", "s"), "bf16:E": ("#56b4e9", "^"),
+          "bf16:F": ("#0072b2", "D"), "bf16:C": ("#d55e00", "o"), "bf16:B": ("#e69f00", "P"),
+          "bf16:A": ("#cc79a7", "x"), "bf16:D": ("#009e73", "*")}
+OTHER_STYLES = itertools.cycle(zip(("#332288", "#882255", "#999933", "#44aa99", "#aa4499"), "<>phd"))
+LINES = ("-", "--", ":", "-.")
+# The roundings of frozen queries and keys, single places first; letter:F is angles=float once more.
+FROZEN = {"letter:E": "nothing (E)", "angles=float": "fp32 angles (F)", "input=bf16": "q and k before the rotation",
+          "table=bf16": "cos and sin", "rotation=bf16": "the rotation's products and sums",
+          "storage=bf16": "q and k after the rotation", "logits=bf16": "logits", "angles=bf16": "bf16 angles",
+          "letter:C": "as C", "letter:B": "as B", "letter:A": "as A", "letter:D": "as D"}
 READINGS = {"sum_abs": "sum of |difference|", "column_abs": "sum of |column sums|", "signed_sum": "signed sum"}
 KEY_COLUMNS = {"sum_abs": "abs", "column_abs": "column_abs", "signed_sum": "signed"}
 TEXT = {"weights", "experiment", "variant", "angles", "keys"}
@@ -46,7 +62,7 @@ def read_csv(folder, name):
         lines = [{k: v if k in TEXT else float(v) for k, v in line.items()}
                  for line in csv.DictReader(whole.splitlines())]
     except (TypeError, ValueError):
-        sys.exit(f"plot_rope.py: {path}: damaged, not a table of test_rope")
+        sys.exit(f"{pathlib.Path(sys.argv[0]).name}: {path}: damaged, not a table of test_rope")
     for line in lines:
         line["folder"] = str(folder)
     return lines
@@ -69,24 +85,33 @@ def draw(axes, lines, x, y, **style):
     """y against x with its standard error; a logarithmic axis shows what is above zero."""
     lines = sorted(lines, key=lambda line: line[x])
     error = [0 if math.isnan(line[y + "_se"]) else line[y + "_se"] for line in lines]
-    axes.errorbar([line[x] for line in lines], [line[y] for line in lines], error, capsize=2, markersize=3, linewidth=1,
-                  **style)
+    axes.errorbar([line[x] for line in lines], [line[y] for line in lines], error, capsize=2, linewidth=1, **style)
 
 
-def draw_band(axes, lines, x, y, **style):
-    """|y| against x as a line in a band of its standard error, for more points than bars have room for."""
+def draw_band(axes, lines, x, y, logarithmic, **style):
+    """|y| against x as a line in a band of its standard error, for more points than bars have room for; a few of them
+    have markers, evenly spaced on the axis."""
     lines = sorted(lines, key=lambda line: line[x])
     at, value, error = (np.array([line[column] for line in lines]) for column in (x, y, y + "_se"))
     value, error = abs(value), np.nan_to_num(error)
-    axes.plot(at + 1, value, linewidth=0.7, **style)
+    few = np.geomspace(1, len(at), 8) - 1 if logarithmic else np.linspace(0, len(at) - 1, 8)
+    axes.plot(at + 1, value, linewidth=0.7, markevery=sorted(set(few.round().astype(int).tolist())), **style)
     axes.fill_between(at + 1, np.maximum(value - error, value / 100), value + error, alpha=0.3, linewidth=0,
                       color=style["color"])
 
 
 @functools.cache
-def colour(name, number=itertools.count()):
-    """The same for a name in every figure."""
-    return f"C{next(number)}"
+def colour_and_marker(variant):
+    """The same in every figure. A letter alone is a rounding without a network."""
+    name = ("float:" if variant in ("E", "F") else "bf16:") + variant if len(variant) == 1 else variant
+    return STYLES[name] if name in STYLES else next(OTHER_STYLES)
+
+
+def style(variant, weights=0):
+    """weights: 0 for the last ones, 1 for those before, and so on."""
+    colour, marker = colour_and_marker(variant)
+    return {"color": colour, "marker": marker, "linestyle": LINES[weights % len(LINES)],
+            "markerfacecolor": "none" if weights else colour, "markersize": {"P": 5, "x": 4, "*": 5}.get(marker, 3.5)}
 
 
 def legend(target, axes, **place):
@@ -105,13 +130,14 @@ def finish(figure, path, made):
 
 
 def curves(lines, beside=()):
-    """(label, lines) for every kind of weights and variant; labels name the weights when the figure, which has the lines
-    `beside` too, shows several."""
-    many = len(values([*lines, *beside], "weights")) > 1
+    """(lines, their style, label among it) for every kind of weights and variant; labels name the weights when the
+    figure, which has the lines `beside` too, shows several."""
+    names = values([*beside, *lines], "weights")
     for weights in values(lines, "weights"):
         for variant in values(pick(lines, weights=weights), "variant"):
             mine = pick(lines, weights=weights, variant=variant)
-            yield label(mine[0], many), mine
+            before = len(names) - 1 - names.index(weights)
+            yield mine, {"label": label(mine[0], len(names) > 1), **style(variant, before)}
 
 
 def as_in_the_paper(tables):
@@ -123,6 +149,12 @@ def as_in_the_paper(tables):
     wanted = {(names[-1], v) for v in ("float:F", "bf16:C", "bf16:A")} | {(names[0], "bf16:C")}
     return {name: [line for line in lines if (line.get("weights"), line["variant"]) in wanted]
             for name, lines in tables.items()}
+
+
+def shift_axis(axes):
+    """Logarithmic but for the shifts about the reference, from 0 to a little right of the last point."""
+    axes.set_xscale("symlog", linthresh=20)
+    axes.set_xlim(-1, 1.3 * max((line.get_xdata().max() for line in axes.lines if len(line.get_xdata())), default=20))
 
 
 def most_common_d2(lines):
@@ -142,31 +174,37 @@ def figure1(tables, out, reading, made):
         shown = [lambda lines: lines, lambda lines: [x for x in lines if not x["variant"].endswith(":D")]][not logarithmic]
         if shift:
             reference = most_common_d2(shift)
-            for name, lines in curves(shown(pick(shift, d2=reference)), shift):
-                draw(axes[0], lines, "d1", reading, marker="o", label=name, color=colour(name))
+            by_shift = list(curves(shown(pick(shift, d2=reference)), shift))
+            most = max((len(lines) for lines, _ in by_shift), default=0)
+            for lines, look in by_shift:  # a line through a few of the others' points would hide what lies between
+                draw(axes[0], lines, "d1", reading, **{**look, **({"linestyle": "none"} if len(lines) < most else {})})
             axes[0].set_ylabel(f"D($\\Delta_1$, {reference:g}): {READINGS[reading]}")
             axes[0].set_title(f"attention difference, {shift[0]['length']:g} tokens")
-        axes[0].set_xlabel("shift $\\Delta_1$ (tokens)")
-        for name, lines in curves(shown(key), shift):
-            draw_band(axes[1], lines, "key", KEY_COLUMNS[reading], label=name, color=colour(name))
+        axes[0].set_xlabel("shift $\\Delta_1$ (tokens)" + ("" if logarithmic else ", small ones apart on the right"))
+        for lines, look in curves(shown(key), shift):
+            draw_band(axes[1], lines, "key", KEY_COLUMNS[reading], logarithmic, **look)
         axes[1].set_xlabel("key position + 1")
         axes[1].set_ylabel("|its part of signed D|" if reading == "signed_sum" else "its part of D")
         if key:
             axes[1].set_title(f"per key, shift {key[0]['d1']:g} against {key[0]['d2']:g}")
         for plot, column, kind in zip(axes[2:], ("logit", "logit_abs"), ("signed", "absolute")):
-            for name, lines in curves(shown(length), shift):
-                lines = [{**line, column: abs(line[column])} for line in lines]
-                draw(plot, lines, "length", column, marker="o", label=name, color=colour(name))
+            for lines, look in curves(shown(length), shift):
+                if logarithmic:
+                    lines = [{**line, column: abs(line[column])} for line in lines]
+                draw(plot, lines, "length", column, **look)
             plot.set_xscale("log", base=2)
             plot.set_xlabel("length (tokens)")
-            plot.set_ylabel("|$D_{logit}$| of the first key" if kind == "signed" else "mean |change| of the first logit")
+            plot.set_ylabel("mean |change| of the first logit")
             plot.set_title(f"{kind} logit difference, all layers and heads")
+        axes[2].set_ylabel("|$D_{logit}$| of the first key" if logarithmic else "$D_{logit}$ of the first key")
         if logarithmic:
-            axes[0].set_xscale("symlog", linthresh=20)
-            axes[0].set_xlim(left=-1)
+            axes[2].set_title("|signed| logit difference, all layers and heads")
+            shift_axis(axes[0])
             axes[1].set_xscale("log")
             for plot in axes:
                 plot.set_yscale("log")
+        else:
+            axes[2].axhline(0, color="black", linewidth=0.6)
     legend(figure, rows.flat, loc="outside lower center", ncols=4)
     finish(figure, out / "figure1.png", made)
 
@@ -180,23 +218,24 @@ def figure7(tables, out, reading, made):
     variant = "bf16:C" if pick(shift, variant="bf16:C") else values(shift, "variant")[-1]
     samples = pick(tables["sample"], variant=variant, d2=reference)
     samples = pick(samples, weights=samples[-1]["weights"]) if samples else []
-    for number in values(samples, "sequence")[:5]:
+    for i, number in enumerate(values(samples, "sequence")[:5]):
         lines = sorted(pick(samples, sequence=number), key=lambda line: line["d1"])
-        axes[0].plot([line["d1"] for line in lines], [line[reading] for line in lines], marker="o", markersize=3,
-                     linewidth=1, label=f"sample {number:g}")
+        axes[0].plot([line["d1"] for line in lines], [line[reading] for line in lines], linewidth=1,
+                     label=f"sample {number:g}",
+                     **{**style(variant, i), "marker": "osv^D"[i], "markerfacecolor": "none"})
     axes[0].set_title(f"single samples, {variant}")
     axes[0].set_xlabel("shift $\\Delta_1$ (tokens)")
     axes[0].set_ylabel(f"D($\\Delta_1$, {reference:g})")
     fixed = pick(shift, d2=reference)[0]["d1"]
-    for name, lines in curves(pick(shift, d1=fixed)):
-        draw(axes[1], lines, "d2", reading, marker="o", label=name, color=colour(name))
+    other = list(curves(pick(shift, d1=fixed)))
+    for lines, look in [x for x in other if len(x[0]) > 1] or other:  # random weights may have gone through no sweep
+        draw(axes[1], lines, "d2", reading, **look)
     axes[1].set_yscale("log")
     axes[1].set_title("the other sweep")
     axes[1].set_xlabel("shift $\\Delta_2$ (tokens)")
     axes[1].set_ylabel(f"D({fixed:g}, $\\Delta_2$)")
     for plot in axes:
-        plot.set_xscale("symlog", linthresh=20)
-        plot.set_xlim(left=-1)
+        shift_axis(plot)
         legend(plot, [plot], loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     finish(figure, out / "figure7.png", made)
 
@@ -209,8 +248,8 @@ def layers(tables, out, reading, made):
     first = pick(layer, weights=first["weights"])[0]
     layer = pick(layer, d1=first["d1"], d2=first["d2"])
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.6), layout="constrained")
-    for name, lines in curves(layer):
-        draw(axes[0], lines, "layer", reading, marker="o", label=name, color=colour(name))
+    for lines, look in curves(layer):
+        draw(axes[0], lines, "layer", reading, **look)
     axes[0].set_yscale("log")
     axes[0].xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     axes[0].set_xlabel("layer")
@@ -238,10 +277,23 @@ def layers(tables, out, reading, made):
 def bars(axes, lines, name, reading):
     names = [line[name] for line in lines]
     error = [0 if math.isnan(line[reading + "_se"]) else line[reading + "_se"] for line in lines]
-    axes.barh(range(len(names)), [line[reading] for line in lines], xerr=error, color="#4477aa")
+    axes.barh(range(len(names)), [line[reading] for line in lines], xerr=error, capsize=2, color="#aaaaaa")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xscale("log")
+
+
+def frozen_roundings(lines):
+    """Of one folder's lines of shift.csv, those of frozen queries and keys as FROZEN names and orders them."""
+    by_name = {line["variant"]: line for line in pick(lines, experiment="frozen")}
+    return [{**by_name[name], "variant": shown} for name, shown in FROZEN.items() if name in by_name]
+
+
+def relative(lines, reading):
+    """D at every base as a share of that at the smallest one, each with its own standard error."""
+    first = min(lines, key=lambda line: line["base"])[reading]
+    return [{**line, reading: line[reading] / first, reading + "_se": line[reading + "_se"] / abs(first)}
+            for line in lines]
 
 
 def causes(tables, out, reading, made):
@@ -252,31 +304,60 @@ def causes(tables, out, reading, made):
     figure, places = plt.subplot_mosaic([["frozen", "frozen"], ["base", "local"]], figsize=(WIDTH, 6.2), layout="constrained")
     axes = list(places.values())
     if frozen:
-        bars(axes[0], pick(frozen, folder=frozen[-1]["folder"]), "variant", reading)
+        bars(axes[0], frozen_roundings(pick(frozen, folder=frozen[-1]["folder"])), "variant", reading)
         axes[0].set_xlabel(f"D({frozen[0]['d1']:g}, {frozen[0]['d2']:g})")
     axes[0].set_title("frozen q and k: one place rounds")
-    for name, lines in curves(base):
-        draw(axes[1], lines, "base", reading, marker="o", label=name, color=colour(name))
+    for i, (lines, look) in enumerate(curves(base)):
+        apart = [{**line, "base": line["base"] * 1.15**i} for line in relative(lines, reading)]  # bars side by side
+        draw(axes[1], apart, "base", reading, **look)
     if base:
-        axes[1].set_yscale("log")
         axes[1].set_xscale("log")
     axes[1].set_xlabel("RoPE base")
-    axes[1].set_ylabel("D")
+    axes[1].set_ylabel("D / D at the smallest base")
     axes[1].set_title("the same weights at larger bases")
     for line in local[:1]:
         for variant in values(local, "variant"):
             mine = pick(local, variant=variant, keys="first", folder=line["folder"])
-            axes[2].plot([x["base"] for x in mine], [x["mean_abs"] for x in mine], marker="o", markersize=3, label=variant)
+            axes[2].plot([x["base"] for x in mine], [x["mean_abs"] for x in mine], linewidth=1, label=variant,
+                         **style(variant))
             known = [x for x in mine if not math.isnan(x["expected"])]
-            axes[2].plot([x["base"] for x in known], [x["expected"] for x in known], "kx")
+            axes[2].plot([x["base"] for x in known], [x["expected"] for x in known], "ko", markersize=8,
+                         markerfacecolor="none")
         axes[2].set_xscale("log")
         axes[2].set_yscale("log")
     axes[2].set_xlabel("RoPE base")
     axes[2].set_ylabel("mean |logit difference|, no $1/\\sqrt{d}$")
-    axes[2].set_title("single random pairs (x: expected)")
+    axes[2].set_title("single pairs (circles: expected)")
     for plot in axes[1:]:
         legend(plot, [plot], loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
     finish(figure, out / "causes.png", made)
+
+
+def attention_share(tables, lines):
+    """first_mass, which is summed over the heads, in per cent of one head's attention; head.csv tells how many."""
+    shown = []
+    for line in lines:
+        heads = pick(tables["head"], folder=line["folder"], variant=line["variant"], d1=line["d1"], d2=line["d2"])
+        heads = len({(x["layer"], x["head"]) for x in heads})
+        if heads:
+            shown.append({**line, **{c: 100 * line[c] / heads for c in ("first_mass", "first_mass_se")}})
+    return shown
+
+
+def coinciding(lines, y):
+    """Lists of variants whose curves nobody could tell apart: at all places within a hundredth of the largest value."""
+    curve = {v: {line["place"]: line[y] for line in pick(lines, variant=v)} for v in values(lines, "variant")}
+    near = 0.01 * max((abs(line[y]) for line in lines), default=0)
+    groups = []
+    for variant, mine in sorted(curve.items(), key=lambda item: -len(item[1])):  # some have fewer places
+        for group in groups:
+            first = curve[group[0]]
+            if mine.keys() <= first.keys() and all(abs(mine[p] - first[p]) <= near for p in mine):
+                group.append(variant)
+                break
+        else:
+            groups.append([variant])
+    return groups
 
 
 def training(tables, out, reading, made):
@@ -289,15 +370,20 @@ def training(tables, out, reading, made):
     shift = pick(shift, d1=pair["d1"], d2=pair["d2"])
     figure, places = plt.subplots(2, 2, figsize=(WIDTH, 5.8), layout="constrained")
     axes, beside = list(places.flat[:3]), places.flat[3]
+    shift = [{**line, "place": names.index(line["weights"])} for line in shift]
     for plot, y in zip(axes, (reading, "first_logit_abs", "first_mass")):
-        for variant in values(shift, "variant"):
-            lines = [{**line, "place": names.index(line["weights"])} for line in pick(shift, variant=variant)]
-            draw(plot, lines, "place", y, marker="o", label=variant, color=colour(variant))
+        shown = attention_share(tables, shift) if y == "first_mass" else shift
+        groups = coinciding(shown, y) if y == "first_mass" else [[v] for v in values(shown, "variant")]
+        for group in groups:
+            draw(plot, pick(shown, variant=group[0]), "place", y, **{"label": group[0], **style(group[0])})
+        if any(len(group) > 1 for group in groups):
+            same = [" = ".join(group) for group in groups if len(group) > 1]
+            plot.set_title("\n".join(same) if len(groups) > 1 else "all variants alike")
         plot.set_xticks(range(len(names)), names, rotation=45, ha="right")
         plot.set_yscale("linear" if y == "first_mass" else "log")
     axes[0].set_ylabel(f"D({pair['d1']:g}, {pair['d2']:g}): {READINGS[reading]}")
     axes[1].set_ylabel("first key: mean |logit difference|")
-    axes[2].set_ylabel("first key: attention, all heads")
+    axes[2].set_ylabel("first key: attention (% of a head's)")
     beside.axis("off")
     legend(beside, axes, loc="center", ncols=2)
     finish(figure, out / "training.png", made)
@@ -309,6 +395,9 @@ def main():
     parser.add_argument("-o", "--out", help="folder for the figures; default: the first one")
     parser.add_argument("--reading", choices=READINGS, default="sum_abs", help="which of D's three readings")
     args = parser.parse_args()
+    if plt is None:
+        sys.exit("plot_rope.py: no matplotlib here")
+    plt.rcParams.update(FONTS)
     names = ("shift", "layer", "head", "key", "length", "sample", "local")
     tables = {name: [line for folder in args.folder for line in read_csv(folder, name + ".csv")] for name in names}
     if not any(tables.values()):

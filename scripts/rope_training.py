@@ -4,12 +4,17 @@
     python3 scripts/rope_training.py rope/training --books books.jsonl --tokenizer tokenizer.model
 
 Trains full, intra, intra_reset and anchor attention in bf16, and as controls full and anchor once more with everything in
-fp32, and anchor in a bf16 network whose RoPE and attention are fp32 (attention_float), each with several seeds, on two tasks: books cut into documents (11.4M parameters, context 1024), and facts to be recalled
-(data/recall.py, 0.1M parameters, context 512). Scores each on the same rows (two held-out books, whole; questions) at 1,
-2 and 4 times the trained length. What is done already is not done again, so a stopped study goes on by the same command.
---limit ends it after so many seconds, once the run at hand is finished.
+fp32, and anchor in a bf16 network whose RoPE and attention are fp32 (attention_float), each with several seeds, on two
+tasks: books cut into documents (11.4M parameters, context 1024), and facts to be recalled (data/recall.py, 0.1M
+parameters, context 512). Scores each on the same rows (two held-out books, whole; questions) at 1, 2 and 4 times the
+trained length. What is done already is not done again, so a stopped study goes on by the same command. --limit ends it
+after so many seconds, once the run at hand is finished.
 
-Writes scores.csv, table.md and training.png into the folder.
+Writes scores.csv, table.md and training.png into the folder. Two GPUs share the work by folders of their own:
+
+    CUDA_VISIBLE_DEVICES=0 python3 scripts/rope_training.py rope/a --runs full:bf16 anchor:bf16 --books ... &
+    CUDA_VISIBLE_DEVICES=1 python3 scripts/rope_training.py rope/b --runs full:float anchor:float --books ...
+    python3 scripts/rope_training.py rope/training --merge rope/a rope/b
 """
 
 import argparse
@@ -34,6 +39,9 @@ CONTROL = os.environ.get("CONTROL", "./train_fp32_attention")
 RUNS = [("full", "bf16"), ("intra", "bf16"), ("intra_reset", "bf16"), ("anchor", "bf16"), ("full", "float"),
         ("anchor", "float"), ("anchor", "attention_float")]
 TIMES, BUCKETS = (1, 2, 4), 8
+RUN = ("task", "mode", "dtype", "seed")
+MADE = ("commit", "device", "seconds")  # of a run, on each of its lines; files from before have none
+COLUMNS = (*RUN, "times", "length", "from", "measure", "value", *MADE)
 SCALES = {  # shape, context, options of the training, rows of context 1 that are scored
     "books": {
         "full": ("-e 30M --tied --layers 4 --channels 256 --heads 4 --ffn 688", 1024,
@@ -55,6 +63,21 @@ def execute(command):
     if done.returncode:
         sys.exit(f"rope_training.py: {' '.join(map(str, command))}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return done.stdout
+
+
+def first_line(*command):
+    """Of what a program prints; "" where it is not there or fails."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return "" if done.returncode else done.stdout.split("\n")[0].strip()
+
+
+def device_name(device):
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    gpu = device != "cpu" and first_line("nvidia-smi", "-i", chosen, "--query-gpu=name", "--format=csv,noheader")
+    return gpu or ("CPU" if device != "gpu" else "GPU")
 
 
 def cut(books, out, context, seed=1):
@@ -156,6 +179,24 @@ def read_scores(path):
     lines = list(csv.DictReader(open(path))) if path.exists() else []
     for line in lines:
         line.update({k: int(line[k]) for k in ("seed", "times", "length", "from")}, value=float(line["value"]))
+        line.update({k: line.get(k) or "" for k in MADE})
+    return lines
+
+
+def merge(folders):
+    """The lines of several folders' scores.csv; of one study, and every run once."""
+    lines, owner, length = [], {}, {}
+    for folder in folders:
+        mine = read_scores(folder / "scores.csv")
+        if not mine:
+            sys.exit(f"rope_training.py: no {folder}/scores.csv, or nothing in it")
+        for line in mine:
+            run, at = tuple(line[k] for k in RUN), (line["task"], line["times"])
+            if owner.setdefault(run, folder) != folder:
+                sys.exit(f"rope_training.py: {' '.join(map(str, run))} is in {owner[run]} and in {folder}: leave one out")
+            if length.setdefault(at, line["length"]) != line["length"]:
+                sys.exit(f"rope_training.py: {folder} is of another --scale than {folders[0]}")
+        lines += mine
     return lines
 
 
@@ -181,6 +222,27 @@ def table(lines):
             here = [x for x in mine if x["task"] == task and x["times"] == times and x["from"] >= part * x["length"]]
             cells.append("{:.3f} +- {:.3f}".format(*mean_and_error(here)) if here else "")
         text += f"| {mode} | {dtype} | {len({x['seed'] for x in mine})} | " + " | ".join(cells) + " |\n"
+    return text
+
+
+def how_made(lines):
+    """By what the runs were made, and how long they took; what older files do not tell is said."""
+    runs = list({tuple(line[k] for k in RUN): line for line in lines}.values())
+    known = {k: [line[k] for line in runs if line[k]] for k in MADE}
+    text = f"{len(runs)} runs"
+    for key, name in ("commit", "commit"), ("device", "on"):
+        text += f", {name} {', '.join(dict.fromkeys(known[key]))}" if known[key] else ""
+    text += f", {sum(map(float, known['seconds'])):.0f} s" if known["seconds"] else ""
+    for key in MADE:
+        missing = len(runs) - len(known[key])
+        text += f"; of {missing} the {key} is not recorded" if missing else ""
+    return text + "."
+
+
+def report(lines, out):
+    text = f"{table(lines)}\n{how_made(lines)}\n"
+    (out / "table.md").write_text(text)
+    draw(lines, out / "training.png")
     return text
 
 
@@ -229,7 +291,14 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--data_only", action="store_true", help="make the token files, train nothing")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds")
+    parser.add_argument("--merge", nargs="+", type=pathlib.Path, metavar="FOLDER",
+                        help="trains nothing: table.md and training.png of what these folders hold")
     args = parser.parse_args()
+    if args.merge:
+        lines = merge(args.merge)
+        args.out.mkdir(parents=True, exist_ok=True)
+        print(f"{report(lines, args.out)}{args.out / 'table.md'}, training.png")
+        return
     wanted = args.runs or [f"{m}:{d}" for m, d in RUNS]
     unknown = [name for name in wanted if tuple(name.split(":")) not in RUNS]
     if unknown or args.seeds < 1:
@@ -246,6 +315,7 @@ def main():
         print(data)
         return
     lines = read_scores(out / "scores.csv")
+    made = {"commit": first_line("git", "rev-parse", "--short", "HEAD"), "device": device_name(args.device)}
     left = 0
     for seed in range(1, args.seeds + 1):  # seed by seed, so that an early end compares like with like
         for mode, dtype in RUNS:
@@ -257,16 +327,16 @@ def main():
                     left += 1
                     continue
                 began = time.time()
-                lines += run_one(args, out, data, task, mode, dtype, seed)
+                new = run_one(args, out, data, task, mode, dtype, seed)
+                made["seconds"] = f"{time.time() - began:.1f}"
+                lines += [{**line, **made} for line in new]
                 with open(out / "scores.csv.tmp", "w") as file:
-                    writer = csv.DictWriter(file, list(lines[0]))
+                    writer = csv.DictWriter(file, COLUMNS)
                     writer.writeheader()
                     writer.writerows(lines)
                 os.replace(out / "scores.csv.tmp", out / "scores.csv")
                 print(f"{task}, {mode}, {dtype}, seed {seed}: {time.time() - began:.0f} s", flush=True)
-    (out / "table.md").write_text(table(lines))
-    draw(lines, out / "training.png")
-    print(table(lines) + f"{out / 'scores.csv'}, table.md, training.png" + (f"; {left} runs are left" if left else ""))
+    print(report(lines, out) + f"{out / 'scores.csv'}, table.md, training.png" + (f"; {left} runs are left" if left else ""))
 
 
 if __name__ == "__main__":

@@ -68,6 +68,10 @@ say "the whole experiment on the last checkpoint, $SEQUENCES sequences"
 look "$LAST" result "step $STEPS" --sequences "$SEQUENCES" --length_variants float:F,bf16:C,bf16:A,bf16:D $ROPE_OPTIONS
 say "figures"
 draw="$PYTHON scripts/plot_rope.py"
-$draw "$FOLDER/result" && $draw "$@" "$FOLDER/result" -o "$FOLDER/figures" ||
-    echo "no figures (matplotlib?): elsewhere, $draw $FOLDER/result; $draw $* $FOLDER/result -o $FOLDER/figures"
+if $PYTHON -c 'import matplotlib' 2>/dev/null; then
+    $draw "$FOLDER/result"
+    $draw "$@" "$FOLDER/result" -o "$FOLDER/figures"
+else
+    echo "no figures, no matplotlib: where it is, $draw $FOLDER/result; $draw $* $FOLDER/result -o $FOLDER/figures"
+fi
 say "done"

@@ -8,6 +8,7 @@
 #define TRAIN_LLAMA_NO_MAIN
 #include "../train_llama.cu"
 #include "rope_study.cuh"
+#include <functional>
 
 // What is measured of a head, between two shifts; of a layer or a model it is the sum over the heads.
 //
@@ -123,6 +124,8 @@ template <class Dev, class E> struct Experiment {
     A* columns;              // (H, 5, S)
     A* first;                // (H, S)
     A *again, *again_lse;    // (S, H + 2K, D), (H, S): qkv once more, where frozen ones are compared
+    // Called after every forward.
+    std::function<void()> pass_done = [] {};
     Sink sink;
     std::vector<std::vector<A>> sink_add; // (layers; K, D): to its key, the same in all runs of a sequence
     RingScratch<A> scratch;               // of the attention in A
@@ -257,6 +260,7 @@ void experiment_forward(Experiment<Dev, E>& x, const Row& row, const Rounding& r
         swiglu_forward(dev, a.act, a.gate_up, T, F);
         matmul_forward(dev, a.out, a.act, w.wdown, none, a.h, T, F, C);
     }
+    x.pass_done();
 }
 
 // Place of layer l among the measured ones, or -1.

@@ -44,6 +44,7 @@
     OPTION(Int, pairs, 20000, "100..10000000", "random pairs of the experiment `local`")                               \
     OPTION(Int, seed, 1, "0..1000000000", "of random weights and pairs")                                               \
     OPTION(Text, device, "auto", "auto|cpu|gpu", "auto: the GPU if there is one")                                      \
+    OPTION(Real, progress, 30, "0..1000000", "seconds after which long work says on stderr how far it is")             \
     OPTION(Flag, plot, true, "", "draw the figures at the end; --plot=0 leaves it")                                    \
     OPTION(Flag, help, false, "", "print this list, and exit")
 // clang-format on
@@ -160,7 +161,7 @@ inline std::vector<Variant> parse_variants(const char* option, const std::string
 
 // The name of an option that only a model could use and that is not as by default; empty: none.
 inline std::string option_for_a_model(RopeOptions o) {
-    const std::string others = "|out|bases|pairs|seed|device|plot|help|";
+    const std::string others = "|out|bases|pairs|seed|device|progress|plot|help|";
     RopeOptions defaults;
     if (o.experiments == "local") o.experiments = defaults.experiments;
     std::vector<std::string> values;

@@ -16,10 +16,12 @@
 #include "rope_experiment.h"
 #include "rope_local.h"
 #include "rope_options.h"
+#include <fcntl.h>
 #include <filesystem>
+#include <sys/file.h>
 
 // A CSV file with one header line; every value checked into the file when it is closed. Without `wanted` there is none,
-// and what an earlier run measured stays. A file that is no such table is not replaced.
+// and what an earlier run measured stays. Only such a table is replaced, or an older one, of fewer columns.
 struct Csv {
     FILE* file = nullptr;
     std::string path;
@@ -29,9 +31,10 @@ struct Csv {
         if (!wanted) return;
         if (FILE* old = fopen(path.c_str(), "r")) {
             std::string first(header.size(), 0);
-            const bool ours = fread(first.data(), 1, first.size(), old) == 0 || first == header;
+            first.resize(fread(first.data(), 1, first.size(), old));
             fclose(old);
-            if (!ours) fail("%s: not a table as this program writes it; pass another --out", path.c_str());
+            if (header.rfind(first.substr(0, first.find('\n')), 0) != 0)
+                fail("%s: not a table as this program writes it; pass another --out", path.c_str());
         }
         file = fopen(path.c_str(), "w");
         if (!file) fail("%s: %s", path.c_str(), strerror(errno));
@@ -68,7 +71,8 @@ struct Tables {
           length(folder, "length.csv",
                  "weights,variant,base,d1,d2,length,sequences,logit,logit_se,logit_abs,logit_abs_se", lengths),
           sample(folder, "sample.csv",
-                 "weights,variant,base,length,d1,d2,sequence,sum_abs,column_abs,signed_sum,first_logit", by_shift) {}
+                 "weights,variant,base,length,d1,d2,sequence,sum_abs,column_abs,signed_sum,first_logit,place",
+                 by_shift) {}
 };
 
 // The command line's meaning.
@@ -80,7 +84,8 @@ struct Study {
     std::vector<int> layers, shifts, lengths; // measured
     std::vector<double> bases;
     std::vector<std::vector<int32_t>> sequences; // each as long as the longest run needs
-    size_t swept = 0; // of them, the first: those that more than the pair (other, reference) is measured on
+    std::vector<size_t> places; // of their first tokens in the data, by which other runs have the same sequences
+    size_t swept = 0;           // of them, the first: those that more than the pair (other, reference) is measured on
     bool gpu = false;
 
     bool wants(const char* experiment) const {
@@ -132,8 +137,8 @@ void write_details(const Study& s, const std::string& variant, double base, cons
     }
     for (size_t i = 0; i < d.sample.size() / measures; i++) {
         const double* x = d.sample.data() + i * measures;
-        fprintf(s.tables->sample.file, "%s,%zu,%.9g,%.9g,%.9g,%.9g\n", front, i, x[sum_abs], x[column_abs],
-                x[signed_sum], x[first_logit]);
+        fprintf(s.tables->sample.file, "%s,%zu,%.9g,%.9g,%.9g,%.9g,%zu\n", front, i, x[sum_abs], x[column_abs],
+                x[signed_sum], x[first_logit], s.places[i]);
     }
     for (const Csv* table : {&s.tables->layer, &s.tables->head, &s.tables->key, &s.tables->sample}) fflush(table->file);
 }
@@ -146,6 +151,30 @@ void say(const char* experiment, const std::string& variant, double base, const 
            experiment, variant.c_str(), base, d.d1, d.d2, all.mean(), all.error(), column.mean(), column.error(),
            d.model[signed_sum].mean(), 100 * first.mean() / std::max(all.mean(), 1e-300), seconds);
     fflush(stdout);
+}
+
+// Says on stderr how far long work is, at most every `every` seconds; short work says nothing.
+struct Progress {
+    std::string what;
+    size_t sequences;
+    double every, start = seconds_now(), said = start;
+    size_t done = 0;
+
+    void say() {
+        const double now = seconds_now();
+        if (now - said < every) return;
+        said = now;
+        fprintf(stderr, "%s: %zu of %zu sequences, %.0f s\n", what.c_str(), done, sequences, now - start);
+    }
+};
+
+// one(sequence's number) for the first `count` sequences.
+template <class Dev, class E, class One>
+void for_sequences(Experiment<Dev, E>& x, const Study& s, const std::string& what, size_t count, One one) {
+    Progress progress{what, count, s.o.progress};
+    x.pass_done = [&] { progress.say(); };
+    for (size_t i = 0; i < count; i++) one(i), progress.done++;
+    x.pass_done = [] {};
 }
 
 // Random weights as torch starts its layers: uniform within 1 / sqrt(fan in), the embedding normal, norms one.
@@ -183,13 +212,13 @@ template <class Dev, class E> void run_shifts(Experiment<Dev, E>& x, const Study
             else pairs.push_back({other, shift, layers, H, s.T, false});
         }
     std::vector<Deviation> only_swept;
-    for (size_t i = 0; i < s.sequences.size(); i++) {
+    for_sequences(x, s, "shift " + v.name, s.sequences.size(), [&](size_t i) {
         if (i == s.swept) {
             only_swept.assign(std::make_move_iterator(pairs.begin() + 1), std::make_move_iterator(pairs.end()));
             pairs.erase(pairs.begin() + 1, pairs.end()), references.resize(1);
         }
         measure_shifts(x, s.sequences[i], references, v.rounding, pairs);
-    }
+    });
     pairs.insert(pairs.end(), only_swept.begin(), only_swept.end());
     for (const Deviation& d : pairs) write_shift(s, "shift", v.name, base, d), write_details(s, v.name, base, d);
     say("shift", v.name, base, pairs[0], seconds_now() - start);
@@ -200,7 +229,8 @@ template <class Dev, class E> void run_lengths(Experiment<Dev, E>& x, const Stud
     const int reference = int(s.o.reference), other = int(s.o.other);
     const double base = s.config.rope.base, start = seconds_now();
     LengthDeviation d{s.lengths, std::vector<Mean>(s.lengths.size()), std::vector<Mean>(s.lengths.size())};
-    for (auto& text : s.sequences) measure_lengths(x, text, other, reference, v.rounding, d);
+    for_sequences(x, s, "length " + v.name, s.sequences.size(),
+                  [&](size_t i) { measure_lengths(x, s.sequences[i], other, reference, v.rounding, d); });
     for (size_t i = 0; i < d.lengths.size(); i++)
         fprintf(s.tables->length.file, "%s,%s,%g,%d,%d,%d,%zu,%.9g,%.9g,%.9g,%.9g\n", s.o.label.c_str(), v.name.c_str(),
                 base, other, reference, d.lengths[i], s.sequences.size(), d.logit[i].mean(), d.logit[i].error(),
@@ -218,7 +248,10 @@ template <class Dev, class E> void run_bases(Experiment<Dev, E>& x, const Study&
         x.m.config.rope.base = base;
         std::vector<Deviation> pairs = {{other, reference, s.layers.size(), x.heads(), s.T, false}};
         const double start = seconds_now();
-        for (size_t i = 0; i < s.swept; i++) measure_shifts(x, s.sequences[i], {reference}, v.rounding, pairs);
+        char what[64];
+        snprintf(what, sizeof what, "base %g ", base);
+        for_sequences(x, s, what + v.name, s.swept,
+                      [&](size_t i) { measure_shifts(x, s.sequences[i], {reference}, v.rounding, pairs); });
         write_shift(s, "base", v.name, base, pairs[0]);
         say("base", v.name, base, pairs[0], seconds_now() - start);
     }
@@ -243,7 +276,7 @@ template <class Dev, class E> void run_frozen(Experiment<Dev, E>& x, const Study
     std::vector<Deviation> pairs(roundings.size(),
                                  {int(s.o.other), int(s.o.reference), s.layers.size(), x.heads(), s.T, false});
     const double start = seconds_now(), base = s.config.rope.base;
-    for (size_t i = 0; i < s.swept; i++) measure_frozen(x, s.sequences[i], roundings, pairs);
+    for_sequences(x, s, "frozen", s.swept, [&](size_t i) { measure_frozen(x, s.sequences[i], roundings, pairs); });
     for (size_t i = 0; i < pairs.size(); i++) {
         write_shift(s, "frozen", names[i], base, pairs[i]);
         say("frozen", names[i], base, pairs[i], seconds_now() - start);
@@ -325,9 +358,8 @@ Loader open_text(const Study& s) {
     return loader;
 }
 
-// Sequences spread evenly over the data, and so are the first `swept`: one BOS, then `length` - 1 tokens of text.
-std::vector<std::vector<int32_t>> read_sequences(const Study& s, Loader& loader, size_t count, size_t swept,
-                                                 size_t length) {
+// Sequences spread evenly over the data, and so are the first s.swept: one BOS, then `length` - 1 tokens of text.
+void read_sequences(Study& s, Loader& loader, size_t count, size_t length) {
     loader.options.S = length;
     const size_t rows = size_t(loader.corpus.text) / (length - 1);
     if (rows == 0)
@@ -337,15 +369,15 @@ std::vector<std::vector<int32_t>> read_sequences(const Study& s, Loader& loader,
         fail("%s: %lld tokens are %zu sequences of %zu, not %zu: pass fewer --sequences or a smaller %s",
              s.o.data.c_str(), (long long)loader.corpus.text, rows, length, count,
              length > s.T ? "--lengths" : "--length");
-    std::vector<std::vector<int32_t>> sequences;
     for (size_t i = 0, at = 0, first = 0; i < count; i++) {
         for (; at < i * rows / count; at++) loader_skip(loader);
         Row row;
-        loader_next(loader, row), at++;
-        const bool sweep = i * swept / count != (i + 1) * swept / count;
-        sequences.insert(sweep ? sequences.begin() + first++ : sequences.end(), row.token);
+        loader_next(loader, row);
+        const bool sweep = i * s.swept / count != (i + 1) * s.swept / count;
+        const size_t where = sweep ? first++ : i;
+        s.sequences.insert(s.sequences.begin() + where, row.token);
+        s.places.insert(s.places.begin() + where, at++ * (length - 1));
     }
-    return sequences;
 }
 
 // The newest weights of all runs, the data that belong to them and a folder for what is measured; false when there are
@@ -405,7 +437,7 @@ bool read_study(Study& s) {
     s.lengths = extent.lengths;
     if (size_t(o.sink_key) >= s.T) fail("option --sink_key takes a key of the sequence, less than %zu", s.T);
     s.swept = o.sweep ? std::min(size_t(o.sweep), extent.sequences) : extent.sequences;
-    s.sequences = read_sequences(s, loader, extent.sequences, s.swept, extent.longest);
+    read_sequences(s, loader, extent.sequences, extent.longest);
     return true;
 }
 
@@ -447,6 +479,16 @@ void make_folder(const std::string& path) {
     if (fault) fail("%s: cannot be made: %s; pass another --out", path.c_str(), fault.message().c_str());
 }
 
+// Two programs at once would overwrite each other's tables, so the first holds the folder until it ends. A file system
+// without locks goes without.
+void lock_folder(const std::string& path) {
+    const std::string file = path + "/lock";
+    const int lock = open(file.c_str(), O_CREAT | O_RDWR | O_CLOEXEC, 0666);
+    if (lock < 0) fail("%s: %s; pass another --out", file.c_str(), strerror(errno));
+    if (flock(lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+        fail("%s: another test_rope writes its tables there; wait for it, or pass another --out", path.c_str());
+}
+
 int main(int argc, char** argv) {
     Study s;
     s.o = options_parse<RopeOptions>(argc, argv);
@@ -462,6 +504,7 @@ int main(int argc, char** argv) {
                          : "and neither rope/run nor demo/long holds one: pass --model, or train one (make demo)");
     if (s.o.out.empty()) s.o.out = "rope/result";
     make_folder(s.o.out);
+    lock_folder(s.o.out);
     if (s.wants("local")) run_local(s.o, s.bases);
     if (!on_model && !local_alone) say_no_model();
     if (on_model) {

@@ -1,6 +1,7 @@
 """test_rope as a user runs it: its CSV files, its figures, and what it refuses."""
 
 import csv
+import fcntl
 import math
 import os
 import pathlib
@@ -9,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ def run(*args, ok=True, cwd=None):
     done = subprocess.run([BINARY, "--device", DEVICE, *map(str, args)], capture_output=True, text=True, cwd=cwd,
                           timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    assert not ok or "--progress" in args or not done.stderr, done.stderr
     return done.stdout if ok else done.stderr
 
 
@@ -75,7 +78,7 @@ def test_every_table_has_its_columns_and_lines(measured):
                 "logit_se", "logit_abs", "logit_abs_se"],
         "length": ["weights", "variant", "base", "d1", "d2", "length", "sequences", "logit", "logit_se", "logit_abs",
                    "logit_abs_se"],
-        "sample": ["weights", *front, "sequence", "sum_abs", "column_abs", "signed_sum", "first_logit"],
+        "sample": ["weights", *front, "sequence", "sum_abs", "column_abs", "signed_sum", "first_logit", "place"],
         "local": ["variant", "angles", "base", "keys", "pairs", "mean_abs", "expected"],
     }.items():
         lines = read(measured, name)
@@ -103,10 +106,63 @@ def test_an_experiment_leaves_the_tables_of_the_others(trained, tmp_path):
     before = (tmp_path / "shift.csv").read_bytes()
     run(*args, "--experiments", "length", "--out", tmp_path)
     assert (tmp_path / "shift.csv").read_bytes() == before and read(tmp_path, "length")
+    columns = (tmp_path / "sample.csv").read_text().split("\n")[0]
+    (tmp_path / "sample.csv").write_text("weights,variant,base\n1,2,3\n")  # a table of an older program is replaced
+    run(*args, "--experiments", "shift", "--out", tmp_path)
+    assert (tmp_path / "sample.csv").read_text().startswith(columns + "\n")
     (tmp_path / "sample.csv").write_text("mine\n")
     assert "not a table as this program writes it" in run(*args, "--experiments", "shift", "--out", tmp_path, ok=False)
     assert (tmp_path / "sample.csv").read_text() == "mine\n"
     assert "goes with shift" in run(*args, "--experiments", "other", "--out", tmp_path, ok=False)
+
+
+def test_two_at_once_do_not_share_a_folder(trained, tmp_path):
+    few = ["--pairs", 200, "--experiments", "local", "--plot=0", "--out", tmp_path]
+    busy = f"{tmp_path}: another test_rope writes its tables there; wait for it, or pass another --out\n"
+    with open(tmp_path / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run(*few, ok=False).endswith(busy) and not (tmp_path / "local.csv").exists()
+    run(*few)
+    before = (tmp_path / "local.csv").read_bytes()
+    long = subprocess.Popen([BINARY, "--device", DEVICE, *map(str, [*few, "--pairs", 10000000])], stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(1000):
+            with open(tmp_path / "lock") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    break
+            time.sleep(0.01)
+        assert long.poll() is None and run(*few, ok=False).endswith(busy)
+    finally:
+        long.kill()
+        long.wait()
+    run(*few)
+    assert (tmp_path / "local.csv").read_bytes() == before
+
+
+def test_long_work_says_how_far_it_is(trained, tmp_path):
+    args = ["--model", trained / "weights.bin", "--data", trained / "text.bin", "--out", tmp_path, *FEW, "--sweep", 2,
+            "--experiments", "shift,length,base,frozen", "--variants", "float:F,bf16:C", "--base_variants", "bf16:C"]
+
+    def run_both(*more):
+        done = subprocess.run([BINARY, "--device", DEVICE, *map(str, [*args, *more])], capture_output=True, text=True,
+                              timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        return re.sub(r"[\d.]+ s$", "", done.stdout, flags=re.M), done.stderr.splitlines()
+
+    short, silent = run_both()
+    out, lines = run_both("--progress", 0)
+    assert short == out and not silent
+    seen = [re.fullmatch(r"(.*): (\d+) of (\d+) sequences, \d+ s", line).groups() for line in lines]
+    passes = {what: [int(done) for name, done, _ in seen if name == what] for what, _, _ in seen}
+    # Three shifts beside the reference for two sequences, one for the third.
+    assert passes == {"frozen": [0, 1], "base 10000 bf16:C": [0, 0, 1, 1], "base 1e+06 bf16:C": [0, 0, 1, 1]} | {
+        f"{what} {v}": done for v in ("float:F", "bf16:C")
+        for what, done in (("shift", [0] * 4 + [1] * 4 + [2] * 2), ("length", [0, 0, 1, 1, 2, 2]))}
+    assert {count for what, _, count in seen if what.split()[0] in ("shift", "length")} == {"3"}
+    assert {count for what, _, count in seen if what.split()[0] in ("base", "frozen")} == {"2"}
+    assert run_both("--progress", 1000) == (out, [])
 
 
 def test_dynamic_scaling_goes_by_the_sequence(trained, tmp_path):
@@ -169,6 +225,11 @@ def test_a_sweep_takes_some_of_the_sequences(trained, tmp_path):
     # Evenly spread: those that a run of two alone would take need not be of these, but these are of the seven.
     values = {name: [float(x["sum_abs"]) for x in lines] for name, lines in samples.items()}
     assert [i for i, x in enumerate(values["all"]) if x in values["some"]] == [3, 6]
+    # The same place in the data, the same text; rows of 150 tokens, the longest length, are cut from it.
+    places = {name: {int(x["place"]): x["sum_abs"] for x in lines} for name, lines in samples.items()}
+    rows = 4 * 699 // 149
+    assert list(places["all"]) == [i * rows // 7 * 149 for i in range(7)]
+    assert list(places["some"].items()) == [list(places["all"].items())[i] for i in (3, 6)]
     for pair, line in some.items():
         main = pair[0] == "shift" and (pair[3], pair[4]) == ("0", "16")
         assert line["sequences"] == ("7" if main else "2"), pair
@@ -269,9 +330,103 @@ def test_figures_are_readable_in_print_and_show_the_reading_by_key(reading, colu
     assert len(by_key.collections) == len(VARIANTS)
     top = by_key.collections[VARIANTS.index("bf16:C")].get_paths()[0].vertices[:, 1].max()
     assert np.isclose(top, (abs(value) + error).max())
+    for signed in (x for x in figure1.axes if "signed" in x.get_title()):  # with its sign on the linear axis alone
+        wanted = np.array([float(x["logit"]) for x in only(read(measured, "length"), variant="bf16:C")])
+        drawn = next(x for x in signed.containers if x.get_label() == "bf16:C").lines[0].get_ydata()
+        logarithmic = signed.get_yscale() == "log"
+        assert np.allclose(drawn, abs(wanted) if logarithmic else wanted)
+        assert signed.get_title().startswith("|signed|" if logarithmic else "signed")
     absolute = next(x for x in figure1.axes if "absolute" in x.get_title())
     shown = next(x for x in absolute.containers if x.get_label() == "bf16:C")
     assert np.allclose(shown.lines[0].get_ydata(), [float(x["logit_abs"]) for x in only(read(measured, "length"), variant="bf16:C")])
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """draw(folders) -> {name: figure} of plot_rope.py."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import plot_rope
+
+    def draw(*folders):
+        figures = {}
+        monkeypatch.setattr(plot_rope, "finish", lambda figure, path, made: figures.update({path.name: figure}))
+        monkeypatch.setattr(sys, "argv", ["plot_rope.py", *map(str, folders)])
+        plot_rope.main()
+        for figure in figures.values():
+            plot_rope.plt.close(figure)
+        return figures
+
+    return draw
+
+
+def curve(axes, name):
+    """The line that the legend calls so."""
+    found = [x.lines[0] for x in axes.containers if x.get_label() == name and hasattr(x, "lines")]
+    return (found or [x for x in axes.lines if x.get_label() == name])[0]
+
+
+def test_a_variant_looks_the_same_everywhere(measured, trained, tmp_path, drawn):
+    run("--model", trained / "weights.bin", "--data", trained / "text.bin", "--out", tmp_path, "--start", "kaiming", "--label",
+        "random", "--experiments", "shift", "--variants", "bf16:C,bf16:A", *FEW, "--shifts", "0,4")
+    one, two = drawn(measured), drawn(tmp_path, measured)
+    looks, lines = {}, []
+    for figures, last in (one, ""), (two, "trained, "):
+        for name, figure in figures.items():
+            for axes in figure.axes:
+                for label in axes.get_legend_handles_labels()[1]:
+                    line = curve(axes, label)
+                    variant = label.removeprefix("random, ").removeprefix("trained, ")
+                    if variant in VARIANTS:
+                        looks.setdefault(variant, set()).add((line.get_color(), line.get_marker()))
+                        full = line.get_markerfacecolor() != "none"
+                        assert full == (not label.startswith("random, ")), (name, label)
+                    elif variant in "FECBAD":
+                        network = "float" if variant in "EF" else "bf16"
+                        looks[f"{network}:{variant}"].add((line.get_color(), line.get_marker()))
+                    lines.append(label)
+    assert looks.keys() == set(VARIANTS) and all(len(look) == 1 for look in looks.values())
+    assert len(set().union(*looks.values())) == len(VARIANTS)
+    for part in (0, 1):  # of colour and marker each
+        assert len({list(look)[0][part] for look in looks.values()}) == len(VARIANTS)
+    assert "random, bf16:C" in lines and "trained, bf16:A" in lines
+    by_shift = two["figure1.png"].axes[1]
+    assert curve(by_shift, "random, bf16:C").get_linestyle() == "None"  # two shifts, the others four
+    assert curve(by_shift, "trained, bf16:C").get_linestyle() == "-"
+    other = two["figure7.png"].axes[1]
+    assert "random, bf16:C" not in other.get_legend_handles_labels()[1]  # went through no other sweep
+    assert other.get_xlim()[1] == pytest.approx(130)
+
+
+def test_causes_have_their_names_and_bases_are_relative(measured, drawn):
+    frozen, base, _ = drawn(measured)["causes.png"].axes
+    assert [x.get_text() for x in frozen.get_yticklabels()] == [
+        "nothing (E)", "fp32 angles (F)", "q and k before the rotation", "cos and sin", "the rotation's products and sums",
+        "q and k after the rotation", "logits", "bf16 angles", "as C", "as B", "as A", "as D"]
+    shift = read(measured, "shift")
+    wanted = [float(only(shift, experiment="frozen", variant=v)[0]["sum_abs"]) for v in ("table=bf16", "letter:A")]
+    assert np.allclose([frozen.patches[i].get_width() for i in (3, 10)], wanted)
+    d = [float(x["sum_abs"]) for x in only(shift, experiment="base", variant="bf16:C")]
+    assert base.get_yscale() == "linear" and np.allclose(curve(base, "bf16:C").get_ydata(), np.array(d) / d[0])
+
+
+def test_the_first_keys_attention_is_a_share_of_a_head(measured, trained, tmp_path, drawn):
+    run("--model", trained / "weights.bin", "--data", trained / "text.bin", "--out", tmp_path, "--start", "kaiming", "--label",
+        "random", "--experiments", "shift", "--variants", "bf16:C,bf16:A", *FEW, "--shifts", "0,4")
+    mass = drawn(tmp_path, measured)["training.png"].axes[2]
+    alike = mass.containers
+    assert len(alike) == 1 and mass.get_title() == "all variants alike"
+    wanted = [float(only(read(folder, "shift"), experiment="shift", d1=0, d2=16, variant=alike[0].get_label())[0]["first_mass"])
+              for folder in (tmp_path, measured)]
+    assert np.allclose(alike[0].lines[0].get_ydata(), 100 * np.array(wanted) / 4)  # 2 layers of 2 heads
+
+
+def test_curves_that_differ_are_both_drawn(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from plot_rope import coinciding
+    lines = [{"variant": v, "place": p, "y": y} for v, some in {"a": [1, 2], "b": [1.009, 2.015], "c": [1, 2.03]}.items()
+             for p, y in enumerate(some)] + [{"variant": "d", "place": 1, "y": 2.03}]
+    assert coinciding(lines, "y") == [["a", "b"], ["c", "d"]]
 
 
 def test_without_a_model_it_says_how_to_get_one(tmp_path):
@@ -392,7 +547,8 @@ def recipe(tmp_path):
 
 
 def test_the_recipe_goes_through_its_text_eight_times_at_most(recipe, tmp_path):
-    """2001 tokens; measuring is left out."""
+    """2001 tokens; measuring and drawing are left out."""
+    (tmp_path / "scripts/plot_rope.py").write_text("")
     (tmp_path / "test_rope").write_text('#!/bin/sh\necho "$2" "$6" "$8" >> looked\n')
     (tmp_path / "test_rope").chmod(0o755)
 
@@ -414,6 +570,21 @@ def test_the_recipe_goes_through_its_text_eight_times_at_most(recipe, tmp_path):
     assert "through the 2001 tokens of rope/books_0*.bin: 8 are made; 224000 tokens would be enough" in done.stdout
     looked = [line.split()[0] for line in (tmp_path / "looked").read_text().splitlines()]
     assert looked == [f"rope/run/step_{n:08}/weights.bin" for n in (8, 8, 1, 2, 4, 8)]
+    # Figures that cannot be drawn are an error, unless it is matplotlib that is missing.
+    (tmp_path / "scripts/plot_rope.py").write_text("raise SystemExit(3)")
+    (tmp_path / "with/matplotlib").mkdir(parents=True)
+    (tmp_path / "with/matplotlib/__init__.py").write_text("")
+    done = start(28, PYTHONPATH=str(tmp_path / "with"))
+    assert done.returncode == 3 and "s: done" not in done.stdout
+    done = start(28, PYTHONPATH=without_matplotlib(tmp_path))
+    assert done.returncode == 0 and "no figures, no matplotlib: where it is, " in done.stdout and "s: done" in done.stdout
+
+
+def without_matplotlib(folder):
+    """A PYTHONPATH on which it cannot be imported."""
+    (folder / "without").mkdir(exist_ok=True)
+    (folder / "without/matplotlib.py").write_text("raise ImportError('none here')")
+    return str(folder / "without")
 
 
 def test_the_recipe_runs_to_its_figures(recipe, tmp_path):
@@ -434,10 +605,128 @@ def test_the_recipe_runs_to_its_figures(recipe, tmp_path):
     assert {x["sequences"] for x in only(read(tmp_path / "rope/result", "shift"), d1=0, experiment="shift", d2=16)} == {"3"}
     assert {x["sequences"] for x in read(tmp_path / "rope/step_2", "shift")} == {"2"}
     assert (tmp_path / "rope/figures/training.png").is_file() and (tmp_path / "rope/result/figure1.png").is_file()
-    tables = subprocess.run([sys.executable, ROOT / "dev/rope_tables.py", tmp_path / "rope"], capture_output=True, text=True)
-    assert tables.returncode == 0, tables.stderr
-    d = only(read(tmp_path / "rope/result", "shift"), d1=0, d2=16, experiment="shift", variant="bf16:C")[0]
-    last = next(line for line in tables.stdout.splitlines() if line.startswith("| step 4 |")).split("|")
-    names = next(line for line in tables.stdout.splitlines() if line.startswith("| weights |")).split("|")
-    value, error = map(float, last[names.index(" bf16:C ")].split(" +- "))
-    assert abs(value - float(d["sum_abs"])) <= error and error == float(f"{float(d['sum_abs_se']):.0e}")
+    check_tables(tmp_path)
+
+
+def shown(text):
+    """What dev/rope_tables.py printed: {title: [{column: cell}]}."""
+    found = {}
+    for block in re.findall(r"^([^|\n].*)\n\n((?:\|.*\n)+)", text, re.M):
+        columns, rule, *rows = [[cell.strip() for cell in line[1:-1].split(" | ")] for line in block[1].splitlines()]
+        assert rows and rule == ["---"] * len(columns) and all(len(row) == len(columns) for row in rows), block
+        found[re.sub(r"^\S*/rope/", "", block[0])] = [dict(zip(columns, row)) for row in rows]
+    return found
+
+
+def agrees(cell, value, error):
+    """Rounded to the error's first digit, and no further."""
+    got, got_error = map(float, cell.split(" +- "))
+    return got_error == float(f"{error:.0e}") and abs(got - value) <= 0.51 * 10 ** math.floor(math.log10(got_error))
+
+
+def check_tables(folder):
+    """dev/rope_tables.py over the recipe's folders, and over some that it cannot use."""
+    rope = folder / "rope"
+    for name, *sink in ("sink_0", "--sink", 0), ("sink_4", "--sink", 4), ("sink_4_key_9", "--sink", 4, "--sink_key", 9):
+        run("--model", rope / "run/step_00000004/weights.bin", "--data", rope / "books_val_000000.bin", "--out", rope / name,
+            "--experiments", "shift", "--variants", "bf16:C", "--length", 64, "--shifts", 0, "--sequences", 3, "--plot=0", *sink)
+    shutil.copytree(rope / "step_2", rope / "step_final")
+    shutil.copytree(rope / "sink_4", rope / "sink_5")
+    (rope / "sink_5/key.csv").unlink()
+    (rope / "length_9").mkdir()
+    (rope / "length_9/length.csv").write_text((rope / "result/length.csv").read_text().split("\n")[0] + "\n")
+    header, *keys = (rope / "sink_4/key.csv").read_text().splitlines()
+    (rope / "sink_4/key.csv").write_text("\n".join([header, *reversed(keys)]) + "\n")  # looked up by key, not by place
+    done = subprocess.run([sys.executable, ROOT / "dev/rope_tables.py", rope], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": without_matplotlib(folder)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("left out:\n- sink_5: no key.csv\n") and "-0.00 " not in done.stdout
+    tables = shown(done.stdout)
+    assert not any("length_9" in title for title in tables)
+    shift, sample = (read(rope / "result", name) for name in ("shift", "sample"))
+
+    weights = tables["D(0, 16) by weights and variant"]
+    assert [x["weights"] for x in weights][2:] == ["step 2", "step 2", "step 4"]
+    d = only(shift, d1=0, d2=16, experiment="shift", variant="bf16:C")[0]
+    assert agrees(weights[-1]["bf16:C"], float(d["sum_abs"]), float(d["sum_abs_se"]))
+    frozen = tables["result: frozen q and k, D(0, 16)"]
+    assert [x["rounded"] for x in frozen][:2] == ["nothing (E)", "fp32 angles (F)"] and len(frozen) == 12
+    by_layer = tables["result: D(0, 16) by layer"]
+    for line in only(read(rope / "result", "layer"), d1=0, d2=16):
+        row = next(x for x in by_layer if x["variant"] == line["variant"])
+        assert float(row[line["layer"]]) == float(f"{float(line['sum_abs']):.1e}")
+
+    value = {int(float(x["base"])): (float(x["sum_abs"]), float(x["sum_abs_se"]))
+             for x in only(shift, experiment="base", variant="bf16:C")}
+    (large, large_error), (small, small_error) = value[10**6], value[10**4]
+    row = next(x for title, rows in tables.items() if "at a base / at 10000" in title for x in rows if x["variant"] == "bf16:C")
+    assert agrees(row["1e6"], large / small, large / small * math.hypot(large_error / large, small_error / small))
+
+    def by_sequence(lines, **pair):
+        return np.array([float(x["sum_abs"]) for x in only(lines, variant="bf16:C", d2=16, **pair)])
+
+    def ratio(above, below):
+        mean = above.mean() / below.mean()
+        return mean, np.std(above - mean * below, ddof=1) / below.mean() / math.sqrt(len(above))
+
+    far, near = by_sequence(sample, d1=100), by_sequence(sample, d1=0)
+    assert len(far) == 2 and len(near) == 3  # the sweep's come first
+    row = next(x for x in tables["result: D(shift, 16) / D(0, 16) of the same sequences"] if x["shift"] == "100")
+    assert row["sequences"] == "2" and agrees(row["bf16:C"], *ratio(far, near[:2]))
+
+    rows = {x["folder"]: x for x in tables["sinks: D(0, 16) with the sink / without"]}
+    assert [(x["key"], x["raised by"], x["sequences"]) for x in rows.values()] == [
+        ("0", "4", "the same 3"), ("9", "4", "the same 3")]
+    without = by_sequence(read(rope / "sink_0", "sample"), d1=0)
+    assert agrees(rows["sink_4"]["ratio"], *ratio(by_sequence(read(rope / "sink_4", "sample"), d1=0), without))
+    rows = {(x["folder"], x["key"]): x for x in tables["sinks: the key's attention, and how far its logit moves"]}
+    assert list(rows) == [("sink_0", "0"), ("sink_0", "9"), ("sink_4", "0"), ("sink_4_key_9", "9")]
+    for (name, at), row in rows.items():
+        key = read(rope / name, "key")
+        mass = {x["key"]: float(x["mass"]) for x in key}
+        assert float(row["% of all keys' attention, n_j-weighted"]) == round(100 * mass[at] / sum(mass.values()), 3)
+        error = float(only(key, key=at)[0]["mass_se"])
+        assert agrees(row["attention it gets, % of a head's"], 100 * mass[at] / 2, 100 * error / 2)  # 1 layer of 2 heads
+    # Without sink_0, result stands for it, whose sequences are others.
+    shutil.rmtree(rope / "sink_0")
+    done = subprocess.run([sys.executable, ROOT / "dev/rope_tables.py", rope], capture_output=True, text=True, check=True)
+    (row, _) = shown(done.stdout)["sinks: D(0, 16) with the sink / without"]
+    line = read(rope / "sink_4", "shift")[0]
+    mean = float(line["sum_abs"]) / float(d["sum_abs"])
+    error = math.hypot(*(float(x["sum_abs_se"]) / float(x["sum_abs"]) for x in (line, d)))
+    places = {x["place"] for x in sample} & {x["place"] for x in read(rope / "sink_4", "sample")}
+    assert len(places) < 3 or row["sequences"] == "the same 3"
+    if len(places) < 2:
+        assert row["sequences"] == "3, without a sink 3 others" and agrees(row["ratio"], mean, mean * error)
+
+
+@pytest.mark.parametrize("value, error, wanted", [
+    (1.2345, 0.0678, "1.23 +- 0.07"), (-0.003, 0.02, "0.00 +- 0.02"), (-6e-4, 3e-2, "0.00 +- 0.03"), (0.0, 0.02, "0.00 +- 0.02"),
+    (6.3614e-4, 2e-7, "6.361e-4 +- 2e-7"), (-8e-4, 2e-4, "-8e-4 +- 2e-4"), (9.97e-4, 1e-5, "1.00e-3 +- 1e-5"),
+    (3e-5, 4e-4, "0.0000 +- 0.0004"), (1e-8, 3e-7, "0 +- 3e-7"), (0.0013537, 2e-6, "0.001354 +- 2e-6"), (138.04, 0.61, "138.0 +- 0.6"),
+    (138.04, 12.3, "140 +- 10"), (0.5, 0.0961, "0.5 +- 0.1"), (0.123456, math.nan, "0.1235 (no error)"),
+    (2.5e-5, 0.0, "2.5e-5 (no error)"), (math.nan, math.nan, "")])
+def test_numbers_are_written_to_their_errors_place(value, error, wanted, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "dev"))
+    import rope_tables
+    assert rope_tables.number(value, error) == wanted
+
+
+def test_ratios_of_the_same_sequences_have_the_error_of_what_they_do_not_share(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "dev"))
+    from rope_tables import independent, paired
+    assert paired([2, 4, 6], [1, 2, 3]) == (2, 0)  # however far the sequences lie apart
+    ratio, error = paired([2, 4, 9], [1, 2, 3])  # 2.5, and off it by -0.5, -1, 1.5 of 2
+    assert ratio == 2.5 and np.isclose(error, math.sqrt((0.25**2 + 0.5**2 + 0.75**2) / 2 / 3))
+    assert all(map(math.isnan, paired([1, 2], [0, 1]))) and math.isnan(paired([1], [2])[1])
+    ratio, error = independent({"sum_abs": 6, "sum_abs_se": 0.6}, {"sum_abs": 3, "sum_abs_se": 0.3})
+    assert ratio == 2 and np.isclose(error, 2 * math.hypot(0.1, 0.1))
+
+
+def test_significant_digits_are_rounded_once(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "dev"))
+    from rope_tables import by_number, significant, sink_name
+    assert [significant(x) for x in (0.1095, 0.1, 0.0996, 2.71e-6, 138.0, 9.96, 0.0, 0.00123)] == [
+        "0.11", "0.10", "0.10", "2.7e-6", "140", "10", "0.0", "0.0012"]
+    assert sorted(["step_final", "step_1000", "step_125"], key=by_number) == ["step_125", "step_1000", "step_final"]
+    assert [sink_name(f) for f in ("sink_6", "sink_6_key_1000", "sink_6_key_x", "sink_a_b")] == [("6", 0), ("6", 1000), None, None]

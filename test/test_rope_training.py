@@ -81,11 +81,57 @@ def test_a_tiny_study_goes_on_where_it_stopped(tmp_path):
     losses = [float(x["value"]) for x in lines if x["measure"] == "loss"]
     assert all(3 < loss < 7 for loss in losses)  # some bytes learnt, no more: ln 257 = 5.5
     assert all(0 <= float(x["value"]) <= 1 for x in lines if x["measure"] == "recall")
+    commit = rope_training.first_line("git", "rev-parse", "--short", "HEAD")
     rows = (out / "table.md").read_text().strip().split("\n")
-    assert len(rows) == 4 and rows[2].startswith("| full | bf16 | 2 |") and "+-" in rows[3]
+    assert len(rows) == 6 and rows[2].startswith("| full | bf16 | 2 |") and "+-" in rows[3]
+    assert {x["commit"] for x in lines} == {commit} and {x["device"] for x in lines} == {"CPU"}
+    seconds = {(x["task"], x["mode"], x["dtype"], x["seed"]): float(x["seconds"]) for x in lines}
+    assert rows[5] == f"8 runs, {f'commit {commit}, ' if commit else ''}on CPU, {sum(seconds.values()):.0f} s." + (
+        "" if commit else "; of 8 the commit is not recorded.")
+    # A file from before these columns goes on: what is there stays, what is not is said.
+    kept = [x for x in lines if x["seed"] == "1"]
+    with open(out / "scores.csv", "w") as file:
+        writer = csv.DictWriter(file, [k for k in lines[0] if k not in rope_training.MADE], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(kept)
+    assert "of 4 the commit is not recorded" in run(out, *small) or not commit
+    again = list(csv.DictReader(open(out / "scores.csv")))
+    assert {x["commit"] for x in again} == {"", commit}
+    values = [{tuple(x[k] for k in (*rope_training.RUN, "times", "from")): x["value"] for x in some} for some in (lines, again)]
+    assert values[0] == values[1] and len(lines) == len(again)
     pytest.importorskip("matplotlib")
     image = (out / "training.png").read_bytes()
     assert image[:4] == b"\x89PNG" and int.from_bytes(image[16:20], "big") == 6.5 * 220  # a page's text, in print
+
+
+def write_scores(folder, runs, length=64):
+    """scores.csv of runs (mode, dtype, seed, value) on recall."""
+    folder.mkdir()
+    with open(folder / "scores.csv", "w") as file:
+        writer = csv.DictWriter(file, rope_training.COLUMNS)
+        writer.writeheader()
+        for mode, dtype, seed, value in runs:
+            writer.writerows({"task": "recall", "mode": mode, "dtype": dtype, "seed": seed, "times": t, "length": t * length,
+                              "from": 0, "measure": "recall", "value": value / t, "commit": "abc1234",
+                              "device": "GPU of a kind", "seconds": 1.5} for t in (1, 2, 4))
+
+
+def test_folders_are_merged(tmp_path):
+    a, b, out = tmp_path / "a", tmp_path / "b", tmp_path / "out"
+    write_scores(a, [("full", "bf16", 1, 0.2), ("full", "bf16", 2, 0.4)])
+    write_scores(b, [("anchor", "float", 1, 0.8), ("full", "bf16", 3, 0.6)])
+    before = (a / "scores.csv").read_bytes()
+    shown = run(out, "--merge", a, b, TRAIN_LLAMA="nowhere")  # nothing is trained, so nothing that trains is needed
+    rows = (out / "table.md").read_text().split("\n")
+    assert [x.split(" | ")[:3] for x in rows[2:4]] == [["| full", "bf16", "3"], ["| anchor", "float", "1"]]
+    assert " 0.400 +- 0.115 | 0.200 +- 0.058 | 0.100 +- 0.029 |" in rows[2]
+    assert rows[5] == "4 runs, commit abc1234, on GPU of a kind, 6 s." and rows[5] in shown
+    assert (a / "scores.csv").read_bytes() == before and not (out / "scores.csv").exists()
+    write_scores(tmp_path / "twice", [("full", "bf16", 2, 0.4)])
+    assert "full bf16 2 is in" in run(out, "--merge", a, tmp_path / "twice", ok=False)
+    write_scores(tmp_path / "long", [("full", "bf16", 9, 0.4)], length=512)
+    assert "another --scale" in run(out, "--merge", a, tmp_path / "long", ok=False)
+    assert "no " in run(out, "--merge", a, tmp_path / "missing", ok=False)
 
 
 def train(program, out, dtype):
