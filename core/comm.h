@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <chrono>
 #include <initializer_list>
+#include <set>
 #include <string>
 
 // A group of ranks. A plain value: copies are the same group, and none needs to be freed.
@@ -23,12 +24,34 @@ struct Comm {
     double timeout = 300; // seconds; groups split from this one inherit it
 };
 
-// For a wait that has seen no progress for so long. The clock: seconds since the look before, 1 at most, for a job that
-// was stopped and continued has not waited.
+// For a wait that has seen no progress for so long.
 [[noreturn]] inline void comm_give_up(const std::string& operation, double timeout) {
     fail("%s: no progress for %g s: another rank has died, hangs or is late; see its output (--timeout sets the limit)",
          operation.c_str(), timeout);
 }
+
+// What follows the operation's name there: the ranks that are missing, and those of which one at least is, by their
+// numbers in the world; nothing where neither is known.
+inline std::string waiting_for(std::set<int> missing, std::set<int> among = {}) {
+    auto list = [](const std::set<int>& ranks, const char* last) {
+        std::string text;
+        size_t left = ranks.size();
+        for (int rank : ranks) {
+            if (left > 1 && ranks.size() - left == 16) return text + last + std::to_string(left) + " others";
+            text += (text.empty() ? "" : left == 1 ? last : ", ") + std::to_string(rank);
+            left--;
+        }
+        return text;
+    };
+    for (int rank : missing) among.erase(rank);
+    if (among.size() == 1) missing.merge(among);
+    if (missing.empty() && among.empty()) return "";
+    std::string text = missing.size() > 1 ? ", waiting for ranks " : ", waiting for rank ";
+    text += list(missing, " and ") + (!missing.empty() && !among.empty() ? " and for " : "") + list(among, " or ");
+    return text + " of the world";
+}
+
+// Seconds since the look before, 1 at most: a job that was stopped and continued has not waited.
 struct WaitClock {
     std::chrono::steady_clock::time_point last = std::chrono::steady_clock::now();
     double passed() {

@@ -28,9 +28,9 @@
 #include <condition_variable>
 #include <cuda.h>
 #include <deque>
+#include <future>
 #include <memory>
 #include <mutex>
-#include <set>
 #include <thread>
 #include <vector>
 
@@ -80,7 +80,9 @@ struct Exchange {
     std::string operation;
     std::vector<Fetch> fetches;
     std::vector<Announced> sends;
-    std::vector<cudaEvent_t> nccl_done;
+    cudaEvent_t nccl_done = nullptr;               // null: nothing went by NCCL
+    std::set<int> nccl_ranks;                      // of the world, with which something did
+    std::vector<std::unique_ptr<Exchange>> parts;  // of a sum, in their order
     cudaEvent_t joined = nullptr;                  // of several that went on beside the stream: when all were over
     cudaEvent_t before = nullptr, after = nullptr; // where the stream waits
 };
@@ -91,7 +93,7 @@ struct CommGpu {
     decltype(&cuStreamWriteValue32) write_value = nullptr;
     decltype(&cuStreamWaitValue32) wait_value = nullptr;
     uint8_t* scratch = nullptr; // first what comm_sum uses, on the device's stream, then what is used beside it
-    cudaStream_t beside = nullptr, nccl_stream = nullptr;
+    cudaStream_t beside = nullptr, nccl_stream = nullptr, look = nullptr;
     std::thread watchdog;
 
     std::mutex mutex; // of what follows, which the watchdog shares
@@ -99,9 +101,10 @@ struct CommGpu {
     bool ends = false;
     std::vector<std::unique_ptr<Group>> groups;
     std::deque<std::unique_ptr<Exchange>> waited; // in the order of the stream
-    uint64_t settled = 0;                         // taken from it
+    std::vector<Exchange*> started;               // in the order of the program, sums by parts
+    uint64_t settled = 0;                         // taken from them
     std::vector<cudaEvent_t> events;              // not in use
-    const char* host_call = nullptr;              // that can block
+    std::string host_call;                        // that can block
     double host_timeout = 0, host_waited = 0;
 };
 
@@ -129,30 +132,56 @@ void settle(CommGpu& c) {
         Exchange& x = *c.waited.front();
         const double all = seconds_between(x.before, x.after);
         std::vector<double> moving(x.group->comm.size); // from each of the others, side by side; what nothing hid
-        for (Exchange::Fetch& f : x.fetches) {
-            const double open = seconds_between(x.before, f.done); // of the copy, at most
-            moving[f.peer] += std::max(0.0, std::min(seconds_between(f.begun, f.done), open));
-            c.events.insert(c.events.end(), {f.begun, f.done});
-        }
+        auto count = [&](Exchange& part) {
+            for (Exchange::Fetch& f : part.fetches) {
+                const double open = seconds_between(x.before, f.done); // of the copy, at most
+                moving[f.peer] += std::max(0.0, std::min(seconds_between(f.begun, f.done), open));
+                c.events.insert(c.events.end(), {f.begun, f.done});
+            }
+            if (part.nccl_done) c.events.push_back(part.nccl_done);
+            std::erase(c.started, &part);
+        };
+        count(x);
+        for (const std::unique_ptr<Exchange>& part : x.parts) count(*part);
         const double longest = *std::max_element(moving.begin(), moving.end());
-        const double moved = x.nccl_done.empty() ? std::min(longest, all) : all;
+        const double moved = x.nccl_ranks.empty() ? std::min(longest, all) : all;
         x.group->times.moving += moved, x.group->times.waiting += all - moved;
         c.events.insert(c.events.end(), {x.before, x.after});
-        c.events.insert(c.events.end(), x.nccl_done.begin(), x.nccl_done.end());
         if (x.joined) c.events.push_back(x.joined);
     }
 }
 
-// The ranks of the group that an exchange still waits for.
-std::string missing(const Exchange& x) {
-    std::set<int> ranks;
-    for (const Exchange::Fetch& f : x.fetches)
-        if (!is_done(f.done)) ranks.insert(f.peer);
-    for (const Exchange::Announced& s : x.sends)
-        if (x.fetches.empty()) ranks.insert(s.peer);
-    std::string text;
-    for (int rank : ranks) text += " " + std::to_string(rank);
-    return text.empty() ? "" : ", waiting for rank" + text;
+// The line of flags that says how many messages each rank has fetched from here; empty where the GPU does not tell in a
+// second. A thread asks that only the process's end ends: its call can wait for the host's other thread.
+std::vector<uint32_t> fetched_flags(const CommGpu& c, const Group& g) {
+    auto words = std::make_shared<std::vector<uint32_t>>(g.comm.size * flag_words);
+    std::packaged_task<bool()> copy([=, device = c.device, look = c.look, from = g.flag(g.flags, fetched, 0)] {
+        return cudaSetDevice(device) == cudaSuccess &&
+               cudaMemcpyAsync(words->data(), from, words->size() * 4, cudaMemcpyDeviceToHost, look) == cudaSuccess &&
+               cudaStreamQuery(look) == cudaSuccess; // to memory that is not pinned, the copy is over when it returns
+    });
+    std::future<bool> copied = copy.get_future();
+    std::thread(std::move(copy)).detach();
+    const bool told = copied.wait_for(std::chrono::seconds(1)) == std::future_status::ready && copied.get();
+    return told ? *words : std::vector<uint32_t>();
+}
+
+// The ranks that an exchange waits for. What was started before it goes first, within a group and, by NCCL, in all of
+// them: so the first that is not over tells whose part has not come. NCCL tells only with whom it is at work.
+std::string missing(const CommGpu& c, const Exchange& x) {
+    const std::vector<uint32_t> flags = fetched_flags(c, *x.group);
+    for (const Exchange* e : c.started) {
+        const bool own = e->group == x.group, by_nccl = e->nccl_done && !x.nccl_ranks.empty();
+        std::set<int> ranks, among;
+        if (by_nccl && !is_done(e->nccl_done)) among = e->nccl_ranks;
+        for (const Exchange::Fetch& f : e->fetches)
+            if (own && !is_done(f.done)) ranks.insert(x.group->ranks[f.peer]);
+        for (const Exchange::Announced& s : e->sends)
+            if (own && flags.empty()) among.insert(x.group->ranks[s.peer]);
+            else if (own && int32_t(flags[s.peer * flag_words] - s.number) < 0) ranks.insert(x.group->ranks[s.peer]);
+        if (!ranks.empty() || !among.empty()) return waiting_for(ranks, among);
+    }
+    return "";
 }
 
 // Ending the process is all the cleaning up: the driver ends what NCCL has on the GPU.
@@ -170,9 +199,9 @@ void watch(CommGpu& c) {
         const bool waits = front && settled == c.settled && is_done(front->before);
         stream_waited = waits ? stream_waited + passed : 0, settled = c.settled;
         if (waits && stream_waited > front->group->comm.timeout)
-            comm_give_up(front->operation + missing(*front), front->group->comm.timeout);
+            comm_give_up(front->operation + missing(c, *front), front->group->comm.timeout);
         c.host_waited += passed;
-        if (c.host_call && c.host_waited > c.host_timeout) comm_give_up(c.host_call, c.host_timeout);
+        if (!c.host_call.empty() && c.host_waited > c.host_timeout) comm_give_up(c.host_call, c.host_timeout);
         for (const std::unique_ptr<Group>& g : c.groups)
             if (const std::string fault = g->nccl ? nccl_fault(g->nccl) : ""; !fault.empty())
                 fail("%s: NCCL: %s", front ? front->operation.c_str() : "between operations", fault.c_str());
@@ -182,13 +211,13 @@ void watch(CommGpu& c) {
 // While it exists, the watchdog counts how long the host is in a call that can block.
 struct HostCall {
     CommGpu& c;
-    HostCall(CommGpu& c, const char* call, double timeout) : c(c) {
+    HostCall(CommGpu& c, const std::string& call, double timeout) : c(c) {
         std::lock_guard<std::mutex> lock(c.mutex);
         c.host_call = call, c.host_timeout = timeout, c.host_waited = 0;
     }
     ~HostCall() {
         std::lock_guard<std::mutex> lock(c.mutex);
-        c.host_call = nullptr;
+        c.host_call.clear();
     }
 };
 
@@ -244,22 +273,26 @@ void fetch_start(Exchange& x, CommGpu& c, const Message& m) {
 std::unique_ptr<Exchange> exchange_start(Gpu gpu, Group& g, const std::string& operation,
                                          const std::vector<Message>& messages) {
     CommGpu& c = *gpu.context->comm;
-    auto x = std::make_unique<Exchange>(Exchange{&g, operation, {}, {}, {}});
+    auto x = std::make_unique<Exchange>(Exchange{&g, operation, {}, {}});
     std::vector<Message> by_nccl;
     CUDA_CHECK(cudaEventRecord(g.start, gpu.stream));
     CUDA_CHECK(cudaStreamWaitEvent(g.announce, g.start, 0));
     for (const Message& m : messages)
-        if (!g.peers[m.peer].memory) by_nccl.push_back(m);
-        else if (m.send_bytes) announce_send(*x, c, m);
+        if (g.peers[m.peer].memory) {
+            if (m.send_bytes) announce_send(*x, c, m);
+        } else if (m.send_bytes + m.receive_bytes) by_nccl.push_back(m), x->nccl_ranks.insert(g.ranks[m.peer]);
     for (const Message& m : messages)
         if (g.peers[m.peer].memory && m.receive_bytes) fetch_start(*x, c, m);
-    if (std::any_of(by_nccl.begin(), by_nccl.end(), [](const Message& m) { return m.send_bytes + m.receive_bytes; })) {
-        const HostCall call(c, "NCCL's sends and receives", g.comm.timeout); // the first ones connect the ranks
+    if (!by_nccl.empty()) { // the first messages connect the ranks, which can block
+        const HostCall call(c, operation + " by NCCL" + waiting_for({}, x->nccl_ranks), g.comm.timeout);
         CUDA_CHECK(cudaStreamWaitEvent(c.nccl_stream, g.start, 0));
         nccl_exchange(g.nccl, by_nccl.data(), by_nccl.size(), c.nccl_stream);
-        event_record(c, x->nccl_done.emplace_back(), c.nccl_stream);
+        event_record(c, x->nccl_done, c.nccl_stream);
     }
-    return x->fetches.empty() && x->sends.empty() && x->nccl_done.empty() ? nullptr : std::move(x);
+    if (x->fetches.empty() && x->sends.empty() && !x->nccl_done) return nullptr;
+    std::lock_guard<std::mutex> lock(c.mutex);
+    c.started.push_back(x.get());
+    return x;
 }
 
 // The stream goes on when all data have come and all of this rank's have been fetched.
@@ -267,7 +300,7 @@ void exchange_join(Gpu gpu, const Exchange& x) {
     CommGpu& c = *gpu.context->comm;
     Group& g = *x.group;
     for (const Exchange::Fetch& f : x.fetches) CUDA_CHECK(cudaStreamWaitEvent(gpu.stream, f.done, 0));
-    for (cudaEvent_t done : x.nccl_done) CUDA_CHECK(cudaStreamWaitEvent(gpu.stream, done, 0));
+    if (x.nccl_done) CUDA_CHECK(cudaStreamWaitEvent(gpu.stream, x.nccl_done, 0));
     for (const Exchange::Announced& s : x.sends) flag_wait(c, gpu.stream, g.flag(g.flags, fetched, s.peer), s.number);
 }
 
@@ -307,7 +340,7 @@ int slot_of(const Comm& comm, int rank) { return rank - (rank > comm.rank); }
 constexpr size_t sum_bytes = comm_scratch_bytes / 4, half_bytes = (comm_scratch_bytes - sum_bytes) / 2;
 
 // Each rank fetches its own slice from all others, a part at a time, and sums it; the next part is on its way
-// meanwhile, into the other half of the scratch. What was exchanged is added to `all`.
+// meanwhile, into the other half of the scratch. What was exchanged are the parts of `all`.
 template <class E> void reduce_scatter(Gpu gpu, Group& g, E* data, const size_t* begin, Exchange& all) {
     const Comm& comm = g.comm;
     const size_t part = scratch_part<E>(comm, half_bytes);
@@ -336,9 +369,8 @@ template <class E> void reduce_scatter(Gpu gpu, Group& g, E* data, const size_t*
         if (at + part < longest) next = start(at + part);
         if (now) {
             exchange_join(gpu, *now);
-            all.fetches.insert(all.fetches.end(), now->fetches.begin(), now->fetches.end());
-            all.sends.insert(all.sends.end(), now->sends.begin(), now->sends.end());
-            all.nccl_done.insert(all.nccl_done.end(), now->nccl_done.begin(), now->nccl_done.end());
+            all.nccl_ranks.insert(now->nccl_ranks.begin(), now->nccl_ranks.end());
+            all.parts.push_back(std::move(now));
         }
         sum_in_order(gpu, data + begin[comm.rank] + at, scratch[at / part % 2], part, length_at(comm.rank, at),
                      comm.rank, comm.size);
@@ -379,7 +411,7 @@ Shift comm_reduce_scatter_start(Gpu gpu, const Comm& comm, Type type, void* data
     if (comm.size == 1) return {comm, nullptr};
     Group& g = group_of(gpu, comm);
     CommGpu& c = *gpu.context->comm;
-    auto all = std::make_unique<Exchange>(Exchange{&g, "reduce-scatter", {}, {}, {}});
+    auto all = std::make_unique<Exchange>(Exchange{&g, "reduce-scatter", {}, {}});
     Gpu beside = gpu;
     beside.stream = c.beside;
     CUDA_CHECK(cudaEventRecord(g.start, gpu.stream)); // what it sums is there
@@ -497,7 +529,7 @@ CommGpu* comm_gpu_open(Gpu gpu) {
     driver_function(c->write_value, "cuStreamWriteValue32");
     driver_function(c->wait_value, "cuStreamWaitValue32");
     c->scratch = device_allocate(gpu, comm_scratch_bytes);
-    open_stream(c->beside), open_stream(c->nccl_stream);
+    open_stream(c->beside), open_stream(c->nccl_stream), open_stream(c->look);
     c->watchdog = std::thread([c] { watch(*c); });
     return c;
 }
@@ -521,8 +553,7 @@ void comm_open(Gpu gpu, const Comm& comm, void* memory, size_t bytes, Transport 
     int64_t unmapped = 0, here = 0;
     for (int r = 0; r < comm.size; r++)
         if (g.peers[r].memory) open_stream(g.peers[r].stream);
-        else if (r != comm.rank) here++;
-    unmapped = here;
+        else if (r != comm.rank) here++, unmapped++;
     comm_sum(Cpu(), comm, &unmapped, 1);
     if (unmapped && transport == Transport::ipc)
         fail("--transport ipc: CUDA IPC does not connect %lld of this rank's neighbours: use --transport auto",

@@ -14,7 +14,6 @@
 #include <mpi.h>
 #include <mutex>
 #include <sched.h>
-#include <set>
 #include <string>
 #include <thread>
 #include <unistd.h>
@@ -145,10 +144,7 @@ static std::string missing(const Transfer& t) {
         MPI_CHECK(MPI_Group_translate_ranks(group, 1, &t.peers[i], world, &rank));
         ranks.insert(rank);
     }
-    if (ranks.empty()) return "";
-    std::string text = ranks.size() > 1 ? ", waiting for ranks" : ", waiting for rank";
-    for (int rank : ranks) text += " " + std::to_string(rank);
-    return text + " of the world";
+    return waiting_for(ranks);
 }
 
 // Polls until all is done; any completion counts as progress. After a short spin it sleeps between polls, so that

@@ -7,10 +7,11 @@
 #SBATCH --exclusive
 #SBATCH --signal=USR1@300
 # A rank takes the GPU of its number on the node and maps the memory of the others: it must see all of them
-# (--gpu-bind=none). SIGUSR1, five minutes before the time is over, saves and leaves.
+# (--gpu-bind=none). All ranks get this script's environment, whatever sbatch was told (--export=ALL). SIGUSR1, five
+# minutes before the time is over, saves and leaves.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 resume=
 for argument; do # without a folder for checkpoints there is nothing to go on from
     case $argument in -o | -o=* | --out | --out=*) resume=--resume ;; esac
 done
-exec srun --mpi=pmix --gpu-bind=none --kill-on-bad-exit=1 ./train_llama --device gpu $resume "$@"
+exec srun --mpi=pmix --export=ALL --gpu-bind=none --kill-on-bad-exit=1 ./train_llama --device gpu $resume "$@"

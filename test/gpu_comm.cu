@@ -159,6 +159,8 @@ __device__ void be_late(int64_t clocks) {
     const int64_t begin = clock64();
     while (clock64() - begin < clocks) {}
 }
+// How many of so many elements are taken where threads stand in for the GPU (test/cuda_threads.h).
+size_t fewer(size_t count) { return the_gpu().context->name == std::string("threads") ? count / 64 : count; }
 // Up to half a millisecond, twice in three times none.
 int64_t lateness(uint64_t what, size_t step) {
     const uint64_t h = hash64(1000 * what + world.rank, step);
@@ -183,8 +185,9 @@ __global__ void late_check(unsigned long long* wrong, const int32_t* from, size_
 // fetched too late or overwritten would be counted.
 TEST_CASE("GPU: buffers are neither sent early nor overwritten late") {
     if (world.size == 1) return;
-    constexpr size_t count = size_t(1) << 20, steps = 60;
+    constexpr size_t steps = 60;
     const Gpu gpu = the_gpu();
+    const size_t count = fewer(size_t(1) << 20);
     auto* memory = (int32_t*)peer_memory;
     int32_t *send = memory, *back_send = memory + count, *receive[2] = {memory + 2 * count, memory + 3 * count};
     int32_t* back_receive = memory + 4 * count;
@@ -239,8 +242,9 @@ __global__ void late_check_sum(unsigned long long* wrong, const int32_t* from, s
 // sums on the device's stream; ranks that are late at random. A sum is waited for when its buffer is needed again.
 TEST_CASE("GPU: sums go on beside the ring and the weights") {
     if (world.size == 1) return;
-    constexpr size_t count = size_t(1) << 22, steps = 40;
+    constexpr size_t steps = 40;
     const Gpu gpu = the_gpu();
+    const size_t count = fewer(size_t(1) << 22);
     auto* memory = (int32_t*)peer_memory;
     int32_t* grads[2] = {memory, memory + count};
     int32_t *send = memory + 2 * count, *receive = memory + 3 * count, *weights = memory + 4 * count;
@@ -343,17 +347,21 @@ TEST_CASE("GPU: nothing to shift needs no other rank") {
     shift_wait(the_gpu(), shift);
 }
 
-// What a rank meets when another one goes wrong; run by the case below, on two ranks, of which rank 1 goes wrong.
+// What a rank meets when another one goes wrong; run by the case below, on two ranks, of which rank 1 goes wrong. Both
+// are in a group that counts as the world does, or backwards.
 namespace {
-void meet(void (*wrong)(), void (*right)(const Comm&)) {
+template <class Wrong>
+void meet(Wrong wrong, void (*right)(const Comm&), Transport transport = Transport::automatic, bool backwards = false) {
     if (world.size != 2) return;
-    Comm comm = comm_split(world, 0, world.rank);
+    Comm comm = comm_split(world, 0, backwards ? -world.rank : world.rank);
     comm.timeout = 1;
-    comm_open(the_gpu(), comm, peer_memory, peer_bytes, Transport::automatic);
+    comm_open(the_gpu(), comm, peer_memory, peer_bytes, transport);
     comm_sum(the_gpu(), comm, (float*)peer_memory, 1000);
     device_wait(the_gpu());
     comm_barrier(world);
-    world.rank == 1 ? wrong() : right(comm);
+    if (world.rank == 0) right(comm);
+    else if constexpr (std::is_invocable_v<Wrong, const Comm&>) wrong(comm);
+    else wrong();
     comm_barrier(world);
 }
 void sum_and_wait(const Comm& comm) {
@@ -370,13 +378,32 @@ void send_and_wait(const Comm& comm) {
     shift_wait(the_gpu(), shift);
     device_wait(the_gpu());
 }
+void exchange_and_wait(const Comm& comm) {
+    Shift shift = shift_start(the_gpu(), comm, (const float*)peer_memory, 1000, 1, (float*)peer_memory + 1000, 1000, 1);
+    shift_wait(the_gpu(), shift);
+    device_wait(the_gpu());
+}
+void send_and_sleep(const Comm& comm) { // what it would receive in an exchange is not fetched
+    shift_start(the_gpu(), comm, (const float*)peer_memory, 1000, 0, (float*)nullptr, 0, 0);
+    sleep(30);
+}
+// A sum of several parts, of which the last ones are not announced before the first are summed.
+void reduce_and_wait(const Comm& comm) {
+    const size_t begin[] = {0, peer_bytes / 8, peer_bytes / 4};
+    comm_reduce_scatter(the_gpu(), comm, (float*)peer_memory, begin);
+    device_wait(the_gpu());
+}
+void stop() { raise(SIGSTOP); }
 } // namespace
 TEST_CASE("ends: killed" * doctest::skip()) {
     meet([] { raise(SIGKILL); }, sum_and_wait);
 }
-TEST_CASE("ends: stopped" * doctest::skip()) {
-    meet([] { raise(SIGSTOP); }, sum_and_wait);
-}
+TEST_CASE("ends: stopped" * doctest::skip()) { meet(stop, sum_and_wait); }
+TEST_CASE("ends: renumbered" * doctest::skip()) { meet(stop, sum_and_wait, Transport::automatic, true); }
+TEST_CASE("ends: unsummed" * doctest::skip()) { meet(stop, reduce_and_wait); }
+TEST_CASE("ends: unfetched" * doctest::skip()) { meet(send_and_sleep, exchange_and_wait, Transport::ipc); }
+TEST_CASE("ends: stopped by NCCL" * doctest::skip()) { meet(stop, sum_and_wait, Transport::nccl); }
+TEST_CASE("ends: unsummed by NCCL" * doctest::skip()) { meet(stop, reduce_and_wait, Transport::nccl, true); }
 TEST_CASE("ends: absent" * doctest::skip()) {
     meet([] { sleep(30); }, receive_and_wait);
 }
@@ -387,11 +414,21 @@ TEST_CASE("ends: deaf" * doctest::skip()) {
 TEST_CASE("GPU: a rank that dies or hangs ends all ranks in time") {
     if (world.size > 1 || system("command -v mpirun > /dev/null") != 0) return; // this starts mpirun itself
     const double start = 20;                                                    // to start two processes with a GPU
-    const char* late = "rank 0: sum, waiting for rank 1: no progress for 1 s";
+    const char* late = "rank 0: sum, waiting for rank 1 of the world: no progress for 1 s";
+    const char* late_sum = "rank 0: reduce-scatter, waiting for rank 1 of the world: no progress for 1 s";
     check_ends("killed", "signal 9", start, late); // on a busy host mpirun may be the later one to see it
     check_ends("stopped", late, start);
-    check_ends("absent", "rank 0: shift from rank 1, waiting for rank 1: no progress for 1 s", start);
-    check_ends("deaf", "rank 0: shift to rank 1, waiting for rank 1: no progress for 1 s", start);
+    check_ends("renumbered", late, start);
+    check_ends("unsummed", late_sum, start);
+    check_ends("absent", "rank 0: shift from rank 1, waiting for rank 1 of the world: no progress for 1 s", start);
+    check_ends("deaf", "rank 0: shift to rank 1, waiting for rank 1 of the world: no progress for 1 s", start);
+    check_ends("unfetched", "rank 0: shift to rank 1 from rank 1, waiting for rank 1 of the world: no progress for 1 s",
+               start);
+    int gpus = 0;
+    CUDA_CHECK(cudaGetDeviceCount(&gpus));
+    if (gpus < 2 || getenv("WITHOUT_NCCL")) return; // which wants one for each rank
+    check_ends("stopped by NCCL", late, start);
+    check_ends("unsummed by NCCL", late_sum, start);
 }
 
 int main(int argc, char** argv) {

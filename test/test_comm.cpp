@@ -224,6 +224,19 @@ TEST_CASE("nothing to shift needs no other rank") {
     shift_wait(Cpu(), shift);
 }
 
+TEST_CASE("who is waited for") {
+    CHECK(waiting_for({}) == "");
+    CHECK(waiting_for({3}) == ", waiting for rank 3 of the world");
+    CHECK(waiting_for({7, 1, 3}) == ", waiting for ranks 1, 3 and 7 of the world");
+    CHECK(waiting_for({}, {1, 2, 3}) == ", waiting for rank 1, 2 or 3 of the world");
+    CHECK(waiting_for({}, {2}) == ", waiting for rank 2 of the world");
+    CHECK(waiting_for({1}, {1, 2}) == ", waiting for ranks 1 and 2 of the world");
+    CHECK(waiting_for({1}, {1, 4, 5}) == ", waiting for rank 1 and for 4 or 5 of the world");
+    std::set<int> many;
+    for (int r = 0; r < 1000; r++) many.insert(r);
+    CHECK(waiting_for(many).find(", 14, 15 and 984 others of the world") != std::string::npos);
+}
+
 TEST_CASE("broken promises end with a line") {
     Comm w = world();
     if (w.size > 1) return; // fails_with forks
