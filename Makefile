@@ -122,7 +122,7 @@ test-run: $(PROGRAM) $(TEST_ROPE) $(CONTROL) $(BUILD)/test_cpu $(OWN_TESTS) $(if
 	    test/run.sh $(BUILD)/test_cpu $(OWN_TESTS) $(if $(filter 1,$(MPI)),--ranks $(RANK_TESTS))
 
 # The tests of the GPU are a program of their own, built from test/gpu_*.cu, but for those that run on several ranks.
-GPU_RANK_TESTS := $(patsubst test/%.cu,$(BUILD)/%,$(wildcard test/gpu_comm.cu test/gpu_ring.cu))
+GPU_RANK_TESTS := $(patsubst test/%.cu,$(BUILD)/%,$(wildcard test/gpu_comm.cu test/gpu_ring.cu test/gpu_model_ranks.cu))
 GPU_TESTS := $(filter-out $(GPU_RANK_TESTS:=.o),$(patsubst test/%.cu,$(BUILD)/%.o,$(wildcard test/gpu_*.cu)))
 $(BUILD)/gpu_%.o: test/gpu_%.cu train_llama.cu $(HEADERS) $(TEST_HEADERS) | $(BUILD)
 	nvcc $(NVCCFLAGS) -O2 -c $< -o $@

@@ -667,6 +667,7 @@ struct Setup {
     Boundary boundary = Boundary::mask;
     RopePrecision precision = RopePrecision::exact;
     bool gpu = false;
+    GpuPlace place; // this rank's GPU
     Transport transport = Transport::automatic;
     double memory = 0;            // bytes of a rank, the least of all
     std::vector<int64_t> threads; // (world) of each rank
@@ -840,10 +841,17 @@ Arena measure(const Setup& s, const Layout& layout) {
     });
 }
 
-// Whether data of some ranks will travel by NCCL: between hosts, which a plan takes to have 8 GPUs each.
+// Ranks of a host; a plan takes it to have 8 GPUs.
+int host_ranks(const Setup& s) { return s.o.plan ? 8 : s.host.size; }
+
+// Whether every ring is within a host.
+bool rings_in_hosts(const Setup& s, const Layout& layout) {
+    return layout.world <= host_ranks(s) || host_ranks(s) % layout.ring == 0;
+}
+
+// Whether data of some ranks will travel by NCCL: between hosts.
 bool takes_nccl(const Setup& s, const Layout& layout) {
-    const int host = s.o.plan ? 8 : s.host.size;
-    return s.transport == Transport::nccl || (s.transport == Transport::automatic && layout.world > host);
+    return s.transport == Transport::nccl || (s.transport == Transport::automatic && layout.world > host_ranks(s));
 }
 
 // GPU memory of the communicator's groups: the world, the layers', which has the same ranks, and the ring, which may.
@@ -875,7 +883,7 @@ double host_memory() { return double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_
 
 double machine_memory(const Setup& s) {
     constexpr double h200 = 139.8 * (1 << 30); // as its driver says
-    if (s.gpu) return s.o.plan && !gpu_fault(s.host.rank).empty() ? h200 : gpu_memory(s.host.rank);
+    if (s.gpu) return s.o.plan && !gpu_fault(s.place.device).empty() ? h200 : gpu_memory(s.place);
     int sharers = s.o.plan && s.o.ranks ? int(s.o.ranks) : s.host.size;
     return host_memory() / sharers;
 }
@@ -963,7 +971,7 @@ bool choose_exchange(Setup& s) {
     backend = RingBackend(choice(s.o.ring_backend, "auto|ring|allgather|ulysses"));
     if (backend == RingBackend::automatic)
         backend = ring_backend_for(s.attention == Attention::full, s.layout.ring, s.config.K,
-                                   s.layout.tokens() * size_t(s.layout.ring));
+                                   s.layout.tokens() * size_t(s.layout.ring), rings_in_hosts(s, s.layout));
     return backend != RingBackend::ulysses || s.config.K % s.layout.ring == 0;
 }
 
@@ -1046,8 +1054,8 @@ StepWork step_work(const Setup& s) {
 }
 
 void print_estimate(const Setup& s) {
-    const bool here = s.gpu && gpu_fault(s.host.rank).empty();
-    const std::string name = here ? gpu_name(s.host.rank) : "NVIDIA H200";
+    const bool here = s.gpu && gpu_fault(s.place.device).empty();
+    const std::string name = here ? gpu_name(s.place.device) : "NVIDIA H200";
     const Ceilings* ceilings = s.gpu ? ceilings_of(name) : nullptr;
     const AttentionCeilings* attention =
         ceilings ? ceilings_of(*ceilings, s.config.D, s.o.portable_attention, s.o.deterministic) : nullptr;
@@ -1115,16 +1123,26 @@ std::vector<int32_t> prompt_read(const Setup& s) {
     return tokens;
 }
 
-// The device: as asked for, else GPUs if every rank has one that can be used.
+// The device: as asked for, else GPUs if every rank has one that can be used. Ranks that share GPUs are those of one
+// host, which fetch from each other: NCCL wants a GPU for each.
 void setup_device(Setup& s) {
     const Options& o = s.o;
-    const std::string fault = o.device == "cpu" ? "" : gpu_fault(s.host.rank); // looking takes memory of the GPU
+    const bool shared = o.device != "cpu" && gpus_are_shared();
+    const int ranks = o.plan && o.ranks ? int(o.ranks) : s.host.size;
+    s.place = gpu_place(shared, s.host.rank, ranks, shared ? gpu_count() : 0);
+    const std::string fault = o.device == "cpu" ? "" : gpu_fault(s.place.device); // looking takes memory of the GPU
     const uint8_t faulty = o.device == "cpu" || !fault.empty();
     std::vector<uint8_t> all(s.world.size);
     comm_gather(Cpu{}, s.world, all.data(), &faulty, 1);
     const int first = int(std::find(all.begin(), all.end(), 1) - all.begin()); // the first rank without one
     s.gpu = o.device == "gpu" || (o.device == "auto" && first == s.world.size);
     s.transport = Transport(choice(o.transport, "auto|ipc|nccl"));
+    if (s.gpu && shared) {
+        if (s.transport == Transport::nccl)
+            fail("--transport nccl wants a GPU for every rank: leave TRAIN_LLAMA_SHARE_GPUS away, or pass another one");
+        if (s.world.size > s.host.size) fail("TRAIN_LLAMA_SHARE_GPUS is for the ranks of one host");
+        s.transport = Transport::ipc;
+    }
     if (o.plan) return;
     if (o.device == "gpu" && !fault.empty()) fail("%s; --device cpu runs without a GPU", fault.c_str());
     if (o.device == "auto" && s.world.rank == first && access("/dev/nvidiactl", F_OK) == 0)
@@ -1771,6 +1789,9 @@ void announce(const Log& log, const Setup& s, const Loader& loader, const std::s
              l.world > 1 ? "s" : "", comm_backend(), omp_get_max_threads(), omp_get_max_threads() > 1 ? "s" : "",
              ring_text(l).c_str());
     if (s.gpu && l.world > 1) log_note(log, "data travel between GPUs by %s", transport.c_str());
+    if (s.gpu && s.place.ranks > 1)
+        log_note(log, "%d ranks share a GPU: times are not those of a GPU a rank, and the memory taken is that of all",
+                 s.place.ranks);
     if (s.o.out.empty()) log_note(log, "no --out: nothing is saved");
     if (int share = int(sysconf(_SC_NPROCESSORS_ONLN)) / l.world; omp_get_num_procs() < share)
         log_note(log, "bound to %d of %d cores a rank: mpirun --bind-to none lets it use them", omp_get_num_procs(),
@@ -1943,7 +1964,7 @@ void set_threads(const Comm& world) {
 double memory_gib(Gpu) { return gpu_memory_used() / (1 << 30); }
 
 int run_gpu(Setup& setup) {
-    Gpu gpu = gpu_open(setup.host.rank, setup.o.deterministic, setup.o.portable_attention);
+    Gpu gpu = gpu_open(setup.place.device, setup.o.deterministic, setup.o.portable_attention);
     const int status = setup.dtype == Type::f32        ? run<Gpu, float, float>(gpu, setup)
                        : setup.grad_dtype == Type::f32 ? run<Gpu, bf16, float>(gpu, setup)
                                                        : run<Gpu, bf16, bf16>(gpu, setup);

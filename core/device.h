@@ -47,6 +47,29 @@ inline void readback_send(Cpu, Readback& readback, const void* from, size_t byte
 }
 inline const void* readback_wait(Cpu, Readback& readback) { return readback.memory; }
 
+// Which GPU of its host a rank takes, and how many ranks take that one.
+struct GpuPlace {
+    int device = 0, ranks = 1;
+};
+// Rank number `rank` of a host's takes the GPU of that number, or where ranks share, the GPUs in turn.
+inline GpuPlace gpu_place(bool shared, int rank, int ranks, int gpus) {
+    if (!shared || gpus == 0) return {rank, 1};
+    const int device = rank % gpus;
+    return {device, (ranks - device + gpus - 1) / gpus};
+}
+// TRAIN_LLAMA_SHARE_GPUS=1, for tests and trials: the ranks of a host may outnumber its GPUs.
+inline bool gpus_are_shared() {
+    const char* value = getenv("TRAIN_LLAMA_SHARE_GPUS");
+    if (!value || strcmp(value, "") == 0 || strcmp(value, "0") == 0) return false;
+    if (strcmp(value, "1") != 0)
+        fail("TRAIN_LLAMA_SHARE_GPUS is 1, which lets the ranks of a host share its GPUs, or 0, not '%s'", value);
+    return true;
+}
+// Bytes of a GPU's memory that a rank can have, the driver's own included, when all that share it have their contexts.
+inline double gpu_memory_share(double free, double all, int ranks) {
+    return std::min(all, free + ranks * gpu_overhead_bytes) / ranks;
+}
+
 // What is known of a GPU before it is used; capabilities as 80, 90, 100.
 struct GpuFacts {
     int driver = 0, runtime = 0; // CUDA's versions, 13000 for 13.0; driver 0: there is none
@@ -71,7 +94,8 @@ inline std::string gpu_fault(const GpuFacts& g) {
     else if (g.count == 0) snprintf(text, sizeof text, "there is no GPU: %s", g.error.c_str());
     else if (g.device >= g.count)
         snprintf(text, sizeof text,
-                 "GPU %d is wanted and there are %d: start one rank a GPU, and let each see all GPUs of its host",
+                 "GPU %d is wanted and there are %d: start one rank a GPU, and let each see all GPUs of its host; for "
+                 "trials, ranks share GPUs with TRAIN_LLAMA_SHARE_GPUS=1",
                  g.device, g.count);
     else if (g.capability > 0 && g.capability < 80)
         snprintf(text, sizeof text, "GPU %d has compute capability %d.%d, bf16 needs 8.0 (A100 or later)", g.device,
@@ -200,6 +224,13 @@ inline cudaError_t gpu_count(int& count) {
     return status;
 }
 
+inline int gpu_count() {
+    int count = 0;
+    gpu_count(count);
+    cudaGetLastError(); // gpu_facts tells it
+    return count;
+}
+
 // The facts of this host's GPU number `device`, in whose memory this makes the driver's context. The probe is loaded
 // with all kernels of its file, and what it was compiled for, they were.
 static __global__ void gpu_probe_kernel() {}
@@ -229,12 +260,12 @@ inline GpuFacts gpu_facts(int device) {
 }
 inline std::string gpu_fault(int device) { return gpu_fault(gpu_facts(device)); }
 
-// Bytes of GPU memory that a run can have, the driver's own included.
-inline double gpu_memory(int device) {
+// Bytes of GPU memory that a rank can have, see gpu_memory_share.
+inline double gpu_memory(const GpuPlace& place) {
     size_t free = 0, all = 0;
-    CUDA_CHECK(cudaSetDevice(device));
+    CUDA_CHECK(cudaSetDevice(place.device));
     CUDA_CHECK(cudaMemGetInfo(&free, &all)); // makes the context
-    return std::min(double(all), double(free) + gpu_overhead_bytes);
+    return gpu_memory_share(double(free), double(all), place.ranks);
 }
 inline double gpu_memory_used() {
     size_t free = 0, all = 0;
@@ -272,6 +303,7 @@ inline Gpu gpu_open(int device, bool deterministic = false, bool portable_attent
 #else
 // Built without CUDA: there is nothing to open.
 inline std::string gpu_fault(int) { return "this program was built without CUDA, it has no GPU layers"; }
-inline double gpu_memory(int) { return 0; }
+inline int gpu_count() { return 0; }
+inline double gpu_memory(const GpuPlace&) { return 0; }
 inline std::string gpu_name(int) { return ""; }
 #endif

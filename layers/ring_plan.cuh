@@ -218,9 +218,11 @@ enum class RingBackend { automatic, ring, allgather, ulysses };
 
 // The fastest one, as far as it was measured (dev/LOG.md, "Several GPUs"). With a full mask Ulysses, whose heads attend
 // to whole rows in one piece; the ranks must divide the K KV heads, and the `tokens` of whole rows be an int32. With
-// documents the ring, which leaves out what the mask hides.
-inline RingBackend ring_backend_for(bool full, size_t ring, size_t K, size_t tokens) {
-    return full && ring > 1 && K % ring == 0 && tokens <= size_t(INT32_MAX) ? RingBackend::ulysses : RingBackend::ring;
+// documents the ring, which leaves out what the mask hides. Between hosts, where nothing was measured, the ring too:
+// its transfers have attention beside them, those of Ulysses nothing.
+inline RingBackend ring_backend_for(bool full, size_t ring, size_t K, size_t tokens, bool in_one_host) {
+    const bool can = K % ring == 0 && tokens <= size_t(INT32_MAX);
+    return full && ring > 1 && can && in_one_host ? RingBackend::ulysses : RingBackend::ring;
 }
 struct RingExchange {
     RingBackend backend = RingBackend::ring;

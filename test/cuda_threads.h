@@ -1,7 +1,7 @@
 // A CUDA runtime made of threads, to run the communicator for GPUs where there is none: core/comm_gpu.cu and
-// test/gpu_comm.cu, compiled as C++ (test/test_cuda_threads.py). A stream is a thread that works through a queue, an event
-// counts how often it was recorded and has come, a GPU's memory is memory that other processes can map, a kernel runs
-// thread by thread, and copies are late at random. CUDA_THREADS=1 gives all streams one queue, as a driver may.
+// test/gpu_comm.cu, compiled as C++ (test/test_cuda_threads.py). A stream is a thread that works through a queue, an
+// event counts how often it was recorded and has come, a GPU's memory is memory that other processes can map, a kernel
+// runs thread by thread, and copies are late at random. CUDA_THREADS=1 gives all streams one queue, as a driver may.
 // What of CUDA is here is what those files use.
 #pragma once
 #include <cstddef>

@@ -4,6 +4,8 @@
 #include "../train_llama.cu"
 #include "check.h"
 
+constexpr Attention all_modes[] = {Attention::full, Attention::intra, Attention::intra_reset, Attention::anchor};
+
 // Every kind of tensor the families have: grouped heads, and when asked for QKV biases and a tied head.
 inline Config small_config(bool tied = false, bool bias = false) {
     Config c = make_config(2, 12, 6, 2, 10, 13, 100, 64);
@@ -11,14 +13,22 @@ inline Config small_config(bool tied = false, bool bias = false) {
     return c;
 }
 
-// A row as the loader would pack it: documents of hashed lengths 1..9, labels inside the document, and in anchor
+// How rings of that many ranks can share attention.
+inline std::vector<RingBackend> exchanges(const Config& c, int ring) {
+    std::vector<RingBackend> all = {RingBackend::ring};
+    if (ring > 1) all.push_back(RingBackend::allgather);
+    if (ring > 1 && c.K % ring == 0) all.push_back(RingBackend::ulysses);
+    return all;
+}
+
+// A row as the loader would pack it: documents of hashed lengths 1..longest, labels inside the document, and in anchor
 // mode the anchor in front.
-inline Row make_row(Attention mode, size_t S, int V, uint64_t seed, bool interleaved = false) {
+inline Row make_row(Attention mode, size_t S, int V, uint64_t seed, bool interleaved = false, int longest = 9) {
     Row r;
     int32_t doc = mode == Attention::full ? 0 : 1, left = 0, start = 0;
     for (size_t i = 0; i < S; i++) {
         if (left == 0 && i > 0) {
-            left = 1 + int32_t(hash64(seed, i) % 9), start = int32_t(i);
+            left = 1 + int32_t(hash64(seed, i) % longest), start = int32_t(i);
             if (mode != Attention::full && i > 1) doc++;
         }
         bool anchor = mode == Attention::anchor && i == 0;
@@ -35,28 +45,38 @@ inline Row make_row(Attention mode, size_t S, int V, uint64_t seed, bool interle
     return r;
 }
 
-// A model in memory of its own, with hashed weights large enough that every path matters.
+// A model in memory of its own, or on a GPU at `place`, with hashed weights large enough that every path matters.
 template <class E, class G, class Dev = Cpu> struct TestModel {
     Model<Dev, E, G> m;
     std::vector<uint8_t> memory;
+    size_t bytes = 0; // that it takes
 
-    TestModel(const Config& c, const Layout& layout, const Comm& world = {}, Dev dev = {}) {
+    TestModel(const Config& c, const Layout& layout, const Comm& world = {}, Dev dev = {}, uint8_t* place = nullptr) {
         m.dev = dev, m.config = c, m.layout = layout, m.world = m.layers = world;
         Arena arena;
         model_place(m, arena);
+        bytes = arena.used;
         if constexpr (std::is_same_v<Dev, Cpu>) {
             memory.resize(arena.used + Arena::alignment);
             arena = {(uint8_t*)((uintptr_t(memory.data()) + 255) / 256 * 256), 0, {}};
         } else {
-            arena = {device_allocate(dev, arena.used), 0, {}}; // until the test program ends
+            if (place) fill_zero(dev, place, arena.used);
+            arena = {place ? place : device_allocate(dev, arena.used), 0, {}}; // until the test program ends
         }
         model_place(m, arena);
+        set_weights(0.3);
+    }
+
+    // `same`: rounded to bf16 first, so that models of all types have the same.
+    void set_weights(double size, bool same = false) {
         std::vector<E> weights(m.elements);
-        for (const ParamInfo& p : param_table(c))
-            for (size_t i = p.offset; i < p.offset + p.count(); i++)
-                weights[i] = E((p.start == Start::ones ? 1.0 : 0.0) + 0.3 * hash_normal(7, i));
+        for (const ParamInfo& p : param_table(m.config))
+            for (size_t i = p.offset; i < p.offset + p.count(); i++) {
+                const double x = (p.start == Start::ones ? 1.0 : 0.0) + size * hash_normal(7, i);
+                weights[i] = E(same ? float(bf16(float(x))) : x);
+            }
         for (const auto& part : m.parts)
-            copy_to_device(dev, part.held, weights.data() + part.held_begin,
+            copy_to_device(m.dev, part.held, weights.data() + part.held_begin,
                            (part.held_end - part.held_begin) * sizeof(E));
     }
 
@@ -85,6 +105,42 @@ template <class E, class G, class Dev = Cpu> struct TestModel {
         return sum / double(b.counted);
     }
 };
+
+// How far from double's the loss and each tensor's gradient may be by the rule for kernels; `alone`, the yardstick, is
+// one rank on the CPU. `rounding`: of a tensor's largest gradient, what a yardstick that is exact by chance lacks.
+struct Bounds {
+    double loss;
+    std::vector<double> tensor; // as in param_table
+};
+template <class E, class G> Bounds bounds_2x(const Model<Cpu, double, double>& exact, const Model<Cpu, E, G>& alone,
+                                             double loss, size_t batch_tokens, double rounding = 0) {
+    // A mean of losses is no further off than the furthest of them, which the last micro-batch stands for.
+    Bounds bounds{2 * largest_error(alone.loss, exact.loss, batch_tokens) + 2 * ulp<float>(loss), {}};
+    for (const ParamInfo& p : param_table(exact.config)) {
+        double largest = 0;
+        for (size_t i = p.offset; i < p.offset + p.count(); i++)
+            largest = std::max(largest, std::fabs(exact.grad_flat[i]));
+        const double yardstick = largest_error(alone.grad_flat + p.offset, exact.grad_flat + p.offset, p.count());
+        bounds.tensor.push_back(2 * yardstick + 2 * ulp<G>(largest) + rounding * largest);
+    }
+    return bounds;
+}
+
+// The gradients that this rank has of every tensor.
+template <class Dev, class E, class G>
+void check_gradients(const Model<Dev, E, G>& m, const Model<Cpu, double, double>& exact, const Bounds& bounds) {
+    const std::vector<ParamInfo> table = param_table(m.config);
+    for (size_t t = 0; t < table.size(); t++) {
+        const ParamInfo& p = table[t];
+        CAPTURE(std::string(p.name) + " " + std::to_string(p.layer));
+        const Part<E, G>& part = m.parts[part_of(p, m.config)];
+        const size_t begin = part.begin + m.shard_begin(part), end = begin + m.shard_count(part);
+        const size_t first = std::max(begin, p.offset), last = std::min(end, p.offset + p.count());
+        if (first >= last) continue;
+        const std::vector<G> mine = to_host(m.dev, part.grads_shard + (first - begin), last - first);
+        CHECK(largest_error(mine.data(), exact.grad_flat + first, last - first) <= bounds.tensor[t]);
+    }
+}
 
 inline Layout small_layout(size_t S, size_t B) {
     Layout layout;

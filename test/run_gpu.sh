@@ -50,10 +50,11 @@ else
     skipped="$skipped; sanitizers (no compute-sanitizer)"
 fi
 
-# Ranks share a GPU where there are fewer; those tests then leave NCCL out, and the program wants a GPU a rank. They and
-# the program's tests run side by side, as many at a time as JOBS says; only what measures the memory that is taken of a
-# GPU runs alone.
-gpus=$(sh dev/gpus.sh)
+# Ranks share a GPU where there are fewer, the program's too (TRAIN_SHARE); those tests then leave NCCL out. They and the
+# program's run side by side, as many at a time as JOBS says; only what measures the memory that is taken of a GPU runs
+# alone.
+gpus=$(sh dev/gpus.sh) share=0
+[ "$gpus" -ge 4 ] || share=1
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 jobs_most=${JOBS:-4}
 titles=() pids=() counted=0
@@ -98,10 +99,10 @@ if wanted ranks; then
     done
     [ $# -gt 0 ] || skipped="$skipped; ranks (no mpicxx)"
 fi
-[ "$gpus" -ge 4 ] || skipped="$skipped; NCCL and the program on more than $gpus ranks (there are $gpus GPUs)"
+[ "$gpus" -ge 4 ] || skipped="$skipped; NCCL between more than $gpus ranks (there are $gpus GPUs)"
 
 program() { # $1 shard (test/conftest.py), then the files
-    TRAIN_DEVICE=gpu TRAIN_GPUS=$gpus SHARD=$1 $PYTHON -m pytest -q -p no:cacheprovider "${@:2}"
+    TRAIN_DEVICE=gpu TRAIN_GPUS=$gpus TRAIN_SHARE=$share SHARD=$1 $PYTHON -m pytest -q -p no:cacheprovider "${@:2}"
 }
 if ! wanted program; then :
 elif $PYTHON -c 'import pytest, numpy' 2> /dev/null; then

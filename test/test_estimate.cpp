@@ -170,8 +170,8 @@ TEST_CASE("gradients and weights are shared by the level of ZeRO") {
     CHECK(part(parts_of(w, 2), "weights gathered").seconds == doctest::Approx(320));
 }
 
-// dev/LOG.md, "the whole step", commits 3c23a96, f474594 and 59040f8 (64K, full); with the portable attention cd91bf1. One kernel's rate
-// moves by some percent with the temperature, and most of a step is bound by power as it is.
+// dev/LOG.md, "the whole step", commits 3c23a96, f474594 and 59040f8 (64K, full); with the portable attention cd91bf1.
+// One kernel's rate moves by some percent with the temperature, and most of a step is bound by power as it is.
 TEST_CASE("the steps of LLaMA-2-7B measured on an H200 are within 5% of the estimate") {
     const Config c = make_config(32, 4096, 32, 32, 11008, 32000, 10000, 4096);
     const Ceilings& h200 = *ceilings_of("NVIDIA H200");

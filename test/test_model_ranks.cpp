@@ -5,15 +5,6 @@
 #include "rank_main.h"
 
 static Comm world;
-constexpr Attention all_modes[] = {Attention::full, Attention::intra, Attention::intra_reset, Attention::anchor};
-
-// How rings of that many ranks can share attention.
-static std::vector<RingBackend> exchanges(const Config& c, int ring) {
-    std::vector<RingBackend> all = {RingBackend::ring};
-    if (ring > 1) all.push_back(RingBackend::allgather);
-    if (ring > 1 && c.K % ring == 0) all.push_back(RingBackend::ulysses);
-    return all;
-}
 
 // Both sides are in double, sums of some 300 terms in another order: 1e-12 is far above that rounding and far
 // below what a lost or doubled token would change (1e-3).
@@ -134,8 +125,7 @@ template <class G> static void check_levels_2x(bool tied, Attention mode) {
     for (size_t i = 0; i < exact.m.elements; i++) exact.m.param_flat[i] = double(alone.m.param_flat[i]);
     const double loss = exact.gradients(rows, mode, Comm{}, counted, 2);
     alone.gradients(rows, mode, Comm{}, counted, 2);
-    // A mean of losses is no further off than the furthest of them, which the last micro-batch stands for.
-    const double loss_error = largest_error(alone.m.loss, exact.m.loss, 2 * S);
+    const Bounds bounds = bounds_2x(exact.m, alone.m, loss, 2 * S);
 
     auto check = [&](const Layout& layout) {
         const int groups = world.size / layout.ring, group = world.rank / layout.ring;
@@ -144,21 +134,8 @@ template <class G> static void check_levels_2x(bool tied, Attention mode) {
         TestModel<bf16, G> spread(c, layout, world);
         double sum = spread.gradients(mine, mode, comm_split(world, group, world.rank), counted, 2);
         comm_sum(Cpu{}, world, &sum, 1);
-        CHECK(std::fabs(sum - loss) <= 2 * loss_error + 2 * ulp<float>(loss));
-        for (const ParamInfo& p : param_table(c)) {
-            CAPTURE(std::string(p.name) + " " + std::to_string(p.layer));
-            const Part<bf16, G>& part = spread.m.parts[part_of(p, c)];
-            const size_t begin = part.begin + spread.m.shard_begin(part), end = begin + spread.m.shard_count(part);
-            const size_t first = std::max(begin, p.offset), last = std::min(end, p.offset + p.count());
-            double largest = 0;
-            for (size_t i = 0; i < p.count(); i++)
-                largest = std::max(largest, std::fabs(exact.m.grad_flat[p.offset + i]));
-            const double yardstick =
-                largest_error(alone.m.grad_flat + p.offset, exact.m.grad_flat + p.offset, p.count());
-            if (first < last)
-                CHECK(largest_error(part.grads_shard + (first - begin), exact.m.grad_flat + first, last - first) <=
-                      2 * yardstick + 2 * ulp<G>(largest));
-        }
+        CHECK(std::fabs(sum - loss) <= bounds.loss);
+        check_gradients(spread.m, exact.m, bounds);
     };
     for (int zero : {1, 2, 3})
         for (int ring_size = 1; ring_size <= world.size; ring_size++) {
@@ -280,6 +257,39 @@ TEST_CASE("the shares of a step are those of the rank that lost the most") {
     CHECK(r.moving == 0.5 - 0.1 * most);
     CHECK(r.waiting == 1);
     CHECK(r.optimizer == most);
+}
+
+TEST_CASE("ranks that share GPUs take them in turn, each with its part of the memory") {
+    auto places = [](bool shared, int ranks, int gpus) {
+        std::string text;
+        for (int rank = 0; rank < ranks; rank++) {
+            const GpuPlace place = gpu_place(shared, rank, ranks, gpus);
+            text += std::to_string(place.device) + "/" + std::to_string(place.ranks) + " ";
+        }
+        return text;
+    };
+    CHECK(places(false, 3, 2) == "0/1 1/1 2/1 "); // the third is refused by its number
+    CHECK(places(true, 2, 4) == "0/1 1/1 ");
+    CHECK(places(true, 4, 1) == "0/4 0/4 0/4 0/4 ");
+    CHECK(places(true, 5, 2) == "0/3 1/2 0/3 1/2 0/3 ");
+    CHECK(places(true, 2, 0) == "0/1 1/1 "); // refused: there is no GPU
+
+    // What is free when each has its context: a rank that has one for itself is given it all.
+    const double all = 140, free = all - 1; // GiB, of which another program has half a one
+    CHECK(gpu_memory_share(free * (1 << 30), all * (1 << 30), 1) == (free + 0.65) * (1 << 30));
+    CHECK(gpu_memory_share((free - 2) * (1 << 30), all * (1 << 30), 4) == (free - 2 + 4 * 0.65) / 4 * (1 << 30));
+    CHECK(gpu_memory_share(all * (1 << 30), all * (1 << 30), 4) == all / 4 * (1 << 30)); // not more than there is
+}
+
+TEST_CASE("sharing GPUs is asked for by 1") {
+    for (const char* value : {"0", ""}) {
+        setenv("TRAIN_LLAMA_SHARE_GPUS", value, 1);
+        CHECK(!gpus_are_shared());
+    }
+    setenv("TRAIN_LLAMA_SHARE_GPUS", "1", 1);
+    CHECK(gpus_are_shared());
+    unsetenv("TRAIN_LLAMA_SHARE_GPUS");
+    CHECK(!gpus_are_shared());
 }
 
 TEST_CASE("ZeRO takes from every rank what it says it does not keep") {
