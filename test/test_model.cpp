@@ -2,8 +2,6 @@
 #include "model.h"
 #include "fails.h"
 
-constexpr Attention all_modes[] = {Attention::full, Attention::intra, Attention::intra_reset, Attention::anchor};
-
 // A central difference with h = 1e-5 is good to about 1e-9 here (loss of order 3, third derivatives of order 10).
 TEST_CASE("model gradients are those of finite differences, in every attention mode") {
     for (Attention mode : all_modes)
