@@ -651,6 +651,7 @@ template <class Dev, class E, class G> void model_init(Model<Dev, E, G>& m, uint
         E* x = part.held + (first - part.held_begin);
         if (random) random_normal(m.dev, x, last - first, seed, first, deviation);
         else fill(m.dev, x, last - first, p.start == Start::ones ? 1.0 : 0.0);
+        comm_alive(m.world);
     }
 }
 
@@ -1234,6 +1235,7 @@ template <class Dev, class E, class G> void weights_load(Model<Dev, E, G>& m, co
             for (size_t i = part.held_begin, n; i < part.held_end; i += n) {
                 n = std::min(piece, part.held_end - i);
                 weights_read(file, i, n, buffer.data());
+                comm_alive(m.world);
                 convert(Cpu{}, rounded.data(), buffer.data(), n);
                 copy_to_device(m.dev, part.held + (i - part.held_begin), rounded.data(), n * sizeof(E));
                 const size_t from = std::max(i, first), to = std::min(i + n, last);
@@ -1253,12 +1255,6 @@ template <class Dev, class E, class G> void master_from_params(Model<Dev, E, G>&
         if (m.master) convert(m.dev, m.master + part.at, part.params_shard, m.shard_count(part));
 }
 
-// Ranks wait longer for a disk than for each other.
-Comm patient(Comm world) {
-    world.timeout = std::max(world.timeout, 3600.0);
-    return world;
-}
-
 // Every rank writes its optimizer shard, rank 0 the weights and the state as well. The others read the weights with it
 // and write nothing: with ZeRO-3 they are fetched part by part, from all ranks.
 template <class Dev, class E, class G> void save(Model<Dev, E, G>& m, const Setup& s, TrainState& state) {
@@ -1276,8 +1272,8 @@ template <class Dev, class E, class G> void save(Model<Dev, E, G>& m, const Setu
     for (size_t p = 0; p < m.parts.size(); p++) {
         const Part<E, G>& part = m.parts[p];
         auto fetch_weights = [&m, p, fetch](void* to, const void* from, size_t bytes) {
-            // Rank 0 comes when its disk has taken the part before; a transfer would not wait so long.
-            if (m.layout.zero_level() == 3 && from == m.parts[p].params) comm_barrier(patient(m.world));
+            // Rank 0 comes when its disk has taken the part before; a transfer would not hear that it is alive.
+            if (m.layout.zero_level() == 3 && from == m.parts[p].params) comm_barrier(m.world);
             params_use(m, p, std::min(p + 1, m.parts.size() - 1));
             if (m.world.rank == 0) fetch(to, from, bytes);
         };
@@ -1288,12 +1284,12 @@ template <class Dev, class E, class G> void save(Model<Dev, E, G>& m, const Setu
     }
     std::vector<CheckpointFile> files = {weights, shard};
     if (m.world.rank == 0) files.push_back({"state.bin", {{&state, sizeof state}}});
-    checkpoint_save(patient(m.world), s.o.out, state.step, files, int(s.o.keep));
+    checkpoint_save(m.world, s.o.out, state.step, files, int(s.o.keep));
 }
 
 // Goes on from the newest sound checkpoint, whatever number of ranks wrote it; false when there is none.
 template <class Dev, class E, class G> bool resume(Model<Dev, E, G>& m, const Setup& s, TrainState& state) {
-    Checkpoint from = checkpoint_newest(patient(m.world), s.o.out);
+    Checkpoint from = checkpoint_newest(m.world, s.o.out);
     if (from.step < 0) {
         if (s.world.rank == 0 && !checkpoint_steps(s.o.out).empty())
             fail("no checkpoint in %s can be used (why stands above): they are left as they are; begin anew with "
@@ -1322,6 +1318,7 @@ template <class Dev, class E, class G> bool resume(Model<Dev, E, G>& m, const Se
                 const size_t first = part.begin + m.shard_begin(part) + i;
                 shard_read(shards, field, type, first, first + n, buffer.data());
                 copy_to_device(m.dev, (uint8_t*)to + (part.at + i) * bytes, buffer.data(), n * bytes);
+                comm_alive(m.world);
             }
     };
     read(ShardField::m, m.layout.moments, m.moment1);
@@ -1329,7 +1326,7 @@ template <class Dev, class E, class G> bool resume(Model<Dev, E, G>& m, const Se
     const bool had_master = shards[0].header.type[2] >= 0;
     if (had_master && !m.master) fail("%s has master weights: resume with --master float", from.path.c_str());
     if (m.master) read(ShardField::master, type_of<Acc<E>>(), m.master);
-    comm_barrier(patient(m.world));
+    comm_barrier(m.world);
     return true;
 }
 
@@ -1909,7 +1906,7 @@ template <class Dev, class E, class G> int run(Dev dev, Setup& s) {
     for (const Comm& group : {s.world, s.ring, s.layers}) comm_open(dev, group, arena.base, planned, s.transport);
     if (s.weights.empty()) model_init(m, uint64_t(s.o.seed)), master_from_params(m);
     else weights_load(m, weights_open(s.weights));
-    comm_barrier(patient(s.world)); // a disk may be slower than the others'
+    comm_barrier(s.world); // a disk may be slower than the others'
     if (s.layout.train) return train(m, s);
 
     if (s.o.generate) {

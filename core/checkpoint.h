@@ -229,7 +229,10 @@ template <class Use> void visit_pieces(const CheckpointFile& file, Use use) {
         }
 }
 
-inline CheckpointEntry write_pieces(const std::string& folder, const CheckpointFile& from) {
+// Nothing here goes on for long without a sign of life to the ranks that wait: blocks are small, and what was written
+// goes to the disk in steps, not all at the end.
+inline CheckpointEntry write_pieces(const Comm& world, const std::string& folder, const CheckpointFile& from) {
+    constexpr uint64_t step = uint64_t(256) << 20;
     REQUIRE(checkpoint_name_is_plain(from.name), "name the file with letters, digits, '.', '_' and '-'");
     CheckpointEntry entry{from.name};
     File file = file_create(folder + "/" + from.name);
@@ -237,6 +240,8 @@ inline CheckpointEntry write_pieces(const std::string& folder, const CheckpointF
         entry.crc = crc32c(entry.crc, data, n);
         entry.bytes += n;
         file_write(file, data, n);
+        if (entry.bytes / step > (entry.bytes - n) / step) FILE_CHECK(fdatasync(file.fd), file.path);
+        comm_alive(world);
     });
     file_finish(file);
     return entry;
@@ -258,9 +263,9 @@ inline void checkpoint_publish(const std::string& dir, const std::string& tmp, c
 
 // Removes unfinished saves and all but the `keep` newest up to `step` (0: keeps all). Later steps are left alone:
 // they belong to a run that this one did not continue, or are damaged.
-inline void checkpoint_prune(const std::string& dir, int64_t step, int keep) {
+inline void checkpoint_prune(const Comm& world, const std::string& dir, int64_t step, int keep) {
     for (const std::string& name : directory_list(dir))
-        if (is_unfinished(name)) directory_remove(dir + "/" + name);
+        if (is_unfinished(name)) directory_remove(dir + "/" + name), comm_alive(world);
     std::vector<int64_t> steps = checkpoint_steps(dir);
     while (!steps.empty() && steps.back() > step) steps.pop_back();
     for (size_t i = 0; keep > 0 && i + size_t(keep) < steps.size(); i++) {
@@ -268,6 +273,7 @@ inline void checkpoint_prune(const std::string& dir, int64_t step, int keep) {
         std::string path = checkpoint_path(dir, steps[i]), tmp = path + ".tmp";
         FILE_CHECK(rename(path.c_str(), tmp.c_str()), path);
         directory_remove(tmp);
+        comm_alive(world);
     }
 }
 
@@ -286,8 +292,8 @@ inline void checkpoint_save(const Comm& world, const std::string& dir, int64_t s
     std::string lines;
     for (const CheckpointFile& file : mine)
         if (file.name.empty()) visit_pieces(file, [](const char*, size_t) {});
-        else lines += entry_line(write_pieces(tmp, file));
-    // A rank's lines arrive after its files are on the disk, so they are the barrier as well.
+        else lines += entry_line(write_pieces(world, tmp, file));
+    comm_barrier(world); // all files are on the disk
     std::vector<std::string> all = gather_text(world, lines);
     if (world.rank == 0) {
         Checkpoint made{path, step, world.size, {}};
@@ -300,7 +306,7 @@ inline void checkpoint_save(const Comm& world, const std::string& dir, int64_t s
         file_write(manifest, text.data(), text.size());
         file_finish(manifest);
         checkpoint_publish(dir, tmp, path);
-        checkpoint_prune(dir, step, keep);
+        checkpoint_prune(world, dir, step, keep);
     }
     comm_barrier(world);
 }
@@ -321,7 +327,7 @@ inline std::string manifest_fault(const std::string& path, Checkpoint* out) {
 }
 
 // Reads a whole file against its entry: "" or what is wrong.
-inline std::string entry_fault(const std::string& path, const CheckpointEntry& entry) {
+inline std::string entry_fault(const Comm& world, const std::string& path, const CheckpointEntry& entry) {
     int fd = open((path + "/" + entry.name).c_str(), O_RDONLY | O_CLOEXEC);
     if (fd < 0) return entry.name + ": " + strerror(errno);
     File file{fd, entry.name};
@@ -331,6 +337,7 @@ inline std::string entry_fault(const std::string& path, const CheckpointEntry& e
     while ((n = read(fd, buffer.data(), buffer.size())) > 0) {
         found.crc = crc32c(found.crc, buffer.data(), size_t(n));
         found.bytes += uint64_t(n);
+        comm_alive(world);
     }
     if (n < 0) return entry.name + ": " + strerror(errno);
     if (found.bytes != entry.bytes)
@@ -342,7 +349,7 @@ inline std::string entry_fault(const std::string& path, const CheckpointEntry& e
 // manifest does not list are never read, and are no fault.
 inline std::string checkpoint_fault(const std::string& path, Checkpoint* out) {
     std::string fault = manifest_fault(path, out);
-    for (size_t i = 0; fault.empty() && i < out->files.size(); i++) fault = entry_fault(path, out->files[i]);
+    for (size_t i = 0; fault.empty() && i < out->files.size(); i++) fault = entry_fault(Comm{}, path, out->files[i]);
     return fault;
 }
 
@@ -370,7 +377,8 @@ inline Checkpoint checkpoint_newest(const Comm& world, const std::string& dir) {
         text = gather_text(world, text)[0];
         if (manifest_parse(text, &candidate))
             for (size_t i = world.rank; fault.empty() && i < candidate.files.size(); i += world.size)
-                fault = entry_fault(path, candidate.files[i]);
+                fault = entry_fault(world, path, candidate.files[i]);
+        comm_barrier(world); // some read longer than others
         candidate.path = path;
         bool sound = true;
         for (const std::string& from_rank : gather_text(world, fault))

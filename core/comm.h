@@ -72,7 +72,11 @@ Comm comm_split(const Comm& comm, int color, int key);
 // The ranks of comm that share this host: rank chooses the device, size divides the memory.
 Comm comm_host(const Comm& comm);
 
+// A rank that gets on, and says so by comm_alive, is not late, whatever it takes: a disk may be slower than others'.
 void comm_barrier(const Comm& comm);
+// Tells the group's ranks, which may wait in its barrier, that this one gets on. For loops over the blocks of a file:
+// they may call it as often as they like, a message goes out once a second.
+void comm_alive(const Comm& comm);
 
 // The root's data everywhere.
 template <class Dev, class E> void comm_broadcast(Dev, const Comm& comm, E* data /*(count)*/, size_t count, int root);

@@ -9,6 +9,7 @@
 #include <condition_variable>
 #include <csignal>
 #include <ctime>
+#include <map>
 #define OMPI_SKIP_MPICXX 1 // the C interface alone
 #define MPICH_SKIP_MPICXX 1
 #include <mpi.h>
@@ -95,10 +96,11 @@ static Comm make_comm(MPI_Comm group, double timeout) {
 }
 
 // Requests under way. Each message is at most message_bytes long, since MPI counts in int.
+enum { data_tag, barrier_tag, alive_tag }; // a barrier may stand beside messages that are under way
 struct Transfer {
     Comm comm;
     std::string operation; // for the message when it fails
-    int tag = 0;
+    int tag = data_tag;
     std::vector<MPI_Request> requests = {};
     std::vector<int> expected = {}; // bytes of a receive, -1 for all else
     std::vector<int> peers = {};    // who must take part, -1 where that is not known
@@ -131,15 +133,15 @@ static void add_broadcast(Transfer& t, void* data, size_t bytes, int root) {
     });
 }
 
-// The ranks whose part in what is under way has not come, by their numbers in the world; a broadcast's may have come to
+// The ranks whose part in these requests has not come, by their numbers in the world; a broadcast's may have come to
 // the rank that passes it on.
-static std::string missing(const Transfer& t) {
+static std::string missing(const Transfer& t, const std::vector<size_t>& requests) {
     MPI_Group group, world;
     MPI_CHECK(MPI_Comm_group(mpi_comm(t.comm), &group));
     MPI_CHECK(MPI_Comm_group(MPI_COMM_WORLD, &world));
     std::set<int> ranks;
-    for (size_t i = 0; i < t.requests.size(); i++) {
-        if (t.requests[i] == MPI_REQUEST_NULL || t.peers[i] < 0) continue;
+    for (size_t i : requests) {
+        if (t.peers[i] < 0) continue;
         int rank = 0;
         MPI_CHECK(MPI_Group_translate_ranks(group, 1, &t.peers[i], world, &rank));
         ranks.insert(rank);
@@ -147,15 +149,45 @@ static std::string missing(const Transfer& t) {
     return waiting_for(ranks);
 }
 
-// Polls until all is done; any completion counts as progress. After a short spin it sleeps between polls, so that
-// ranks which wait leave their core to those which compute.
+// A sign of life is an empty message. Nobody waits until it is taken.
+void comm_alive(const Comm& comm) {
+    using clock = std::chrono::steady_clock;
+    static std::map<int, clock::time_point> next; // by group
+    if (comm.size == 1 || clock::now() < next[comm.handle]) return;
+    next[comm.handle] = clock::now() + std::chrono::milliseconds(int(std::min(1000., comm.timeout * 250)));
+    for (int r = 0; r < comm.size; r++) {
+        if (r == comm.rank) continue;
+        MPI_Request sent;
+        MPI_CHECK(MPI_Isend(nullptr, 0, MPI_BYTE, r, alive_tag, mpi_comm(comm), &sent));
+        MPI_CHECK(MPI_Request_free(&sent));
+    }
+}
+
+// Takes the signs of life that have come and notes the time for their ranks.
+static void hear(const Comm& comm, std::vector<double>& heard, double time) {
+    for (;;) {
+        int there = 0;
+        MPI_Status sign;
+        MPI_CHECK(MPI_Iprobe(MPI_ANY_SOURCE, alive_tag, mpi_comm(comm), &there, &sign));
+        if (!there) return;
+        heard[sign.MPI_SOURCE] = time;
+        MPI_CHECK(MPI_Recv(nullptr, 0, MPI_BYTE, sign.MPI_SOURCE, alive_tag, mpi_comm(comm), MPI_STATUS_IGNORE));
+    }
+}
+
+// Polls until all is done; any completion counts as progress, and in a barrier a sign of life, for its rank. After a
+// short spin it sleeps between polls, so that ranks which wait leave their core to those which compute.
 static void wait_all(Transfer& t) {
     std::vector<int> done(t.requests.size());
     std::vector<MPI_Status> status(t.requests.size());
+    const bool hears = t.tag == barrier_tag && t.comm.size > 1;
+    std::vector<double> heard(t.comm.size, 0); // seconds of this wait, as the next two
     WaitClock clock;
-    double waited = 0;
+    double time = 0, progress = 0;
+    auto late = [&](double since) { return time - since > t.comm.timeout; };
     for (int idle = 0;; idle++) {
         int count = 0;
+        if (hears) hear(t.comm, heard, time);
         int result = MPI_Testsome(int(t.requests.size()), t.requests.data(), &count, done.data(), status.data());
         if (result == MPI_ERR_IN_STATUS) // one of them carries the reason
             for (int i = 0; i < count; i++) MPI_CHECK(status[i].MPI_ERROR);
@@ -168,10 +200,14 @@ static void wait_all(Transfer& t) {
                 fail("%s: %d bytes came from rank %d of the group, %d were expected: the ranks disagree on a size",
                      t.operation.c_str(), bytes, status[i].MPI_SOURCE, t.expected[done[i]]);
         }
-        const double passed = clock.passed();
-        waited = count > 0 ? 0 : waited + passed;
-        if (count > 0) idle = 0;
-        if (waited > t.comm.timeout) comm_give_up(t.operation + missing(t), t.comm.timeout);
+        time += clock.passed();
+        if (count > 0) progress = time, idle = 0;
+        if (late(progress)) {
+            std::vector<size_t> missed; // requests that nothing excuses
+            for (size_t i = 0; i < t.requests.size(); i++)
+                if (t.requests[i] != MPI_REQUEST_NULL && (!hears || late(heard[t.peers[i]]))) missed.push_back(i);
+            if (!missed.empty()) comm_give_up(t.operation + missing(t, missed), t.comm.timeout);
+        }
         constexpr timespec pause = {0, 50000};
         if (idle < 2000) sched_yield();
         else nanosleep(&pause, nullptr);
@@ -225,7 +261,7 @@ Comm comm_host(const Comm& comm) {
 
 // A byte from each rank to each, and not MPI's own barrier: so it is known who is missing.
 void comm_barrier(const Comm& comm) {
-    Transfer t{comm, "barrier", 1}; // beside messages that are under way
+    Transfer t{comm, "barrier", barrier_tag};
     const char mine = 0;
     std::vector<char> theirs(comm.size);
     for (int r = 0; r < comm.size; r++) {

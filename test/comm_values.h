@@ -34,17 +34,19 @@ static inline std::vector<size_t> ragged(uint64_t seed, int size, size_t n) {
     return begin;
 }
 
-// Runs the case "ends: name" of this program on two ranks: it must end, badly, within 10 s after its timeout of 1 s
-// (`start` more for what comes before), and say `message`, or `other` where it is a race who sees it first.
-static inline void check_ends(const char* name, const char* message, double start = 0, const char* other = nullptr) {
+// Runs the case "ends: name" of this program on two ranks, or more: it must end, badly, within 10 s after its timeout
+// of 1 s (`start` more for what comes before), and say `message`, or `other` where it is a race who sees it first.
+static inline void check_ends(const char* name, const char* message, double start = 0, const char* other = nullptr,
+                              int ranks = 2) {
     CAPTURE(name);
     char self[4096] = "";
     CHECK(readlink("/proc/self/exe", self, sizeof self - 1) > 0);
     const std::string command = "env -i PATH=\"$PATH\" LD_LIBRARY_PATH=\"$LD_LIBRARY_PATH\" HOME=/tmp "
+                                "${CUDA_VISIBLE_DEVICES+CUDA_VISIBLE_DEVICES=\"$CUDA_VISIBLE_DEVICES\"} "
                                 "OMPI_MCA_plm_rsh_agent=true " // not called on one host, and ssh may be missing
                                 "OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 "
-                                "timeout -s KILL 60 mpirun --oversubscribe -np 2 '" +
-                                std::string(self) + "' --no-skip -tc='ends: " + name + "' 2>&1";
+                                "timeout -s KILL 60 mpirun --oversubscribe -np " +
+                                std::to_string(ranks) + " '" + self + "' --no-skip -tc='ends: " + name + "' 2>&1";
     const auto begin = std::chrono::steady_clock::now();
     std::string output;
     FILE* pipe = popen(command.c_str(), "r");

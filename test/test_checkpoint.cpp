@@ -177,6 +177,19 @@ TEST_CASE("save, find the newest, read back; shards for any range") {
     CHECK(wrong_values(c, 0, elements) == 0);
 }
 
+TEST_CASE("a save waits for a slow disk longer than for a rank") {
+    Comm w = world();
+    if (w.size != 3) return; // once is enough: it takes its time
+    Folder folder;
+    w.timeout = 2;
+    const char byte = 7;
+    auto slow = [](void* to, const void* from, size_t n) { usleep(200000), memcpy(to, from, n); };
+    CheckpointFile file{shard_name(w.rank), {}};
+    for (int i = 0; i < (w.rank == 2 ? 25 : 1); i++) file.pieces.push_back({&byte, 1, slow}); // 5 s
+    checkpoint_save(w, folder.path, 3, {file}, 0);
+    CHECK(newest(folder.path).step == 3);
+}
+
 TEST_CASE("resume on another number of ranks: three shards, any range") {
     Folder folder;
     save(world(), folder.path, 5, 0, 3);

@@ -237,6 +237,18 @@ TEST_CASE("who is waited for") {
     CHECK(waiting_for(many).find(", 14, 15 and 984 others of the world") != std::string::npos);
 }
 
+// Twice as long as the timeout, and again, where signs of the first wait may have been left over.
+TEST_CASE("a barrier waits for a rank that gives signs of life") {
+    Comm w = world();
+    if (w.size != 3) return; // once is enough: it takes its time
+    comm_barrier(w);
+    w.timeout = 2;
+    for (int late = 0; late < 2; late++) {
+        for (int i = 0; w.rank == late && i < 40; i++) usleep(100000), comm_alive(w);
+        comm_barrier(w);
+    }
+}
+
 TEST_CASE("broken promises end with a line") {
     Comm w = world();
     if (w.size > 1) return; // fails_with forks
@@ -297,6 +309,15 @@ static void stop_after_barrier(const Comm& w) { comm_barrier(w), raise(SIGSTOP);
 TEST_CASE("ends: barred" * doctest::skip()) {
     meet([](const Comm&) { raise(SIGSTOP); }, comm_barrier);
 }
+// Rank 1 gives signs of life and then none; those of rank 2, which are many, are not taken for it.
+TEST_CASE("ends: silent" * doctest::skip()) {
+    Comm w = world();
+    if (w.size != 3) return;
+    w.timeout = 1;
+    for (int i = 0; w.rank > 0 && i < (w.rank == 1 ? 20 : 300); i++) usleep(100000), comm_alive(w);
+    if (w.rank == 1) raise(SIGSTOP);
+    comm_barrier(w);
+}
 TEST_CASE("ends: unsplit" * doctest::skip()) {
     meet(stop_after_barrier, [](const Comm& w) { comm_split(w, 0, 0); });
 }
@@ -331,6 +352,7 @@ TEST_CASE("a rank that dies, hangs or disagrees ends all ranks in time") {
     check_ends("longer", "MPI_ERR_TRUNCATE");
     check_ends("early", "rank 1: this rank gives up");
     check_ends("barred", "rank 0: barrier, waiting for rank 1 of the world: no progress for 1 s");
+    check_ends("silent", "rank 0: barrier, waiting for rank 1 of the world: no progress for 1 s", 2, nullptr, 3);
     check_ends("renumbered", "rank 0: broadcast, waiting for rank 1 of the world: no progress for 1 s");
     check_ends("unstarted", "rank 0: start of MPI: no progress for 1 s");
     check_ends("unsplit", "rank 0: split: no progress for 1 s");
