@@ -3,12 +3,18 @@
 # under the four tools of compute-sanitizer, the ranks, and the program on the GPU. Arguments: the test program, the
 # attention's tests built for racecheck, then the programs that run on 1 to 4 ranks. PART="kernels sanitizers ranks
 # program" names what is wanted; JOBS=4, how many of the ranks' programs and the program's tests run side by side. Two
-# such scripts beside each other, on a GPU each (CUDA_VISIBLE_DEVICES), want a LOG each.
+# such scripts beside each other, on a GPU each (CUDA_VISIBLE_DEVICES), want a LOG each, and fewer threads each
+# (OMP_NUM_THREADS). LOG (build/test_gpu.log) keeps all that they print, with the times of the cases.
 cd "$(dirname "$0")/.."
-log=${LOG:-build/test_gpu.log}
+all=${LOG:-build/test_gpu.log} log=${LOG:-build/test_gpu.log}.now
 skipped=""
-rm -f $log.*
+export OMP_WAIT_POLICY=passive # much runs side by side here
+rm -f $all $all.*
 . test/count.sh
+tally() { # as count
+    count "$@"
+    { echo "== $1"; cat $log; } >> $all
+}
 show_log="tail -c 6000" # a sanitizer's can be long
 test=$1 race=$2
 shift 2
@@ -22,7 +28,7 @@ wanted() { # whether the part is; else it counts as skipped
 if wanted kernels; then
     start=$SECONDS
     "$test" --no-colors --duration > $log 2>&1
-    count "$test" $? $start
+    tally "$test" $? $start
 fi
 
 # Sanitizers slow a kernel by 10 to 100 times: they take the cases named "(small)", side by side. A finding makes the
@@ -44,7 +50,7 @@ elif command -v compute-sanitizer > /dev/null; then
         eval "wait \$pid_$run"
         status=$?
         mv $log.$run $log
-        count "compute-sanitizer, $run" $status $start
+        tally "compute-sanitizer, $run" $status $start
     done
 else
     skipped="$skipped; sanitizers (no compute-sanitizer)"
@@ -80,7 +86,7 @@ count_next() { # what was started first and is not counted yet
     [ -e $log.$n.end ] && read -r status seconds < $log.$n.end
     mv $log.$n $log
     rm -f $log.$n.end
-    count "${titles[$n]}" "$status" $((SECONDS - seconds))
+    tally "${titles[$n]}" "$status" $((SECONDS - seconds))
 }
 count_beside() {
     while [ $counted -lt ${#titles[@]} ]; do
@@ -90,7 +96,7 @@ count_beside() {
 }
 on_ranks() { # $1 how many, $2 the program
     export OMP_NUM_THREADS=$((($(nproc) + $1 * jobs_most - 1) / ($1 * jobs_most)))
-    $([ "$1" = 1 ] || echo mpirun --oversubscribe --bind-to none -np "$1") "$2" --no-colors
+    $([ "$1" = 1 ] || echo mpirun --oversubscribe --bind-to none -np "$1") "$2" --no-colors --duration
 }
 case " $parts " in *" ranks "* | *" program "*) echo "ranks and program, $jobs_most at a time:" ;; esac
 if wanted ranks; then
@@ -102,7 +108,7 @@ fi
 [ "$gpus" -ge 4 ] || skipped="$skipped; NCCL between more than $gpus ranks (there are $gpus GPUs)"
 
 program() { # $1 shard (test/conftest.py), then the files
-    TRAIN_DEVICE=gpu TRAIN_GPUS=$gpus TRAIN_SHARE=$share SHARD=$1 $PYTHON -m pytest -q -p no:cacheprovider "${@:2}"
+    TRAIN_DEVICE=gpu TRAIN_GPUS=$gpus TRAIN_SHARE=$share SHARD=$1 $PYTHON -m pytest -q -p no:cacheprovider --durations 20 "${@:2}"
 }
 if ! wanted program; then :
 elif $PYTHON -c 'import pytest, numpy' 2> /dev/null; then
@@ -111,11 +117,12 @@ elif $PYTHON -c 'import pytest, numpy' 2> /dev/null; then
     count_beside
     start=$SECONDS
     program alone test/test_train.py > $log 2>&1
-    count "the program, alone on the GPU" $? $start
+    tally "the program, alone on the GPU" $? $start
 else
     skipped="$skipped; the program (no pytest and numpy: sh scripts/install.sh)"
 fi
 count_beside
 [ -z "$skipped" ] || echo "skipped:${skipped#;}"
+rm -f $log
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ] && [ "$passed" -gt 0 ]
