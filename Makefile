@@ -14,7 +14,8 @@
 #
 # With nvcc on the PATH the GPU's layers are built in (CUDA=0 leaves them out), for the GPU of this machine or, when it
 # has none, for A100 and H100 (GPU_ARCH="80 90a") and as PTX, which the drivers of later ones compile at the start.
-# MPI=0 leaves MPI aside, ARCH=x86-64-v3 is another CPU than this machine's, SAN=1 builds with sanitizers.
+# MPI=0 leaves MPI aside, ARCH=x86-64-v3 is another CPU than this machine's, SAN=1 builds with sanitizers. With OPT=0 all
+# but the trainer itself compiles sooner, to see that it does.
 
 .PHONY: help demo test test-gpu bench lint format docs deps clean
 help:
@@ -26,7 +27,7 @@ NVCC := $(shell command -v nvcc 2>/dev/null)
 CUDA ?= $(if $(SAN),0,$(if $(NVCC),1,0))
 MPICXX := $(shell command -v mpicxx 2>/dev/null)
 MPI    ?= $(if $(MPICXX),1,0)
-BUILD  := build$(if $(SAN),/san)$(if $(filter 1,$(CUDA)),/cuda)
+BUILD  := build$(if $(SAN),/san)$(if $(filter 1,$(CUDA)),/cuda)$(if $(OPT),/O$(OPT))
 PROGRAM := $(if $(SAN),$(BUILD)/)train_llama
 PYTHON := $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
@@ -93,7 +94,7 @@ $(CONTROL): $(BUILD)/train_fp32_attention.o
 $(TEST_ROPE) $(CONTROL): $(BUILD)/comm_serial.o $(GPU_COMM) build/flavour
 	$(if $(filter 1,$(CUDA)),nvcc -Xcompiler=-fopenmp,$(CXX) $(CXXFLAGS)) $(filter %.o,$^) -o $@ $(CUDA_LIBS)
 $(BUILD)/test_rope.o $(BUILD)/train_fp32_attention.o: $(BUILD)/%.o: test/%.cu train_llama.cu $(HEADERS) $(TEST_HEADERS) Makefile | $(BUILD)
-	$(COMPILE) -O$(if $(SAN),1,3) -c $< -o $@
+	$(COMPILE) -O$(or $(OPT),$(if $(SAN),1,3)) -c $< -o $@
 
 # A test file is a binary's part: those in RANK_TESTS are programs of their own and run under mpirun.
 RANK_TESTS := $(patsubst test/%.cpp,$(BUILD)/%,$(wildcard test/test_comm.cpp test/test_ring.cpp test/test_model_ranks.cpp))
@@ -125,12 +126,12 @@ test-run: $(PROGRAM) $(TEST_ROPE) $(CONTROL) $(BUILD)/test_cpu $(OWN_TESTS) $(if
 GPU_RANK_TESTS := $(patsubst test/%.cu,$(BUILD)/%,$(wildcard test/gpu_comm.cu test/gpu_ring.cu test/gpu_model_ranks.cu))
 GPU_TESTS := $(filter-out $(GPU_RANK_TESTS:=.o),$(patsubst test/%.cu,$(BUILD)/%.o,$(wildcard test/gpu_*.cu)))
 $(BUILD)/gpu_%.o: test/gpu_%.cu train_llama.cu $(HEADERS) $(TEST_HEADERS) | $(BUILD)
-	nvcc $(NVCCFLAGS) -O2 -c $< -o $@
+	nvcc $(NVCCFLAGS) -O$(or $(OPT),2) -c $< -o $@
 $(BUILD)/test_gpu: $(GPU_TESTS) $(BUILD)/test_main.o $(BUILD)/comm_serial.o $(GPU_COMM)
 	nvcc -Xcompiler=-fopenmp $^ -o $@ $(CUDA_LIBS)
 # For racecheck, which does not follow barriers at which one side only arrives.
 $(BUILD)/race_attention.o: test/gpu_attention.cu $(HEADERS) $(TEST_HEADERS) | $(BUILD)
-	nvcc $(NVCCFLAGS) -O2 -DRACECHECK -c $< -o $@
+	nvcc $(NVCCFLAGS) -O$(or $(OPT),2) -DRACECHECK -c $< -o $@
 $(BUILD)/test_race: $(BUILD)/race_attention.o $(BUILD)/test_main.o $(BUILD)/comm_serial.o $(GPU_COMM)
 	nvcc -Xcompiler=-fopenmp $^ -o $@ $(CUDA_LIBS)
 $(GPU_RANK_TESTS): %: %.o $(BUILD)/comm.o $(GPU_COMM)
@@ -143,7 +144,7 @@ test-gpu-run: $(PROGRAM) $(TEST_ROPE) $(BUILD)/test_gpu $(BUILD)/test_race $(if 
 	    test/run_gpu.sh $(BUILD)/test_gpu $(BUILD)/test_race $(if $(filter 1,$(MPI)),$(GPU_RANK_TESTS))
 BENCHES := $(patsubst dev/%.cu,$(BUILD)/%,$(wildcard dev/bench_*.cu))
 $(BENCHES): $(BUILD)/%: dev/%.cu $(wildcard dev/*.h) $(HEADERS) $(BUILD)/comm_serial.o $(GPU_COMM) | $(BUILD)
-	nvcc $(NVCCFLAGS) -O3 $< $(BUILD)/comm_serial.o $(GPU_COMM) -o $@ $(CUDA_LIBS)
+	nvcc $(NVCCFLAGS) -O$(or $(OPT),3) $< $(BUILD)/comm_serial.o $(GPU_COMM) -o $@ $(CUDA_LIBS)
 ifeq ($(CUDA),1)
 bench: $(PROGRAM) $(BENCHES)
 	@BUILD=$(BUILD) PYTHON=$(PYTHON) dev/bench.sh
@@ -152,6 +153,7 @@ bench: $(BUILD)/bench_cpu
 	$(BUILD)/bench_cpu
 endif
 $(BUILD)/bench_cpu: dev/bench_cpu.cpp $(HEADERS) $(BUILD)/comm_serial.o | $(BUILD)
+	@ldconfig -p | grep -q libopenblas || echo "bench_cpu compares with OpenBLAS: apt install libopenblas-dev"
 	$(CXX) $(CXXFLAGS) -O3 $< $(BUILD)/comm_serial.o -o $@ -lopenblas
 
 demo: deps

@@ -1,4 +1,4 @@
-// Attention over packed documents and their anchor: mask, tile map, CPU reference, kernels.
+// Attention over packed documents and their anchor: mask, tile map, CPU reference. Kernels: layers/attention_*.cuh.
 //
 // A token has a global index in its row and a document; token 0 of document 0 is the anchor.
 //

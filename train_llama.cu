@@ -1,12 +1,12 @@
 // train_llama: trains LLaMA-2-class models on long contexts, every layer written by hand. Read this first.
 //
 // The way of the data: tokens are packed into rows (core/dataloader.h), a row is spread over the ranks of a
-// ring (layers/ring.cuh), model_forward and model_backward carry it through the layers, model_update adds the
-// gradients of all ranks and moves the weights.
+// ring (layers/ring.cuh), model_forward and model_backward carry it through the layers and add the gradients of all
+// ranks on the way, model_update moves the weights.
 //
 //   L layers   B batch (rows a ring works on at once)   T local tokens (of all B rows on this rank)
 //   S sequence (global tokens of a row)   C channels   H heads   K KV heads   D head size
-//   F feed-forward   V vocabulary   E element type   G element type of weight gradients
+//   F feed-forward   V vocabulary   E element type   G of weight gradients   A = Acc<E>, in which sums are formed
 #include "attention_anchor.cuh"
 #include "core/arena.h"
 #include "core/checkpoint.h"
@@ -206,7 +206,7 @@ template <class Dev, class E, class G> struct Model {
     Dev dev;
     Config config;
     Layout layout;
-    Comm world, layers; // layers: the world again, for what goes on beside the layers: weights and sums of gradients
+    Comm world, background; // the world again, for weights and sums of gradients, beside which layers go on
     RopePrecision precision = RopePrecision::exact;
 
     Params<E> params;
@@ -354,7 +354,7 @@ struct Batch {
     Comm ring;
     RingPlan plan;
     size_t T = 0;
-    TokenOrder order;
+    TokenOrder order;                // the tokens, and their places sorted by token, for the embedding's backward
     std::vector<int32_t> pos, label; // (T)
     int64_t counted = 0, pairs = 0;  // labels that count and visible pairs, of the whole rows
 };
@@ -412,12 +412,12 @@ template <class Dev, class E, class G> void params_fetch(Model<Dev, E, G>& m, si
     if (in_buffer == int(p)) return;
     REQUIRE(in_buffer < 0 || m.parts[in_buffer].fetching.empty(), "use what was fetched before its buffer is taken");
     in_buffer = int(p);
-    const int rank = m.layers.rank, size = m.layers.size;
+    const int rank = m.background.rank, size = m.background.size;
     const size_t mine = m.shard_count(part);
     copy_on_device(m.dev, part.params + m.shard_begin(part), part.params_shard, mine * sizeof(E));
     for (int d = 1; d < size; d++) {
         const int to = (rank + d) % size, from = (rank + size - d) % size;
-        part.fetching.push_back(shift_start(m.dev, m.layers, part.params_shard, mine, to,
+        part.fetching.push_back(shift_start(m.dev, m.background, part.params_shard, mine, to,
                                             part.params + part.shards[from], part.shards[from + 1] - part.shards[from],
                                             from));
     }
@@ -460,7 +460,7 @@ template <class Dev, class E, class G> void grads_begin(Model<Dev, E, G>& m, siz
 template <class Dev, class E, class G> void grads_end(Model<Dev, E, G>& m, size_t p, bool last_batch) {
     Part<E, G>& part = m.parts[p];
     if (m.layout.world > 1 && (last_batch || m.layout.zero_level() >= 2))
-        part.reduction = comm_reduce_scatter_start(m.dev, m.layers, part.grads, part.shards.data());
+        part.reduction = comm_reduce_scatter_start(m.dev, m.background, part.grads, part.shards.data());
 }
 
 // Afterwards this rank's slices hold the gradients of the whole update.
@@ -581,7 +581,8 @@ template <class Dev, class E, class G> void model_backward(Model<Dev, E, G>& m, 
                      (const E*)nullptr, T, C);
     grads_end(m, L + 1, last_batch);
     for (size_t l = L; l-- > 0;) {
-        params_use(m, l + 1, l > 0 ? l : last_batch ? 1 : 0); // the next micro-batch begins with the embedding
+        // Then the layer below, and at the bottom the next micro-batch's embedding, or nothing new: the first layer.
+        params_use(m, l + 1, l > 0 ? l : last_batch ? 1 : 0);
         grads_begin(m, l + 1);
         recompute_layer(m, b, int(l));
         const LayerParams<E>& w = m.params.layer[l];
@@ -658,7 +659,7 @@ template <class Dev, class E, class G> void model_init(Model<Dev, E, G>& m, uint
 // What a command line means: the model, its layout in memory, the numbers of the run.
 struct Setup {
     Options o;
-    Comm world, host, ring, layers; // host: those of the world on this machine
+    Comm world, host, ring, background; // host: those of the world on this machine
     Config config;
     Layout layout;
     std::string weights; // file to start from; empty: random weights
@@ -714,8 +715,9 @@ Config setup_config(Setup& s) {
         if (access(o.model.c_str(), F_OK) != 0)
             fail("--model %s: there is no such file, nor a size of that name: %s", o.model.c_str(), names.c_str());
         if (struct stat info; stat(o.model.c_str(), &info) == 0 && S_ISDIR(info.st_mode))
-            fail("--model %s is a folder: name the weights file, as %s/weights.bin of a checkpoint", o.model.c_str(),
-                 o.model.c_str());
+            fail("--model %s is a folder: name a weights file, as %s/weights.bin", o.model.c_str(),
+                 checkpoint_path(o.model, checkpoint_steps(o.model).empty() ? 100 : checkpoint_steps(o.model).back())
+                     .c_str());
         const WeightsFile file = weights_open(o.model, o.dump_params);
         if (o.layers || o.channels || o.heads || o.kv_heads || o.ffn || o.vocab || o.tied)
             fail("%s fixes the model's shape: --layers, --channels, --heads, --kv_heads, --ffn, --vocab and --tied go "
@@ -1150,15 +1152,22 @@ void setup_device(Setup& s) {
         printf("on the CPU, though this machine has an NVIDIA driver: %s\n", fault.c_str());
 }
 
-// An option that names a file to write must not cost a model or data.
-void check_output(const char* option, const std::string& path) {
+constexpr const char* eval_title = "row,index,doc,label,correct,loss\n";
+
+// An option that names a file to write must not cost a model, data or a text; `begins`: how its own files begin.
+void check_output(const char* option, const std::string& path, const std::string& begins) {
     int32_t magic = 0;
+    char first[64] = "";
     FILE* file = path.empty() ? nullptr : fopen(path.c_str(), "rb");
-    if (file && fread(&magic, sizeof magic, 1, file) != 1) magic = 0;
+    const size_t there = file ? fread(first, 1, sizeof first, file) : 0;
     if (file) fclose(file);
-    if (magic == weights_magic || tokens_are(magic))
+    memcpy(&magic, first, sizeof magic);
+    if (magic == weights_magic || tokens_are(magic) ||
+        (there && begins.compare(0, begins.size(), first, begins.size())))
         fail("--%s would overwrite %s, which holds %s: name a new file", option, path.c_str(),
-             magic == weights_magic ? "weights" : "tokens");
+             magic == weights_magic ? "weights"
+             : tokens_are(magic)    ? "tokens"
+                                    : "something else");
 }
 
 // Reads the command line's meaning; bad combinations end here, before any work.
@@ -1171,7 +1180,11 @@ Setup setup_read(const Options& options, const Comm& world) {
     if ((o.generate > 0) + !o.eval.empty() + !o.dump_logits.empty() > 1)
         fail("--generate, --eval and --dump_logits are a run each");
     if (o.ranks && !o.plan) fail("--ranks goes with --plan; ranks are started by mpirun -np %lld", (long long)o.ranks);
-    check_output("eval", o.eval), check_output("dump_logits", o.dump_logits);
+    if (!o.eval.empty() && o.val_data.empty() && o.train_data.empty())
+        fail("--eval scores the tokens of --val_data, else of --train_data: pass one of them");
+    if (!o.prompt.empty() && !o.generate && !o.sample_every)
+        fail("--prompt is for --generate, or for --sample_every while it trains: pass one of them");
+    check_output("eval", o.eval, eval_title), check_output("dump_logits", o.dump_logits, "");
     setup_device(s);
     s.attention = Attention(choice(o.attention, "full|intra|intra_reset|anchor"));
     s.boundary = Boundary(choice(o.boundary_loss, "mask|next|bos"));
@@ -1207,7 +1220,7 @@ Setup setup_read(const Options& options, const Comm& world) {
              host_memory() / (1 << 30));
     s.prompt = prompt_read(s);
     s.ring = comm_split(world, o.plan ? 0 : s.group(), world.rank);
-    s.layers = comm_split(world, 0, world.rank);
+    s.background = comm_split(world, 0, world.rank);
     setup_memory(s);
     return s;
 }
@@ -1298,16 +1311,17 @@ template <class Dev, class E, class G> bool resume(Model<Dev, E, G>& m, const Se
         return false;
     }
     const WeightsFile weights = weights_open(from.path + "/weights.bin");
-    const WeightsHeader theirs = header_from_config(weights.config, Type::f32, 0);
-    const WeightsHeader ours = header_from_config(m.config, Type::f32, 0);
-    if (memcmp(&theirs, &ours, sizeof ours) != 0)
-        fail("%s: its shape, context or RoPE is not this command line's; resume with the options of the run, or start "
-             "another with -e %s/weights.bin",
-             from.path.c_str(), from.path.c_str());
+    if (const std::string text = config_difference(weights.config, m.config); !text.empty())
+        fail("%s and this command line differ in %s: resume with the options of the run, or start another with -e "
+             "%s/weights.bin",
+             from.path.c_str(), text.c_str(), from.path.c_str());
+    if (weights.dtype != type_of<E>())
+        fail("%s has weights in %s, this run in %s: resume with --dtype %s", from.path.c_str(),
+             type_name(weights.dtype), type_name(type_of<E>()), type_name(weights.dtype));
     weights_load(m, weights);
     checkpoint_read(from, "state.bin", 0, &state, sizeof state);
     copy_to_device(m.dev, m.update, &state.update, sizeof state.update);
-    const std::vector<OptimizerShard> shards = shards_open(from);
+    const std::vector<OptimizerShard> shards = shards_open(from, m.world);
     auto read = [&](ShardField field, Type type, void* to) {
         const size_t piece = 1 << 24, bytes = type_size(type);
         std::vector<uint8_t> buffer;
@@ -1330,8 +1344,15 @@ template <class Dev, class E, class G> bool resume(Model<Dev, E, G>& m, const Se
     return true;
 }
 
-// Ids of one tokenizer mean nothing to a model, or beside text, of another.
-void check_tokenizers(const Setup& s, const Corpus& training, const Corpus& validation) {
+// What a run begins with unless it resumes: random weights, or those of a file.
+template <class Dev, class E, class G> void weights_start(Model<Dev, E, G>& m, const Setup& s) {
+    if (s.weights.empty()) model_init(m, uint64_t(s.o.seed)), master_from_params(m);
+    else weights_load(m, weights_open(s.weights));
+    comm_barrier(s.world); // a disk may be slower than the others'
+}
+
+// Ids of one tokenizer mean nothing to a model, or beside text, of another; and what is trained on validates nothing.
+void check_corpora(const Setup& s, const Corpus& training, const Corpus& validation) {
     auto hash = [](const Corpus& c) { return c.shards.empty() ? 0 : c.shards[0].tokenizer; };
     if (hash(training) && hash(validation) && hash(training) != hash(validation))
         fail("--train_data and --val_data were made with different tokenizers");
@@ -1339,6 +1360,12 @@ void check_tokenizers(const Setup& s, const Corpus& training, const Corpus& vali
         if (s.world.rank == 0 && c->bos >= 0 && c->bos != s.config.bos)
             printf("%s begins documents with token %d, the model with %d: is it another tokenizer's?\n",
                    c->shards[0].path.c_str(), c->bos, s.config.bos);
+    for (const Shard& t : training.shards)
+        for (const Shard& v : validation.shards)
+            if (struct stat a, b; s.world.rank == 0 && stat(t.path.c_str(), &a) == 0 && stat(v.path.c_str(), &b) == 0 &&
+                                  a.st_dev == b.st_dev && a.st_ino == b.st_ino)
+                printf("%s is in --train_data and in --val_data: its validation loss is that of training\n",
+                       t.path.c_str());
 }
 
 // This ring's rows among the next `count`, or `once` among those up to the data's end: row j goes to ring j mod rings.
@@ -1517,7 +1544,7 @@ struct Spent {
 };
 template <class Dev> Spent spent_so_far(Dev dev, const Setup& s) {
     Spent spent{comm_times(dev, s.ring), comm_times(dev, s.world)};
-    const CommTimes shards = comm_times(dev, s.layers);
+    const CommTimes shards = comm_times(dev, s.background);
     spent.layers.moving += shards.moving, spent.layers.waiting += shards.waiting;
     return spent;
 }
@@ -1622,7 +1649,7 @@ template <class Dev, class E, class G> void evaluate(Model<Dev, E, G>& m, const 
     std::sort(scores.begin(), scores.end(),
               [](const Score& a, const Score& b) { return std::pair(a.row, a.index) < std::pair(b.row, b.index); });
     if (scores.empty()) fail("--eval: the first %lld rows have no token to predict", (long long)s.o.val_rows);
-    fprintf(file, "row,index,doc,label,correct,loss\n");
+    fprintf(file, "%s", eval_title);
     double loss = 0, correct = 0;
     for (const Score& x : scores) {
         fprintf(file, "%d,%d,%d,%d,%d,%.6f\n", x.row, x.index, x.doc, x.label, x.correct, x.loss);
@@ -1790,14 +1817,17 @@ void announce(const Log& log, const Setup& s, const Loader& loader, const std::s
         log_note(log, "%d ranks share a GPU: times are not those of a GPU a rank, and the memory taken is that of all",
                  s.place.ranks);
     if (s.o.out.empty()) log_note(log, "no --out: nothing is saved");
+    else if (!s.o.save_every) log_note(log, "no --save_every: only the end is saved, or where a signal ends the run");
     if (int share = int(sysconf(_SC_NPROCESSORS_ONLN)) / l.world; omp_get_num_procs() < share)
         log_note(log, "bound to %d of %d cores a rank: mpirun --bind-to none lets it use them", omp_get_num_procs(),
                  share);
     if (s.o.train_data.empty())
         log_note(log, "no --train_data: made-up documents of %lld tokens in the mean", (long long)s.o.generator_mean);
     else
-        log_note(log, "%s: %lld documents, %lld tokens", s.o.train_data.c_str(), (long long)loader.corpus.documents,
-                 (long long)loader.corpus.text);
+        log_note(log, "%s: %lld documents, %lld tokens, %.3g times through them in %lld steps", s.o.train_data.c_str(),
+                 (long long)loader.corpus.documents, (long long)loader.corpus.text,
+                 double(s.o.steps) * double(s.rows_per_update() * l.S) / double(loader.corpus.text),
+                 (long long)s.o.steps);
     log_note(log, "%s attention, context %zu, %lld tokens an update, memory %.2f GiB a rank, recompute %s, master %s",
              s.o.attention.c_str(), l.S, (long long)(s.rows_per_update() * l.S), memory_needed(s, l) / (1 << 30),
              recompute_text(l.recompute, s.config.L).c_str(), l.master ? "float" : "none");
@@ -1815,24 +1845,31 @@ template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setu
     }
     Loader loader, validation;
     loader_open(loader, o.train_data, pack_options(s, true));
-    const std::string data = s.world.rank == 0 && !o.out.empty() ? corpus_fingerprint(loader.corpus) : "";
+    if (!o.val_data.empty()) loader_open(validation, o.val_data, pack_options(s, false));
+    check_corpora(s, loader.corpus, validation.corpus);
+    const std::vector<std::string> pieces = pieces_read(o.vocab_file);
+    const std::string data = s.world.rank == 0 && !o.out.empty() ? corpus_fingerprint(loader.corpus, s.world) : "";
     TrainState state;
-    bool resumed = o.resume && resume(m, s, state);
+    const bool resumed = o.resume && resume(m, s, state);
+    if (!resumed) weights_start(m, s);
     const std::string changes = resumed && s.world.rank == 0 ? log_changes(o, o.out, data) : "";
-    Log log = log_open(o, o.out, s.world.rank, data);
+    Log log = log_open(o, o.out, s.world.rank, data, !resumed);
     if (o.resume && !resumed) log_note(log, "no checkpoint in '%s': a new run", o.out.c_str());
     if (resumed) log_note(log, "going on from step %lld", (long long)state.step);
     if (!changes.empty()) log_note(log, "changed since the last start: %s", changes.c_str());
 
     loader_seek(loader, state.cursor);
     if (o.domain_tags && loader.corpus.max_tags == 0) log_note(log, "--domain_tags: no source of this data has tags");
-    if (!o.val_data.empty()) loader_open(validation, o.val_data, pack_options(s, false));
-    check_tokenizers(s, loader.corpus, validation.corpus);
-    std::vector<std::string> pieces = pieces_read(o.vocab_file);
     announce(log, s, loader, comm_transport(m.dev, s.world));
 
     for (int number : {SIGTERM, SIGUSR1, SIGHUP})
         if (signal(number, [](int) { signal_caught = 1; }) == SIG_IGN) signal(number, SIG_IGN); // as nohup wants it
+    auto interrupted = [](int) {
+        constexpr char text[] = " saving after this step; Ctrl-C again ends at once\n";
+        signal_caught = 1, signal(SIGINT, SIG_DFL);
+        if (write(STDERR_FILENO, text, sizeof text - 1) < 0) return;
+    };
+    if (!o.out.empty() && signal(SIGINT, interrupted) == SIG_IGN) signal(SIGINT, SIG_IGN);
     if (state.step < o.steps) model_tune(m, s, loader, log);
     const size_t longest = std::min(m.layout.tokens(), s.layout.S); // that a sample can be
     if (state.step >= o.steps) log_note(log, "nothing to do: --steps is %lld", (long long)o.steps);
@@ -1891,7 +1928,7 @@ template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setu
 template <class Dev, class E, class G> int run(Dev dev, Setup& s) {
     Model<Dev, E, G> m;
     m.dev = dev, m.config = s.config, m.layout = s.layout, m.precision = s.precision;
-    m.world = s.world, m.layers = s.layers;
+    m.world = s.world, m.background = s.background;
     Arena arena = measure(s, s.layout);
     if (memory_needed(s, s.layout) > s.memory) {
         if (s.world.rank == 0) print_plan(s);
@@ -1903,10 +1940,7 @@ template <class Dev, class E, class G> int run(Dev dev, Setup& s) {
     arena = {device_allocate(dev, planned), 0, {}};
     model_place(m, arena);
     REQUIRE(arena.used == planned, "every rank must place what was measured");
-    for (const Comm& group : {s.world, s.ring, s.layers}) comm_open(dev, group, arena.base, planned, s.transport);
-    if (s.weights.empty()) model_init(m, uint64_t(s.o.seed)), master_from_params(m);
-    else weights_load(m, weights_open(s.weights));
-    comm_barrier(s.world); // a disk may be slower than the others'
+    for (const Comm& group : {s.world, s.ring, s.background}) comm_open(dev, group, arena.base, planned, s.transport);
     if (s.layout.train) return train(m, s);
 
     if (s.o.generate) {
@@ -1915,13 +1949,15 @@ template <class Dev, class E, class G> int run(Dev dev, Setup& s) {
         size_t length = tokens.size() + size_t(s.o.generate);
         if (length > std::min(m.layout.tokens(), s.layout.S))
             fail("prompt and continuation are %zu tokens: pass --context %zu or more", length, length * s.layout.ring);
+        weights_start(m, s);
         generate(m, s, tokens, length, 0);
         if (s.world.rank == 0) print_tokens(tokens, pieces);
         return 0;
     }
     Loader loader;
     loader_open(loader, s.o.val_data.empty() ? s.o.train_data : s.o.val_data, pack_options(s, false));
-    check_tokenizers(s, loader.corpus, {});
+    check_corpora(s, loader.corpus, {});
+    weights_start(m, s);
     if (!s.o.eval.empty()) evaluate(m, s, loader);
     else dump_logits(m, s, loader);
     return 0;

@@ -102,9 +102,11 @@ inline std::vector<std::string> directory_list(const std::string& path) {
     std::sort(names.begin(), names.end());
     return names;
 }
-inline void directory_remove(const std::string& path) { // of files only
-    for (const std::string& name : directory_list(path))
+inline void directory_remove(const std::string& path, const Comm& world = {}) { // of files only
+    for (const std::string& name : directory_list(path)) {
         FILE_CHECK(unlink((path + "/" + name).c_str()), path + "/" + name);
+        comm_alive(world);
+    }
     FILE_CHECK(rmdir(path.c_str()), path);
 }
 
@@ -229,10 +231,10 @@ template <class Use> void visit_pieces(const CheckpointFile& file, Use use) {
         }
 }
 
-// Nothing here goes on for long without a sign of life to the ranks that wait: blocks are small, and what was written
-// goes to the disk in steps, not all at the end.
+// No call here takes long, between signs of life to the ranks that wait: blocks are small, and what was written goes to
+// the disk in steps, which are smaller where more ranks share it, and not all at the end.
 inline CheckpointEntry write_pieces(const Comm& world, const std::string& folder, const CheckpointFile& from) {
-    constexpr uint64_t step = uint64_t(256) << 20;
+    const uint64_t step = std::max(256 / world.size, 32) * (uint64_t(1) << 20);
     REQUIRE(checkpoint_name_is_plain(from.name), "name the file with letters, digits, '.', '_' and '-'");
     CheckpointEntry entry{from.name};
     File file = file_create(folder + "/" + from.name);
@@ -249,12 +251,13 @@ inline CheckpointEntry write_pieces(const Comm& world, const std::string& folder
 
 // tmp becomes path. A checkpoint of that step that is already there changes places with it, and is then pruned as
 // unfinished; where the file system cannot exchange two names (NFS, Lustre), it first moves aside.
-inline void checkpoint_publish(const std::string& dir, const std::string& tmp, const std::string& path) {
+inline void checkpoint_publish(const Comm& world, const std::string& dir, const std::string& tmp,
+                               const std::string& path) {
     directory_sync(tmp);
     if (access(path.c_str(), F_OK) == 0) {
         if (renameat2(AT_FDCWD, tmp.c_str(), AT_FDCWD, path.c_str(), RENAME_EXCHANGE) == 0) return directory_sync(dir);
         std::string aside = path + ".replaced.tmp";
-        if (access(aside.c_str(), F_OK) == 0) directory_remove(aside);
+        if (access(aside.c_str(), F_OK) == 0) directory_remove(aside, world);
         FILE_CHECK(rename(path.c_str(), aside.c_str()), path);
     }
     FILE_CHECK(rename(tmp.c_str(), path.c_str()), path);
@@ -265,15 +268,14 @@ inline void checkpoint_publish(const std::string& dir, const std::string& tmp, c
 // they belong to a run that this one did not continue, or are damaged.
 inline void checkpoint_prune(const Comm& world, const std::string& dir, int64_t step, int keep) {
     for (const std::string& name : directory_list(dir))
-        if (is_unfinished(name)) directory_remove(dir + "/" + name), comm_alive(world);
+        if (is_unfinished(name)) directory_remove(dir + "/" + name, world);
     std::vector<int64_t> steps = checkpoint_steps(dir);
     while (!steps.empty() && steps.back() > step) steps.pop_back();
     for (size_t i = 0; keep > 0 && i + size_t(keep) < steps.size(); i++) {
         // Renamed first: what a kill leaves half removed is not taken for a damaged checkpoint.
         std::string path = checkpoint_path(dir, steps[i]), tmp = path + ".tmp";
         FILE_CHECK(rename(path.c_str(), tmp.c_str()), path);
-        directory_remove(tmp);
-        comm_alive(world);
+        directory_remove(tmp, world);
     }
 }
 
@@ -285,7 +287,7 @@ inline void checkpoint_save(const Comm& world, const std::string& dir, int64_t s
     const std::string path = checkpoint_path(dir, step), tmp = path + ".tmp";
     if (world.rank == 0) {
         directory_make(dir);
-        if (access(tmp.c_str(), F_OK) == 0) directory_remove(tmp);
+        if (access(tmp.c_str(), F_OK) == 0) directory_remove(tmp, world);
         FILE_CHECK(mkdir(tmp.c_str(), 0777), tmp);
     }
     comm_barrier(world);
@@ -305,7 +307,7 @@ inline void checkpoint_save(const Comm& world, const std::string& dir, int64_t s
         File manifest = file_create(tmp + "/MANIFEST");
         file_write(manifest, text.data(), text.size());
         file_finish(manifest);
-        checkpoint_publish(dir, tmp, path);
+        checkpoint_publish(world, dir, tmp, path);
         checkpoint_prune(world, dir, step, keep);
     }
     comm_barrier(world);
@@ -360,6 +362,7 @@ inline Checkpoint checkpoint_newest(const Comm& world, const std::string& dir) {
         if (world.rank == 0) fprintf(stderr, "%s: %s: not used: %s\n", program_name(), path.c_str(), why.c_str());
     };
     std::vector<int64_t> steps;
+    comm_barrier(world); // they may have opened their data at different speeds
     if (world.rank == 0) {
         steps = checkpoint_steps(dir);
         for (const std::string& name : directory_list(dir))
@@ -457,12 +460,13 @@ inline std::vector<OptimizerShard> shards_open(const File& file) {
 }
 
 // All shards of a checkpoint.
-inline std::vector<OptimizerShard> shards_open(const Checkpoint& checkpoint) {
+inline std::vector<OptimizerShard> shards_open(const Checkpoint& checkpoint, const Comm& world = {}) {
     std::vector<OptimizerShard> shards;
     for (const CheckpointEntry& entry : checkpoint.files) {
         if (entry.name.rfind("optimizer_", 0) != 0) continue;
         for (OptimizerShard& shard : shards_open(file_open(checkpoint.path + "/" + entry.name)))
             shards.push_back(shard);
+        comm_alive(world);
     }
     if (shards.empty()) fail("%s: no optimizer shards", checkpoint.path.c_str());
     return shards;

@@ -4,11 +4,11 @@
 // The device comes first. Cpu: data in host memory; the functions return when they are done. Gpu: data in the memory of
 // this rank's GPU, in order with its stream; only the stream waits, never the host. Call comm_open before.
 //
-// Every function but shift_start and shift_wait is collective: all ranks of the group call it, in the same order,
-// with the same sizes; ranks that are together in several groups, one order for all of these. A wait that sees no
-// progress for `timeout` seconds ends all ranks and names the operation and, where it is known, the missing ranks.
-// Sums are formed in rank order, ((x0 + x1) + x2) + ..., in Acc<E> and rounded once (integers: in themselves), so
-// every rank gets the same bits in every run.
+// Every function but comm_alive, comm_times, shift_start and shift_wait is collective: all ranks of the group call it,
+// in the same order, with the same sizes; ranks that are together in several groups, one order for all of these. A
+// wait that sees no progress for `timeout` seconds ends all ranks and names the operation and, where it is known, the
+// missing ranks. Sums are formed in rank order, ((x0 + x1) + x2) + ..., in Acc<E> and rounded once (integers: in
+// themselves), so every rank gets the same bits in every run.
 #pragma once
 #include "types.h"
 #include <algorithm>
@@ -72,10 +72,10 @@ Comm comm_split(const Comm& comm, int color, int key);
 // The ranks of comm that share this host: rank chooses the device, size divides the memory.
 Comm comm_host(const Comm& comm);
 
-// A rank that gets on, and says so by comm_alive, is not late, whatever it takes: a disk may be slower than others'.
+// A rank that says by comm_alive, in the same group, that it gets on is not late: a disk may be slower than others.
 void comm_barrier(const Comm& comm);
-// Tells the group's ranks, which may wait in its barrier, that this one gets on. For loops over the blocks of a file:
-// they may call it as often as they like, a message goes out once a second.
+// Tells the group's ranks, which may wait in its barrier, that this one gets on; no other wait listens. For loops over
+// the blocks of a file: they may call it as often as they like, messages go out once a second, or four times a timeout.
 void comm_alive(const Comm& comm);
 
 // The root's data everywhere.

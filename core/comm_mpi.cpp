@@ -149,20 +149,6 @@ static std::string missing(const Transfer& t, const std::vector<size_t>& request
     return waiting_for(ranks);
 }
 
-// A sign of life is an empty message. Nobody waits until it is taken.
-void comm_alive(const Comm& comm) {
-    using clock = std::chrono::steady_clock;
-    static std::map<int, clock::time_point> next; // by group
-    if (comm.size == 1 || clock::now() < next[comm.handle]) return;
-    next[comm.handle] = clock::now() + std::chrono::milliseconds(int(std::min(1000., comm.timeout * 250)));
-    for (int r = 0; r < comm.size; r++) {
-        if (r == comm.rank) continue;
-        MPI_Request sent;
-        MPI_CHECK(MPI_Isend(nullptr, 0, MPI_BYTE, r, alive_tag, mpi_comm(comm), &sent));
-        MPI_CHECK(MPI_Request_free(&sent));
-    }
-}
-
 // Takes the signs of life that have come and notes the time for their ranks.
 static void hear(const Comm& comm, std::vector<double>& heard, double time) {
     for (;;) {
@@ -172,6 +158,23 @@ static void hear(const Comm& comm, std::vector<double>& heard, double time) {
         if (!there) return;
         heard[sign.MPI_SOURCE] = time;
         MPI_CHECK(MPI_Recv(nullptr, 0, MPI_BYTE, sign.MPI_SOURCE, alive_tag, mpi_comm(comm), MPI_STATUS_IGNORE));
+    }
+}
+
+// A sign of life is an empty message. Nobody waits until it is taken; those of others are taken here, too, and with
+// them MPI does what it has put off: it sends nothing by itself while no call asks for anything.
+void comm_alive(const Comm& comm) {
+    using clock = std::chrono::steady_clock;
+    static std::map<int, clock::time_point> next; // by group
+    if (comm.size == 1 || clock::now() < next[comm.handle]) return;
+    next[comm.handle] = clock::now() + std::chrono::milliseconds(int(std::min(1000., comm.timeout * 250)));
+    std::vector<double> of_no_use_here(comm.size);
+    hear(comm, of_no_use_here, 0);
+    for (int r = 0; r < comm.size; r++) {
+        if (r == comm.rank) continue;
+        MPI_Request sent;
+        MPI_CHECK(MPI_Isend(nullptr, 0, MPI_BYTE, r, alive_tag, mpi_comm(comm), &sent));
+        MPI_CHECK(MPI_Request_free(&sent));
     }
 }
 

@@ -150,6 +150,34 @@ inline std::string config_fault(const Config& c) {
     return "";
 }
 
+// In what two configurations of a model differ, as "RoPE base 10000 and 500000 (--rope_base), ..."; empty: in nothing.
+inline std::string config_difference(const Config& a, const Config& b) {
+    const struct {
+        const char *name, *option;
+        double a, b;
+    } fields[] = {{"layers", "--layers", double(a.L), double(b.L)},
+                  {"channels", "--channels", double(a.C), double(b.C)},
+                  {"heads", "--heads", double(a.H), double(b.H)},
+                  {"KV heads", "--kv_heads", double(a.K), double(b.K)},
+                  {"head size", "--channels, --heads", double(a.D), double(b.D)},
+                  {"feed-forward width", "--ffn", double(a.F), double(b.F)},
+                  {"vocabulary", "--vocab, or the training data's", double(a.V), double(b.V)},
+                  {"tied", "--tied", double(a.tied), double(b.tied)},
+                  {"context", "--context", double(a.rope.max_context), double(b.rope.max_context)},
+                  {"RoPE base", "--rope_base", a.rope.base, b.rope.base},
+                  {"RoPE scaling", "--rope_scaling", double(a.rope.scaling), double(b.rope.scaling)},
+                  {"RoPE factor", "--rope_factor", a.rope.factor, b.rope.factor}};
+    std::string text;
+    for (auto& f : fields) {
+        char line[160];
+        snprintf(line, sizeof line, "%s%s %.10g and %.10g (%s)", text.empty() ? "" : ", ", f.name, f.a, f.b, f.option);
+        if (f.a != f.b) text += line;
+    }
+    const WeightsHeader x = header_from_config(a, Type::f32, 0), y = header_from_config(b, Type::f32, 0);
+    if (text.empty() && memcmp(&x, &y, sizeof x) != 0) text = "what no option sets, so it is another model (--model)";
+    return text;
+}
+
 // The configuration and element type in a header; `path` is for the messages.
 inline Config config_from_header(const WeightsHeader& h, const char* path, Type* dtype, uint64_t* elements) {
     const int32_t* w = h.word;

@@ -58,16 +58,24 @@ inline std::string log_changes(const Options& options, const std::string& folder
 }
 
 // Opens log.jsonl for appending on rank 0, and writes the options of this run and its data's fingerprint as its first
-// line.
-inline Log log_open(const Options& options, const std::string& folder, int rank, const std::string& data) {
+// line. A new run does not go on in the log of one that left no checkpoint: that becomes log.jsonl.old.
+inline Log log_open(const Options& options, const std::string& folder, int rank, const std::string& data, bool anew) {
     Log log;
     log.terminal = rank == 0;
     if (rank != 0 || folder.empty()) return log;
     std::string path = folder + "/log.jsonl";
-    log.file = fopen(path.c_str(), "a+");
-    if (!log.file) fail("%s: %s", path.c_str(), strerror(errno));
-    if (flock(fileno(log.file), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
-        fail("another run writes to %s", folder.c_str());
+    auto open_locked = [&] {
+        log.file = fopen(path.c_str(), "a+");
+        if (!log.file) fail("%s: %s", path.c_str(), strerror(errno));
+        if (flock(fileno(log.file), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+            fail("another run writes to %s", folder.c_str());
+    };
+    open_locked();
+    if (anew && fseek(log.file, 0, SEEK_END) == 0 && ftell(log.file) > 0) {
+        if (rename(path.c_str(), (path + ".old").c_str()) != 0) fail("%s: %s", path.c_str(), strerror(errno));
+        fclose(log.file);
+        open_locked();
+    }
     const bool cut = fseek(log.file, -1, SEEK_END) == 0 && fgetc(log.file) != '\n'; // the last line of a killed run
     fseek(log.file, 0, SEEK_END);
     if (cut) fputc('\n', log.file);

@@ -19,7 +19,7 @@ using Flag = bool;
     OPTION(Text, model, 'e', "", "", "weights (.bin), or a size to start from scratch: tiny, 30M, 120M, llama2-7b, "   \
            "llama2-13b, llama3-8b, mistral-7b, qwen2-1.5b. Default: model.bin if it is there, else llama2-7b "         \
            "(on the CPU: tiny)")                                                                                       \
-    OPTION(Int, layers, 0, 0, "0..1024", "change a named size: layers; 0 leaves it, so for the next six")              \
+    OPTION(Int, layers, 0, 0, "0..1024", "change a named size: layers; 0 leaves it, so for the next five")             \
     OPTION(Int, channels, 0, 0, "0..1048576", "model width")                                                           \
     OPTION(Int, heads, 0, 0, "0..16384", "query heads")                                                                \
     OPTION(Int, kv_heads, 0, 0, "0..16384", "key/value heads; heads must be a multiple")                               \
@@ -70,7 +70,7 @@ using Flag = bool;
     OPTION(Flag, resume, 0, false, "", "go on from the newest sound checkpoint in --out")                              \
     OPTION(Int, save_every, 0, 0, "0..1000000000", "updates between checkpoints; 0: only the last")                    \
     OPTION(Int, keep, 0, 2, "0..1000000", "checkpoints kept; 0: all")                                                  \
-    OPTION(Int, log_every, 0, 1, "1..1000000000", "updates between lines on the terminal; log.jsonl has every one")    \
+    OPTION(Int, log_every, 0, 1, "1..1000000000", "updates between lines on the terminal; the log has every one")      \
     OPTION(Int, val_every, 0, 100, "1..1000000000", "updates between validation losses")                               \
     OPTION(Int, val_rows, 0, 16, "1..1000000000", "rows of a validation loss")                                         \
     OPTION(Int, sample_every, 0, 0, "0..1000000000", "updates between samples; 0: none")                               \
@@ -188,7 +188,7 @@ template <class O> bool option_set(O& o, const std::string& name, const char* te
         constexpr bool flag = std::is_same_v<std::decay_t<decltype(field)>, Flag>;
         if (flag && !*took_text) text = "1";
         else *took_text = true;
-        if (!text)
+        if (!text || !*text) // an empty one is a script's unset variable
             fail("option --%s wants a value%s%s%s", long_name, *range ? ": " : "", *range ? option_wants(field) : "",
                  range);
         if (!option_parse(field, text, range))
@@ -222,7 +222,7 @@ template <class O = Options> O options_parse(int argc, char** argv) {
 inline void options_help() {
     printf("train_llama: trains LLaMA-2-class models on long contexts with AnchorAttention.\n\n"
            "  ./train_llama                                     a first look: random model, built-in data\n"
-           "  mpirun -np 8 ./train_llama -e model.bin -i 'data/books_*.bin' -c 65536 --rope_base 5e6 -o run\n"
+           "  mpirun -np 8 ./train_llama -e model.bin -i 'data/books_0*.bin' -c 65536 --rope_base 5e6 -o run\n"
            "  ./train_llama -e llama2-7b -c 65536 --device gpu --plan    the memory that would take\n");
     Options defaults;
     auto line = [](auto& field, const char* name, char letter, const char* range, const char* help) {

@@ -11,6 +11,7 @@
 // llm.c: magic 20240520 version 1, uint16 tokens of GPT-2; magic 20240801 version 7, uint32 tokens of LLaMA-3;
 // word 2 is the number of tokens. A document begins at every BOS.
 #pragma once
+#include "comm.h"
 #include "types.h"
 #include <algorithm>
 #include <cerrno>
@@ -89,13 +90,14 @@ inline int32_t shard_token(const Shard& s, int64_t i) {
 }
 
 // What a run knows its data by, whatever the files are called: where the documents begin, and a sample of the tokens.
-inline std::string corpus_fingerprint(const Corpus& c) {
+inline std::string corpus_fingerprint(const Corpus& c, const Comm& world = {}) {
     uint64_t hash = 0;
     for (const Shard& s : c.shards) {
         hash = hash64(hash, s.tokenizer);
         for (int64_t begin : s.begin) hash = hash64(hash, uint64_t(begin));
         for (int64_t i = 0; i < 64 && s.tokens > 0; i++)
             hash = hash64(hash, uint64_t(shard_token(s, i * s.tokens / 64)));
+        comm_alive(world);
     }
     char text[17];
     snprintf(text, sizeof text, "%016llx", (unsigned long long)hash);

@@ -189,8 +189,8 @@ def by_attention(folder, key):
                  if x["key"] < x["length"] - 16 and x["abs"] > 0 and x["mass"] > 0]
         if len(inner) > 2:
             part, mass = (np.log([x[c] for x in inner]) for c in ("abs", "mass"))
-            rows.append([variant, len(inner), f"{np.corrcoef(mass, part)[0, 1]:.3f}",
-                         f"{np.polyfit(mass, part, 1)[0]:.2f}"])
+            rows.append([variant, len(inner), decimals(np.corrcoef(mass, part)[0, 1], 3),
+                         decimals(np.polyfit(mass, part, 1)[0], 2)])
     table(f"{folder}: logarithm of a key's part of D against that of its attention",
           ["variant", "keys", "correlation", "slope"], rows)
 

@@ -10,7 +10,7 @@ rm -rf demo
 mkdir demo
 
 RUN="./train_llama"
-if command -v mpirun >/dev/null && ! ./train_llama --steps 1 -c 16 2>/dev/null | grep -q serial; then
+if command -v mpirun >/dev/null && ! ./train_llama -e tiny --device cpu --steps 1 -c 16 2>/dev/null | grep -q serial; then
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
     RUN="mpirun --oversubscribe -np 2 ./train_llama --device cpu"
 fi

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Weights file of train_llama -> Hugging Face model folder.
 
-    python scripts/export_hf.py llama2-7b.bin out/                      # the folder llama2-7b.hf is the template
-    python scripts/export_hf.py run/step_2000 out/ --like llama2-7b.hf  # a checkpoint of a converted model
-    python scripts/export_hf.py run/step_2000 out/ --tokenizer tokenizer.model   # a model trained from scratch
+    python scripts/export_hf.py llama2-7b.bin out/                          # the folder llama2-7b.hf is the template
+    python scripts/export_hf.py run/step_00002000 out/ --like llama2-7b.hf  # a checkpoint of a converted model
+    python scripts/export_hf.py run/step_00002000 out/ --tokenizer tokenizer.model   # a model trained from scratch
 
 The template (a Hugging Face folder, or the .hf folder that convert_hf.py left) gives the tokenizer, the
 configuration and the cut into shards. Unchanged weights of the same element type come out byte for byte as

@@ -12,7 +12,7 @@ constexpr size_t peer_bytes = size_t(128) << 20;
 // side by side.
 struct Groups {
     const char* way;
-    Comm world, layers;
+    Comm world, background;
     std::vector<Comm> ring; // (world + 1) by their number of ranks
 };
 std::vector<Groups> groups;
@@ -83,7 +83,7 @@ template <class E, class G> void check(const Case& x, const Groups& g, const Lay
                                        const Alone<double, double>& exact, const Bounds& bounds) {
     TestModel<E, G, Gpu> spread(x.c, layout, g.world, the_gpu(), peer_memory);
     CHECK(spread.bytes <= peer_bytes);
-    spread.m.layers = g.layers;
+    spread.m.background = g.background;
     spread.set_weights(0.1, true);
     std::vector<Row> mine;
     const size_t rings = size_t(layout.world / layout.ring), ring = size_t(world.rank / layout.ring);
@@ -134,7 +134,7 @@ int main(int argc, char** argv) {
         Groups g{way.name, way.comm, comm_split(world, 0, world.rank), std::vector<Comm>(world.size + 1)};
         for (int size = 1; size <= world.size; size++)
             if (world.size % size == 0) g.ring[size] = comm_split(world, world.rank / size, world.rank);
-        comm_open(the_gpu(), g.layers, peer_memory, peer_bytes, transport);
+        comm_open(the_gpu(), g.background, peer_memory, peer_bytes, transport);
         for (const Comm& ring : g.ring) comm_open(the_gpu(), ring, peer_memory, peer_bytes, transport);
         groups.push_back(g);
     }

@@ -52,7 +52,7 @@ template <class E, class G, class Dev = Cpu> struct TestModel {
     size_t bytes = 0; // that it takes
 
     TestModel(const Config& c, const Layout& layout, const Comm& world = {}, Dev dev = {}, uint8_t* place = nullptr) {
-        m.dev = dev, m.config = c, m.layout = layout, m.world = m.layers = world;
+        m.dev = dev, m.config = c, m.layout = layout, m.world = m.background = world;
         Arena arena;
         model_place(m, arena);
         bytes = arena.used;

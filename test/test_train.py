@@ -93,6 +93,8 @@ def test_every_option_refuses_a_bad_value_by_name():
     assert tried > 150
     assert "--nonsense" in run("--nonsense", "1", ok=False)
     assert "wants a value" in run("--context", ok=False)
+    for name in ("model", "train_data", "out", "lr", "attention"):
+        assert f"--{name} wants a value" in run(f"--{name}", "", "--steps", 1, ok=False)
     assert "recompute" in run("--recompute", "norm,nonsense", ok=False)
 
 
@@ -114,14 +116,16 @@ def test_every_option_refuses_a_bad_value_by_name():
     (["-e", "llama3-8b", "--vocab", "8"], "bos or eos"),
     (["--resume"], "--out"),
     (["--save_every", "5"], "--out"),
-    (["--eval", "/nonexistent/x.csv"], "/nonexistent/x.csv"),
+    (["--dump_logits", "/nonexistent/x.f32"], "/nonexistent/x.f32"),
     (["--eval", "x.csv", "--generate", "4"], "a run each"),
     (["--ranks", "4"], "--plan"),
     (["--total_batch", "640000000000"], "--total_batch"),
     (["--rope_scaling", "linear"], "--rope_factor"),
     (["--rope_scaling", "none", "--rope_factor", "4"], "--rope_factor"),
     (["-e", "30m"], "llama2-7b"),
-    (["-e", "."], "is a folder"),
+    (["-e", "."], "is a folder: name a weights file, as ./step_00000100/weights.bin"),
+    (["--eval", "scores.csv"], "--val_data, else of --train_data"),
+    (["--prompt", "1,2"], "--generate"),
 ])
 def test_bad_input_ends_with_a_clear_line(args, message, tmp_path):
     shown = run(*SMALL, *args, ok=False, cwd=tmp_path)
@@ -179,8 +183,14 @@ def test_a_new_run_does_not_overwrite_an_old_one(tmp_path):
 
 def test_resume_with_another_model_is_refused(tmp_path):
     run(*SMALL, "--steps", 2, "-o", tmp_path / "run")
-    for other in (["--rope_base", "999"], ["--layers", "2"], ["-c", "1024"]):
-        assert "resume with the options" in run(*SMALL, *other, "-o", tmp_path / "run", "--resume", ok=False)
+    for option, value, named in (("--rope_base", 999, "RoPE base 10000 and 999 (--rope_base)"), ("-c", 1024, "(--context)"),
+                                 ("--layers", 2, "layers 1 and 2 (--layers)"), ("--vocab", 80, "vocabulary 64 and 80 (--vocab")):
+        said = run(*SMALL, option, value, "-o", tmp_path / "run", "--resume", ok=False)
+        assert f"differ in {named}" in said or option == "-c" and named in said, said
+        assert "resume with the options" in said
+    ours, other = ("bf16", "float") if ON_GPU else ("float", "bf16")
+    said = run(*SMALL, "--dtype", other, "--opt_dtype", "float", "-o", tmp_path / "run", "--resume", ok=False)
+    assert f"has weights in {ours}, this run in {other}: resume with --dtype {ours}" in said
 
 
 @needs_ranks
@@ -414,14 +424,17 @@ def test_a_ring_that_does_not_divide_is_refused():
     assert "--ring 2" in run(*SMALL, "--ring", 2, ok=False, ranks=3)
 
 
-def test_sigterm_saves_and_leaves(tmp_path):
-    process = subprocess.Popen(command(*SMALL, "--steps", 100000, "-o", tmp_path / "run"), stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(tmp_path, number):
+    process = subprocess.Popen(command(*SMALL, "--steps", 100000, "-o", tmp_path / "run"), stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     for line in process.stdout:
         if line.startswith("step 3/"):
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
             break
     rest = process.stdout.read()
     assert process.wait(60) == 0 and "leaving" in rest
+    assert ("Ctrl-C again ends at once" in process.stderr.read()) == (number == signal.SIGINT)
     assert "going on from step" in run(*SMALL, "--steps", 1, "-o", tmp_path / "run", "--resume")
 
 
@@ -495,9 +508,15 @@ def test_one_run_a_folder_and_a_cut_log_goes_on(tmp_path):
     first.wait()
     with open(tmp_path / "log.jsonl", "a") as log:
         log.write('{"event": "st')
-    run(*SMALL, "--steps", 2, "-o", tmp_path, "--resume")
+    run(*SMALL, "--steps", 2, "-o", tmp_path, "--resume")  # there is no checkpoint: a new run, and a log of its own
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert lines.count('{"event": "st') == 1 and json.loads(lines[-1])["step"] == 2
+    assert [line["event"] for line in map(json.loads, lines)] == ["start", "step", "step"]
+    assert (tmp_path / "log.jsonl.old").read_text().endswith('{"event": "st')
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"event": "st')
+    run(*SMALL, "--steps", 4, "-o", tmp_path, "--resume")
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert lines.count('{"event": "st') == 1 and json.loads(lines[0])["event"] == "start" and json.loads(lines[-1])["step"] == 4
 
 
 def test_checkpoints_that_cannot_be_used_are_kept(tmp_path):
@@ -601,6 +620,11 @@ def test_a_resumed_run_keeps_its_kind_of_master(tmp_path, master):
 def test_no_option_overwrites_weights_or_tokens(tmp_path):
     run(*SMALL, "--steps", 1, "-o", tmp_path / "run")
     write_tokens(tmp_path / "val.bin", [[62, 5, 6, 7]], 64, bos=62)
+    scores, text = tmp_path / "scores.csv", tmp_path / "books.jsonl"
+    text.write_text("{}")
+    assert "would overwrite" in run(*SMALL, "-j", tmp_path / "val.bin", "--eval", text, ok=False) and text.read_text() == "{}"
+    for _ in range(2):  # its own it may
+        run(*SMALL, "-j", tmp_path / "val.bin", "--eval", scores)
     for target in (newest(tmp_path / "run") / "weights.bin", tmp_path / "val.bin"):
         before = target.read_bytes()
         for option in ("--eval", "--dump_logits"):
@@ -613,6 +637,13 @@ def test_text_without_a_token_to_predict_is_refused(tmp_path):
     args = [*SMALL, "--attention", "intra", "-j", tmp_path / "val.bin"]
     assert "no token to predict" in run(*args, "--eval", tmp_path / "x.csv", ok=False)
     assert "no token to predict" in run(*args, "--steps", 1, ok=False)
+
+
+def test_validation_on_what_is_trained_is_said(tmp_path):
+    write_tokens(tmp_path / "a.bin", [[62, *range(60)] for _ in range(9)], 64, bos=62)
+    (tmp_path / "b.bin").symlink_to(tmp_path / "a.bin")
+    out = run(*SMALL, "-i", tmp_path / "a.bin", "-j", tmp_path / "b.bin", "--steps", 9)
+    assert "is in --train_data and in --val_data" in out and "540 tokens, 1.07 times through them in 9 steps" in out
 
 
 def test_texts_of_two_tokenizers_are_refused(tmp_path):
