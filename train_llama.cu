@@ -712,6 +712,12 @@ Config setup_config(Setup& s) {
         names += (names.empty() ? "" : ", ") + std::string(n.name);
     }
     if (!named) {
+        if (const std::vector<int64_t> steps = checkpoint_steps(o.out);
+            access(o.model.c_str(), F_OK) != 0 && o.resume && !steps.empty()) {
+            if (s.world.rank == 0)
+                printf("no %s here any more: the run's own checkpoint says what it was\n", o.model.c_str());
+            o.model = checkpoint_path(o.out, steps.back()) + "/weights.bin";
+        }
         if (access(o.model.c_str(), F_OK) != 0)
             fail("--model %s: there is no such file, nor a size of that name: %s", o.model.c_str(), names.c_str());
         if (struct stat info; stat(o.model.c_str(), &info) == 0 && S_ISDIR(info.st_mode))
@@ -1192,6 +1198,7 @@ Setup setup_read(const Options& options, const Comm& world) {
     s.config = setup_config(s);
     std::string fault = config_fault(s.config);
     if (!fault.empty()) fail("%s", fault.c_str());
+    if (s.o.lr == 0) s.o.lr = s.weights.empty() ? 3e-4 : 2e-5;
     s.layout.world = o.plan && o.ranks ? int(o.ranks) : world.size;
     s.layout.ring = o.ring ? int(o.ring) : s.layout.world;
     if (s.layout.world % s.layout.ring) fail("--ring %d does not divide the %d ranks", s.layout.ring, s.layout.world);
@@ -1424,7 +1431,7 @@ template <class E, class G> void model_tune(Model<Gpu, E, G>& m, const Setup& s,
 
 double learning_rate(const Setup& s, int64_t step) {
     const Options& o = s.o;
-    double peak = o.lr > 0 ? o.lr : s.weights.empty() ? 3e-4 : 2e-5;
+    double peak = o.lr;
     if (step < o.warmup) return peak * double(step + 1) / double(o.warmup);
     double left = o.steps > o.warmup ? 1 - double(step - o.warmup) / double(o.steps - o.warmup) : 0;
     double shape = o.schedule == "cosine" ? 0.5 - 0.5 * std::cos(M_PI * left) : o.schedule == "linear" ? left : 1;

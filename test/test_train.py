@@ -193,6 +193,17 @@ def test_resume_with_another_model_is_refused(tmp_path):
     assert f"has weights in {ours}, this run in {other}: resume with --dtype {ours}" in said
 
 
+def test_a_run_goes_on_without_the_weights_it_began_with(tmp_path):
+    run(*SMALL, "--steps", 1, "-o", tmp_path / "first")
+    begun = tmp_path / "begun.bin"
+    shutil.copy(newest(tmp_path / "first") / "weights.bin", begun)
+    args = ["-e", begun, "-c", 64, "--generator_mean", 20, "-o", tmp_path / "run", "--resume"]
+    run(*args, "--steps", 2)
+    begun.unlink()
+    out = run(*args, "--steps", 3)
+    assert f"no {begun} here any more" in out and "going on from step 2" in out and "lr 2.00e-05" in out
+
+
 @needs_ranks
 def test_resume_on_another_number_of_ranks(tmp_path):
     args = [*SMALL, "-c", 72, "--total_batch", 288, "--save_every", 4, "--dtype", "float"]
