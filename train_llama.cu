@@ -1371,7 +1371,7 @@ void check_corpora(const Setup& s, const Corpus& training, const Corpus& validat
         for (const Shard& v : validation.shards)
             if (struct stat a, b; s.world.rank == 0 && stat(t.path.c_str(), &a) == 0 && stat(v.path.c_str(), &b) == 0 &&
                                   a.st_dev == b.st_dev && a.st_ino == b.st_ino)
-                printf("%s is in --train_data and in --val_data: its validation loss is that of training\n",
+                printf("%s is in --train_data and in --val_data: it does not tell how other text fares\n",
                        t.path.c_str());
 }
 

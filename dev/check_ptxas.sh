@@ -7,11 +7,14 @@
 cd "$(dirname "$0")/.."
 mkdir -p build
 log=build/check_ptxas.log
-: > $log
-for file in dev/bench_attention.cu dev/cuda/attention_hopper.cu; do
-    nvcc -std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a -Xcompiler=-fopenmp -Xptxas -v -I. -c $file \
-        -o build/check_$(basename $file .cu).o >> $log 2>&1 || { cat $log; exit 1; }
-done
+compile() { # $1 folder, $2 name
+    nvcc -std=c++20 -O3 -gencode=arch=compute_90a,code=sm_90a -Xcompiler=-fopenmp -Xptxas -v -I. -c $1/$2.cu \
+        -o build/check_$2.o > build/check_$2.log 2>&1 || { cat build/check_$2.log; return 1; }
+}
+compile dev bench_attention &
+compile dev/cuda attention_hopper || exit 1
+wait $! || exit 1
+cat build/check_bench_attention.log build/check_attention_hopper.log > $log
 ours='Function properties for .*(attention_hopper_|version[56]|roles)'
 kernels=$(grep -cE "$ours" $log)
 spills=$(grep -A1 -E "$ours" $log | grep 'bytes stack frame' | grep -vc ' 0 bytes spill stores, 0 bytes spill loads')
