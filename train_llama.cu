@@ -1176,6 +1176,9 @@ void check_output(const char* option, const std::string& path, const std::string
                                     : "something else");
 }
 
+// As asked for; else what suits weights that are given, or random ones.
+double peak_learning_rate(const Setup& s) { return s.o.lr > 0 ? s.o.lr : s.weights.empty() ? 3e-4 : 2e-5; }
+
 // Reads the command line's meaning; bad combinations end here, before any work.
 Setup setup_read(const Options& options, const Comm& world) {
     Setup s;
@@ -1198,7 +1201,7 @@ Setup setup_read(const Options& options, const Comm& world) {
     s.config = setup_config(s);
     std::string fault = config_fault(s.config);
     if (!fault.empty()) fail("%s", fault.c_str());
-    if (s.o.lr == 0) s.o.lr = s.weights.empty() ? 3e-4 : 2e-5;
+    s.o.lr = peak_learning_rate(s);
     s.layout.world = o.plan && o.ranks ? int(o.ranks) : world.size;
     s.layout.ring = o.ring ? int(o.ring) : s.layout.world;
     if (s.layout.world % s.layout.ring) fail("--ring %d does not divide the %d ranks", s.layout.ring, s.layout.world);
@@ -1431,11 +1434,10 @@ template <class E, class G> void model_tune(Model<Gpu, E, G>& m, const Setup& s,
 
 double learning_rate(const Setup& s, int64_t step) {
     const Options& o = s.o;
-    double peak = o.lr;
-    if (step < o.warmup) return peak * double(step + 1) / double(o.warmup);
+    if (step < o.warmup) return o.lr * double(step + 1) / double(o.warmup);
     double left = o.steps > o.warmup ? 1 - double(step - o.warmup) / double(o.steps - o.warmup) : 0;
     double shape = o.schedule == "cosine" ? 0.5 - 0.5 * std::cos(M_PI * left) : o.schedule == "linear" ? left : 1;
-    return peak * (o.final_lr + (1 - o.final_lr) * shape);
+    return o.lr * (o.final_lr + (1 - o.final_lr) * shape);
 }
 
 // What an update did, the same on every rank. loss, norm and skipped come from the device, when it has got there.
