@@ -31,6 +31,7 @@
 #include <csignal>
 #include <omp.h>
 #include <optional>
+#include <set>
 #include <sys/stat.h>
 #include <unistd.h>
 #ifdef __SSE__
@@ -712,18 +713,21 @@ Config setup_config(Setup& s) {
         names += (names.empty() ? "" : ", ") + std::string(n.name);
     }
     if (!named) {
-        if (const std::vector<int64_t> steps = checkpoint_steps(o.out);
-            access(o.model.c_str(), F_OK) != 0 && o.resume && !steps.empty()) {
+        const auto newest = [](const std::string& dir) { // its weights file, sound or not; none: an empty text
+            const std::vector<int64_t> steps = checkpoint_steps(dir);
+            return steps.empty() ? "" : checkpoint_path(dir, steps.back()) + "/weights.bin";
+        };
+        bool there = access(o.model.c_str(), F_OK) == 0;
+        if (const std::string own = there || !o.resume ? "" : newest(o.out); !own.empty()) {
             if (s.world.rank == 0)
                 printf("no %s here any more: the run's own checkpoint says what it was\n", o.model.c_str());
-            o.model = checkpoint_path(o.out, steps.back()) + "/weights.bin";
+            o.model = own, there = true;
         }
-        if (access(o.model.c_str(), F_OK) != 0)
+        if (!there)
             fail("--model %s: there is no such file, nor a size of that name: %s", o.model.c_str(), names.c_str());
         if (struct stat info; stat(o.model.c_str(), &info) == 0 && S_ISDIR(info.st_mode))
-            fail("--model %s is a folder: name a weights file, as %s/weights.bin", o.model.c_str(),
-                 checkpoint_path(o.model, checkpoint_steps(o.model).empty() ? 100 : checkpoint_steps(o.model).back())
-                     .c_str());
+            fail("--model %s is a folder: name a weights file, as %s", o.model.c_str(),
+                 newest(o.model).empty() ? "run/step_00000100/weights.bin" : newest(o.model).c_str());
         const WeightsFile file = weights_open(o.model, o.dump_params);
         if (o.layers || o.channels || o.heads || o.kv_heads || o.ffn || o.vocab || o.tied)
             fail("%s fixes the model's shape: --layers, --channels, --heads, --kv_heads, --ffn, --vocab and --tied go "
@@ -1370,12 +1374,18 @@ void check_corpora(const Setup& s, const Corpus& training, const Corpus& validat
         if (s.world.rank == 0 && c->bos >= 0 && c->bos != s.config.bos)
             printf("%s begins documents with token %d, the model with %d: is it another tokenizer's?\n",
                    c->shards[0].path.c_str(), c->bos, s.config.bos);
-    for (const Shard& t : training.shards)
-        for (const Shard& v : validation.shards)
-            if (struct stat a, b; s.world.rank == 0 && stat(t.path.c_str(), &a) == 0 && stat(v.path.c_str(), &b) == 0 &&
-                                  a.st_dev == b.st_dev && a.st_ino == b.st_ino)
-                printf("%s is in --train_data and in --val_data: it does not tell how other text fares\n",
-                       t.path.c_str());
+    if (s.world.rank > 0 || validation.shards.empty()) return;
+    auto file = [](const Shard& shard) { // whatever path leads to it
+        struct stat info = {};
+        stat(shard.path.c_str(), &info);
+        return std::pair(info.st_dev, info.st_ino);
+    };
+    std::set<std::pair<dev_t, ino_t>> trained_on;
+    for (const Shard& shard : training.shards) trained_on.insert(file(shard));
+    for (const Shard& shard : validation.shards)
+        if (trained_on.count(file(shard)))
+            printf("%s is in --train_data and in --val_data: it does not tell how other text fares\n",
+                   shard.path.c_str());
 }
 
 // This ring's rows among the next `count`, or `once` among those up to the data's end: row j goes to ring j mod rings.
@@ -1871,14 +1881,16 @@ template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setu
     if (o.domain_tags && loader.corpus.max_tags == 0) log_note(log, "--domain_tags: no source of this data has tags");
     announce(log, s, loader, comm_transport(m.dev, s.world));
 
-    for (int number : {SIGTERM, SIGUSR1, SIGHUP})
-        if (signal(number, [](int) { signal_caught = 1; }) == SIG_IGN) signal(number, SIG_IGN); // as nohup wants it
+    auto take = [](int number, void (*handler)(int)) { // but what is ignored stays so, as nohup wants it
+        if (signal(number, handler) == SIG_IGN) signal(number, SIG_IGN);
+    };
+    for (int number : {SIGTERM, SIGUSR1, SIGHUP}) take(number, [](int) { signal_caught = 1; });
     auto interrupted = [](int) {
         constexpr char text[] = " saving after this step; Ctrl-C again ends at once\n";
         signal_caught = 1, signal(SIGINT, SIG_DFL);
         if (write(STDERR_FILENO, text, sizeof text - 1) < 0) return;
     };
-    if (!o.out.empty() && signal(SIGINT, interrupted) == SIG_IGN) signal(SIGINT, SIG_IGN);
+    if (!o.out.empty()) take(SIGINT, interrupted);
     if (state.step < o.steps) model_tune(m, s, loader, log);
     const size_t longest = std::min(m.layout.tokens(), s.layout.S); // that a sample can be
     if (state.step >= o.steps) log_note(log, "nothing to do: --steps is %lld", (long long)o.steps);

@@ -6,7 +6,8 @@
 # such scripts beside each other, on a GPU each (CUDA_VISIBLE_DEVICES), want a LOG each, and fewer threads each
 # (OMP_NUM_THREADS). LOG (build/test_gpu.log) keeps all that they print, with the times of the cases.
 cd "$(dirname "$0")/.."
-all=${LOG:-build/test_gpu.log} log=${LOG:-build/test_gpu.log}.now
+all=${LOG:-build/test_gpu.log}
+log=$all.now
 skipped=""
 export OMP_WAIT_POLICY=passive # much runs side by side here
 rm -f $all $all.*
