@@ -139,8 +139,8 @@ $(GPU_RANK_TESTS): %: %.o $(BUILD)/comm.o $(GPU_COMM)
 test-gpu: deps
 	@$(MAKE) --no-print-directory test-gpu-run
 .PHONY: test-gpu-run
-test-gpu-run: $(PROGRAM) $(TEST_ROPE) $(BUILD)/test_gpu $(BUILD)/test_race $(if $(filter 1,$(MPI)),$(GPU_RANK_TESTS))
-	@TRAIN_LLAMA=$(abspath $(PROGRAM)) TEST_ROPE=$(abspath $(TEST_ROPE)) PYTHON=$(PYTHON) \
+test-gpu-run: $(PROGRAM) $(TEST_ROPE) $(CONTROL) $(BUILD)/test_gpu $(BUILD)/test_race $(if $(filter 1,$(MPI)),$(GPU_RANK_TESTS))
+	@TRAIN_LLAMA=$(abspath $(PROGRAM)) TEST_ROPE=$(abspath $(TEST_ROPE)) CONTROL=$(abspath $(CONTROL)) PYTHON=$(PYTHON) \
 	    test/run_gpu.sh $(BUILD)/test_gpu $(BUILD)/test_race $(if $(filter 1,$(MPI)),$(GPU_RANK_TESTS))
 BENCHES := $(patsubst dev/%.cu,$(BUILD)/%,$(wildcard dev/bench_*.cu))
 $(BENCHES): $(BUILD)/%: dev/%.cu $(wildcard dev/*.h) $(HEADERS) $(BUILD)/comm_serial.o $(GPU_COMM) | $(BUILD)

@@ -1409,32 +1409,36 @@ std::string text_read(const std::string& path) {
 }
 
 // On a GPU there are many algorithms for a matrix product. Rank 0 times them once, in a step whose results are thrown
-// away, all ranks take its choice, and it stays with the run: the same bits when it is resumed.
+// away, all ranks take its choice, and it stays with the run. With --deterministic no bit may hang on what was faster
+// today: nothing is timed, and what the run's file does not name takes cuBLASLt's first guess.
 template <class E, class G> void model_tune(Model<Cpu, E, G>&, const Setup&, Loader&, const Log&) {}
 template <class E, class G> void model_tune(Model<Gpu, E, G>& m, const Setup& s, Loader& loader, const Log& log) {
+    const bool timed = !s.o.deterministic;
     const std::string path = s.o.out.empty() ? "" : s.o.out + "/matmul.txt";
-    const Cursor start = loader.cursor;
-    std::vector<Row> rows = take_rows(loader, s, int64_t(s.layout.B) * s.groups());
-    loader_seek(loader, start);
-    Batch b = batch_make(rows, s.attention, s.ring, attention_tiles<E>(m.dev, m.config.D), s.layout.exchange);
-    auto step = [&] {
-        model_forward(m, b);
-        head_forward_backward(m, b, 1.0 / double(std::max<int64_t>(b.counted, 1)));
-        model_backward(m, b, true);
-        grads_finish(m);
-    };
     const int known = s.world.rank == 0 ? matmul_algos_read(m.dev, text_read(path)) : 0;
     if (known) log_note(log, "%d matrix products take the algorithms of %s", known, path.c_str());
-    else log_note(log, "timing the algorithms of the matrix products, once, for up to a minute");
-    if (s.world.rank == 0) matmul_tune(m.dev, step);
-    else step();
+    else if (timed) log_note(log, "timing the algorithms of the matrix products, once, for up to a minute");
+    if (timed) {
+        const Cursor start = loader.cursor;
+        std::vector<Row> rows = take_rows(loader, s, int64_t(s.layout.B) * s.groups());
+        loader_seek(loader, start);
+        Batch b = batch_make(rows, s.attention, s.ring, attention_tiles<E>(m.dev, m.config.D), s.layout.exchange);
+        auto step = [&] {
+            model_forward(m, b);
+            head_forward_backward(m, b, 1.0 / double(std::max<int64_t>(b.counted, 1)));
+            model_backward(m, b, true);
+            grads_finish(m);
+        };
+        if (s.world.rank == 0) matmul_tune(m.dev, step);
+        else step();
+    }
     std::string text = matmul_algos_text(m.dev);
     int64_t size = int64_t(text.size());
     comm_broadcast(Cpu{}, s.world, &size, 1, 0);
     text.resize(size_t(size));
     comm_broadcast(Cpu{}, s.world, (uint8_t*)text.data(), text.size(), 0);
     if (s.world.rank > 0) matmul_algos_read(m.dev, text);
-    if (!path.empty() && s.world.rank == 0) {
+    if (timed && !path.empty() && s.world.rank == 0) {
         FILE* file = fopen(path.c_str(), "w");
         if (!file || fwrite(text.data(), 1, text.size(), file) != text.size() || fclose(file) != 0)
             fail("%s: %s", path.c_str(), strerror(errno));

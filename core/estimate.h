@@ -39,9 +39,9 @@ struct AttentionCeilings {
     RateCurve forward, backward;
 };
 struct Ceilings {
-    const char* gpu; // as its driver names it
-    double products; // FLOP/s, bf16; with few tokens they are slower
-    double copy;     // bytes/s, read and written
+    const char* gpu;          // as its driver names it
+    double products, untuned; // FLOP/s, bf16; with few tokens they are slower; untuned: with --deterministic
+    double copy;              // bytes/s, read and written
     std::vector<AttentionCeilings> attention;
     RateCurve ipc, nccl; // bytes/s that a rank receives, by bytes of a message
 };
@@ -50,7 +50,7 @@ struct Ceilings {
 // clang-format off
 inline const Ceilings known_ceilings[] = {{
     "NVIDIA H200",
-    658e12, // "matrix products, H200, commit a7e1569": the tuned choice over all fifteen products of 7B, 16384 tokens
+    658e12, 626e12, // "matrix products, H200, commit a7e1569": over all fifteen of 7B, 16384 tokens; first guesses
     4290e9, // "memory-bound kernels, H200, commit b4e3d60": the copy
     {// "Q in registers", commit 3c23a96: 16K anchor 2048, 4K causal, 64K anchor 4096, 8K causal, 64K anchor 16384, then
      // 16K, 32K and 64K causal
@@ -227,6 +227,7 @@ inline double optimizer_bytes(const StepWork& w) {
 inline std::vector<StepPart> step_parts(const Ceilings& ceilings, const AttentionCeilings& attention, const Config& c,
                                         const StepWork& w) {
     const double L = c.L, T = w.T, C = c.C, pair = w.pairs * c.H * c.D;
+    const double product_rate = attention.deterministic ? ceilings.untuned : ceilings.products;
     const LayerBytes b = layer_bytes(c, w.weight);
     std::vector<StepPart> parts;
     auto add = [&](const char* name, double flops, double flop_rate, double bytes) -> StepPart& {
@@ -237,7 +238,7 @@ inline std::vector<StepPart> step_parts(const Ceilings& ceilings, const Attentio
     const double rate[2] = {rate_at(attention.forward, keys) / w.imbalance,
                             rate_at(attention.backward, keys) / w.imbalance};
     const double pass[2] = {4 * pair / rate[0], 10 * pair / rate[1]}; // one layer's attention
-    add("products", 3 * T * product_flops(c), ceilings.products, 0);
+    add("products", 3 * T * product_flops(c), product_rate, 0);
     add("attention, forward", 4 * L * pair, rate[0], 0);
     add("attention, backward", 10 * L * pair, rate[1], 0);
     add("norms, RoPE, SwiGLU", 0, 1, L * T * (b.norms + 2 * b.rope + b.swiglu + b.norms_back + b.swiglu_back));
@@ -247,7 +248,7 @@ inline std::vector<StepPart> step_parts(const Ceilings& ceilings, const Attentio
     const double again_flops =
         2 * T *
         (again.residual * double(c.H) * c.D * C + again.qkv * C * double(c.qkv_width()) + again.ffn * 2.0 * C * c.F);
-    add("recomputed products", again_flops, ceilings.products, 0);
+    add("recomputed products", again_flops, product_rate, 0);
     add("recomputed attention", 4 * again.attention * pair, rate[0], 0);
     add("recomputed norms, RoPE, SwiGLU", 0, 1,
         T * (again.norm * b.norms + again.qkv * b.rope + again.swiglu * b.swiglu));
@@ -267,8 +268,8 @@ inline std::vector<StepPart> step_parts(const Ceilings& ceilings, const Attentio
                          forwards * k.seconds[0] + backwards * k.seconds[1],
                          forwards * k.counted[0] + backwards * k.counted[1]});
     }
-    const double product = 2 * T * layer_matrices(c) / ceilings.products; // one layer, forward
-    const double recomputed = (again_flops / ceilings.products + 4 * again.attention * pair / rate[0]) / L;
+    const double product = 2 * T * layer_matrices(c) / product_rate; // one layer, forward
+    const double recomputed = (again_flops / product_rate + 4 * again.attention * pair / rate[0]) / L;
     const double spare[2] = {std::max(0.0, product + pass[0] - k.seconds[0]),
                              std::max(0.0, 2 * product + pass[1] + recomputed - k.seconds[1])};
     shared_parts(parts, c, w, link, spare);

@@ -3,10 +3,11 @@
 # PEERS=1 the PyTorch peers in the same run, and our speed over theirs. `make bench` runs all parts and says how long each
 # took; PART="kernels matmul", PART=attention or PART=step runs some of them. FlexAttention's peers are a part of their own,
 # PART=flex, since it compiles for minutes: FLEX="16384:2048" some of its cases (tokens:mean length of the documents).
-# STEPS="4k 32k" some of the steps: 4k, 32k, 64k, 64k-4096, 64k-16384, 64k-14 and 64k-18 (bytes a parameter), 64k-portable.
+# PART=step are the steps with a full mask, PART=anchor those with documents. STEPS="4k 32k" some of all steps: 4k, 32k, 64k,
+# 4k-1024, 32k-4096, 64k-4096, 64k-16384 (mean length of the documents), 64k-14 and 64k-18 (bytes a parameter).
 # PART=ring spreads a row over RANKS GPUs (all of this host), by each exchange: LENGTHS="16384 65536 262144" tokens,
 # MASKS="full 4096" (mean length of the documents), BACKENDS="ring allgather ulysses"; beyond 65536 tokens a GPU with 8 of
-# the 32 layers. Other options of the trainer for all steps: OPTIONS="...".
+# the 32 layers. Other options of the trainer for all steps: OPTIONS="--portable_attention", OPTIONS=--deterministic.
 # An H200 takes, in seconds, with PEERS=1: kernels 10, matmul 220, attention 75, flex 40, 25 and 250 (compiling), the steps 4k
 # and 32k 150 together, 64k 230. Where a command may last nine minutes only, PART and STEPS cut it.
 # Peers' scripts: the folder PEER_SCRIPTS (attention_peers.py, peer_titan.py).
@@ -14,9 +15,8 @@ cd "$(dirname "$0")/.."
 build=${BUILD:-build/cuda}
 python=${PYTHON:-python3}
 scripts=${PEER_SCRIPTS:-../shared/peers}
-part=${PART:-kernels matmul attention $([ "$PEERS" = 1 ] && echo flex) step}
+part=${PART:-kernels matmul attention $([ "$PEERS" = 1 ] && echo flex) step anchor}
 flex=${FLEX:-65536:4096 65536:16384 16384:2048}
-steps=${STEPS:-4k 32k 64k 64k-4096 64k-16384}
 ranks=${RANKS:-$(sh dev/gpus.sh)}
 launch= # before our program; on several GPUs, mpirun
 echo "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1), commit $(git rev-parse --short HEAD 2> /dev/null || echo unknown)"
@@ -93,11 +93,12 @@ step() {
         4k) ours "7B, 4 x 4K, full" -c 4096 -b 4 --attention full; peer 4096 32 sdpa 4 ;;
         32k) ours "7B, 32K, full" -c 32768 --attention full; peer 32768 32 sdpa 1 ;;
         64k) ours "7B, 64K, full" -c 65536 --attention full; peer 65536 32 sdpa 1 ;;
+        4k-1024) ours "7B, 4 x 4K, anchor, mean 1024" -c 4096 -b 4 --generator_mean 1024; peer 4096 32 flex:1024 4 ;;
+        32k-4096) ours "7B, 32K, anchor, mean 4096" -c 32768 --generator_mean 4096; peer 32768 32 flex:4096 1 ;;
         64k-4096) ours "7B, 64K, anchor, mean 4096" -c 65536 --generator_mean 4096; peer 65536 32 flex:4096 1 ;;
         64k-16384) ours "7B, 64K, anchor, mean 16384" -c 65536 --generator_mean 16384; peer 65536 32 flex:16384 1 ;;
         64k-14) ours "7B, 64K, full, 14 bytes a parameter" -c 65536 --attention full --grad_dtype float --master float ;;
         64k-18) ours "7B, 64K, full, 18 bytes a parameter" -c 65536 --attention full --grad_dtype float --opt_dtype float --master float ;;
-        64k-portable) ours "7B, 64K, full, portable attention" -c 65536 --attention full --portable_attention ;;
         *) echo "no such step: $1" ;;
     esac
 }
@@ -128,7 +129,8 @@ for p in $part; do
     case $p in
         attention) attention ;;
         flex) flex ;;
-        step) for s in $steps; do step $s; done ;;
+        step) for s in ${STEPS:-4k 32k 64k}; do step $s; done ;;
+        anchor) for s in ${STEPS:-4k-1024 32k-4096 64k-4096 64k-16384}; do step $s; done ;;
         ring) ring ;;
         *) $build/bench_$p ;;
     esac

@@ -1,5 +1,5 @@
-// The products of LLaMA-2-7B: the tuned algorithm of each against the best of all that cuBLASLt has, and what bias and
-// residual cost.
+// The products of LLaMA-2-7B: the tuned algorithm of each against the best that a search finds (below: all tiles and
+// options of the kernels that cuBLASLt proposes), the untuned one of --deterministic, and what bias and residual cost.
 //
 //     nvcc -std=c++20 -O3 -arch=sm_90 -Xcompiler=-fopenmp -I. dev/bench_matmul.cu core/comm_serial.cpp -lcublasLt
 //     ./a.out [seconds of search for each product, default 8]

@@ -1,29 +1,32 @@
-// The Hopper kernels of attention over long rows, against the portable ones: 32-bit indices, counters, many steps.
+// The Hopper kernels of attention over long rows, against the portable ones, and what both share, the anchor's part,
+// against double: 32-bit indices, counters, many steps.
 #include "../attention_anchor.cuh"
 #include "gpu_attention.h"
 #include "large.h"
 
 namespace {
-__global__ void difference_kernel(double* sums, const bf16* a, const bf16* b, size_t count) {
+// Block (x, y): the rows [x tokens, (x + 1) tokens) of the columns [y D, (y + 1) D).
+__global__ void difference_kernel(double* sums, const bf16* a, const bf16* b, size_t tokens, size_t width, size_t D) {
     double difference = 0, size = 0;
-    const size_t first = blockIdx.x * count;
-    for (size_t i = threadIdx.x; i < count; i += blockDim.x) {
-        const double x = float(a[first + i]), y = float(b[first + i]);
+    for (size_t i = threadIdx.x; i < tokens * D; i += blockDim.x) {
+        const size_t at = (blockIdx.x * tokens + i / D) * width + blockIdx.y * D + i % D;
+        const double x = float(a[at]), y = float(b[at]);
         difference += (x - y) * (x - y), size += y * y;
     }
-    atomicAdd(sums + 2 * blockIdx.x, difference), atomicAdd(sums + 2 * blockIdx.x + 1, size);
+    double* to = sums + 2 * (size_t(blockIdx.y) * gridDim.x + blockIdx.x);
+    atomicAdd(to, difference), atomicAdd(to + 1, size);
 }
-// The largest relative difference of a block of `tokens`, by the root of the sum of squares.
-double largest_difference(const bf16* a, const bf16* b, size_t T, size_t width, size_t tokens) {
-    const size_t blocks = T / tokens;
-    DeviceBuffer<double> sums(2 * blocks);
-    fill_zero(the_gpu(), sums.data(), 2 * blocks * sizeof(double));
+// The largest relative difference of `tokens` tokens of a head, by the root of the sum of squares.
+double largest_difference(const bf16* a, const bf16* b, size_t T, size_t width, size_t D, size_t tokens) {
+    const dim3 blocks(unsigned(T / tokens), unsigned(width / D));
+    DeviceBuffer<double> sums(size_t(2) * blocks.x * blocks.y);
+    fill_zero(the_gpu(), sums.data(), sums.count * sizeof(double));
     device_wait(the_gpu());
-    difference_kernel<<<unsigned(blocks), 256>>>(sums.data(), a, b, tokens * width);
+    difference_kernel<<<blocks, 256>>>(sums.data(), a, b, tokens, width, D);
     const Buffer<double> host = sums.host();
     double largest = 0;
-    for (size_t i = 0; i < blocks; i++) {
-        const double relative = std::sqrt(host[2 * i] / host[2 * i + 1]);
+    for (size_t i = 0; i < host.count; i += 2) {
+        const double relative = std::sqrt(host[i] / host[i + 1]);
         largest = relative < largest ? largest : relative; // NaN stays
     }
     return largest;
@@ -103,13 +106,13 @@ struct LargeResult {
     }
 };
 
-// By blocks of 1024 tokens. Each kernel rounds P, dS and its result to bf16, by 2^-9 at most: six roundings lie between
-// them. LSE has those of fp32 alone, once in each.
+// By heads and blocks of 1024 tokens. Each kernel rounds P, dS and its result to bf16, by 2^-9 at most: six roundings
+// lie between them. LSE has those of fp32 alone, once in each.
 void check_against(LargeResult& ours, LargeResult& portable, const LargeProblem& p) {
     const auto [H, K, D] = p.z;
     const double bound = 6 * 0x1p-9;
-    CHECK(largest_difference(ours.out, portable.out, p.T, H * D, 1024) < bound);
-    CHECK(largest_difference(ours.dqkv, portable.dqkv, p.T, p.W, 1024) < bound);
+    CHECK(largest_difference(ours.out, portable.out, p.T, H * D, D, 1024) < bound);
+    CHECK(largest_difference(ours.dqkv, portable.dqkv, p.T, p.W, D, 1024) < bound);
     const Buffer<float> a = ours.lse.part(0, ours.lse.count), b = portable.lse.part(0, portable.lse.count);
     CHECK(largest_error(a, b) <= 2 * (score_rounding(p.T, D) + ulp<float>(largest_value(b))));
     const Buffer<float> x = ours.danchor.part(0, p.z.kv()), y = portable.danchor.part(0, p.z.kv());
@@ -119,20 +122,101 @@ void check_against(LargeResult& ours, LargeResult& portable, const LargeProblem&
     CHECK(std::sqrt(difference) <= bound * std::sqrt(size));
     CHECK((size > 0) == anchored(p.t));
 }
+
+// Columns [first, first + n) of rows of `width`, on the host.
+struct Columns {
+    size_t n;
+    std::vector<bf16> x;
+    Columns(const bf16* from, size_t T, size_t width, size_t first, size_t n) : n(n), x(T * n) {
+        CUDA_CHECK(cudaMemcpy2D(x.data(), n * sizeof(bf16), from + first, width * sizeof(bf16), n * sizeof(bf16), T,
+                                cudaMemcpyDeviceToHost));
+    }
+    const bf16* row(size_t t) const { return x.data() + t * n; }
+};
+// What the kernels against each other do not show, for they share it: the anchor's part, of the last KV head and its
+// query heads, in double from the GPU's own O and LSE. dK0 and dV0 are sums over all queries, in fp32. dQ is of the
+// first two tokens of late documents, which see the anchor and one or two keys: a missing anchor would be most of it.
+void check_anchor(LargeResult& r, LargeProblem& p) {
+    const auto [H, K, D] = p.z;
+    const size_t T = p.T, W = p.W, group = H / K;
+    const double scale = 1 / std::sqrt(double(D));
+    const Columns q(p.qkv, T, W, (H - group) * D, group * D), k(p.qkv, T, W, (H + K - 1) * D, D);
+    const Columns v(p.qkv, T, W, (H + 2 * K - 1) * D, D), dq(r.dqkv, T, W, (H - group) * D, group * D);
+    const Columns out(r.out, T, H * D, (H - group) * D, group * D), dout(p.dout, T, H * D, (H - group) * D, group * D);
+    const Buffer<float> lse = r.lse.part((H - group) * T, group * T);
+    const Buffer<float> dk0 = r.danchor.part((K - 1) * D, D), dv0 = r.danchor.part((2 * K - 1) * D, D);
+    auto dot = [D](const bf16* a, const bf16* b, bool absolute = false) {
+        double sum = 0;
+        for (size_t d = 0; d < D; d++)
+            sum += absolute ? std::fabs(double(a[d]) * double(b[d])) : double(a[d]) * double(b[d]);
+        return sum;
+    };
+    std::vector<double> sum(2 * D), size(2 * D); // dK0, then dV0; size: of the terms' absolute values
+#pragma omp parallel
+    {
+        std::vector<double> mine(2 * D), terms(2 * D);
+#pragma omp for
+        for (size_t i = 0; i < T * group; i++) {
+            const size_t t = i / group, at = i % group * D;
+            const bf16 *qi = q.row(t) + at, *di = dout.row(t) + at, *oi = out.row(t) + at;
+            const double weight = std::exp(scale * dot(qi, k.row(0)) - lse[i % group * T + t]);
+            const double ds = scale * weight * (dot(di, v.row(0)) - dot(di, oi));
+            const double most = scale * weight * (dot(di, v.row(0), true) + dot(di, oi, true));
+            for (size_t d = 0; d < D; d++) {
+                mine[d] += ds * double(qi[d]), terms[d] += most * std::fabs(double(qi[d]));
+                mine[D + d] += weight * double(di[d]), terms[D + d] += weight * std::fabs(double(di[d]));
+            }
+        }
+#pragma omp critical
+        for (size_t d = 0; d < 2 * D; d++) sum[d] += mine[d], size[d] += terms[d];
+    }
+    bool right = true;
+    for (size_t d = 0; d < 2 * D; d++)
+        right &= std::fabs(double(d < D ? dk0[d] : dv0[d - D]) - sum[d]) <= score_rounding(T, D) * size[d];
+    CHECK(right);
+
+    size_t found = 0;
+    for (size_t i = T - 1; i > 1 && found < 8; i--) {
+        if (p.t.doc[i] == p.t.doc[i - 1]) continue;
+        found++;
+        for (size_t t : {i, std::min(i + 1, T - 1)})
+            for (size_t h = 0; h < group; h++) {
+                const bf16 *qi = q.row(t) + h * D, *di = dout.row(t) + h * D, *oi = out.row(t) + h * D;
+                std::vector<double> exact(D), terms(D);
+                double weights = 0;
+                for (size_t j = 0; j <= t; j++) {
+                    if (!visible(p.t.index[t], p.t.doc[t], p.t.index[j], p.t.doc[j])) continue;
+                    const double weight = std::exp(scale * dot(qi, k.row(j)) - lse[h * T + t]);
+                    const double ds = scale * weight * (dot(di, v.row(j)) - dot(di, oi));
+                    const double most = scale * weight * (dot(di, v.row(j), true) + dot(di, oi, true));
+                    for (size_t d = 0; d < D; d++)
+                        exact[d] += ds * double(k.row(j)[d]), terms[d] += most * std::fabs(double(k.row(j)[d]));
+                    weights += weight;
+                }
+                CHECK(std::fabs(weights - 1) <= 2 * score_rounding(T, D)); // LSE counts the anchor
+                double error = 0, bound = 0;
+                for (size_t d = 0; d < D; d++)
+                    error += std::pow(double(dq.row(t)[h * D + d]) - exact[d], 2), bound += terms[d] * terms[d];
+                CHECK(std::sqrt(error) <= 3 * 0x1p-9 * std::sqrt(bound)); // dS, O and the result are rounded
+            }
+    }
+}
 void check_against_portable(const Tokens& t, Sizes z, size_t cut) {
     LargeProblem p(t, z);
     LargeResult portable(p, Large::portable);
+    if (anchored(t)) check_anchor(portable, p);
     for (size_t at : {size_t(0), cut}) {
         INFO("T " << t.size() << ", H " << z.H << ", D " << z.D << ", second portion from " << at);
         LargeResult ours(p, Large::any_order, at);
         check_against(ours, portable, p);
+        if (anchored(t) && at == 0) check_anchor(ours, p);
     }
     INFO("T " << t.size() << ", H " << z.H << ", D " << z.D << ", with turns");
     LargeResult ours(p, Large::turns);
     check_against(ours, portable, p);
     LargeResult again(p, Large::turns);
-    CHECK(largest_difference(again.out, ours.out, p.T, z.H * z.D, 1024) == 0);
-    CHECK(largest_difference(again.dqkv, ours.dqkv, p.T, p.W, 1024) == 0);
+    CHECK(largest_difference(again.out, ours.out, p.T, z.H * z.D, z.D, 1024) == 0);
+    CHECK(largest_difference(again.dqkv, ours.dqkv, p.T, p.W, z.D, 1024) == 0);
 }
 } // namespace
 

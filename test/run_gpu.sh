@@ -113,7 +113,8 @@ program() { # $1 shard (test/conftest.py), then the files
 }
 if ! wanted program; then :
 elif $PYTHON -c 'import pytest, numpy' 2> /dev/null; then
-    beside "the program, golden vectors and test_rope" program 1/1 test/test_golden.py test/test_rope_program.py
+    beside "the program, golden vectors and test_rope" program 1/1 test/test_golden.py test/test_rope_program.py \
+        test/test_rope_training.py::test_the_control_trains_on_a_gpu_as_on_the_cpu
     for shard in 1 2 3; do beside "the program, part $shard of 3" program $shard/3 test/test_train.py; done
     count_beside
     start=$SECONDS

@@ -8,7 +8,7 @@ Config tiny() { return make_config(2, 4, 2, 1, 6, 10, 10000, 64); }
 
 // Round rates: seconds are read off the sizes.
 Ceilings round_ceilings(double link) {
-    return {"none", 10, 100, {{false, false, 2, {{1, 2.0}, {4, 4.0}}, {{1, 1.0}}}}, {{1, link}}, {{1, link / 2}}};
+    return {"none", 10, 5, 100, {{false, false, 2, {{1, 2.0}, {4, 4.0}}, {{1, 1.0}}}}, {{1, link}}, {{1, link / 2}}};
 }
 // 3 tokens, causal.
 StepWork three_tokens() {
@@ -55,6 +55,9 @@ TEST_CASE("the work of every part is that of a count by hand") {
     const std::vector<StepPart> parts = parts_of(three_tokens());
     CHECK(part(parts, "products").flops == 3 * 3 * 560);
     CHECK(part(parts, "products").seconds == doctest::Approx(504));
+    Ceilings fixed = round_ceilings(1);
+    fixed.attention[0].deterministic = true;
+    CHECK(part(step_parts(fixed, fixed.attention[0], c, three_tokens()), "products").seconds == doctest::Approx(1008));
     CHECK(part(parts, "attention, forward").flops == 2 * 6 * 2 * (2 * 2 * 2)); // layers, pairs, heads, Q K^T and P V
     CHECK(part(parts, "attention, backward").flops == 2 * 6 * 2 * (5 * 2 * 2));
     CHECK(part(parts, "attention, forward").seconds == doctest::Approx(192 / 3.0)); // 2 keys a query: between 2 and 4

@@ -228,7 +228,7 @@ static int64_t moved_by(const Chunks& c, const std::vector<int32_t>& rank, size_
 }
 
 TEST_CASE("of all balanced placements of a few chunks one that moves least is found, or one chunk more") {
-    size_t rows = 0, least_of_all = 0, spared = 0;
+    size_t possible = 0, rows = 0, least_of_all = 0, spared = 0;
     for (size_t size : {2, 3})
         for (uint64_t seed = 0; seed < 60; seed++) {
             const size_t n = size == 2 ? 8 : 9, S = n * 128; // 70 and 1680 placements
@@ -257,13 +257,14 @@ TEST_CASE("of all balanced placements of a few chunks one that moves least is fo
                 const int64_t levelled = moved_by(c, first, size);
                 if (levelled >= 0 && (unspared < 0 || levelled < unspared)) unspared = levelled;
             }
-            if (found < 0) continue; // exchanges of two do not level every row
             INFO("seed " << seed << ", " << size << " ranks");
+            possible += least >= 0;
+            if (found < 0) continue; // exchanges of two do not level every row that can be
             rows++;
             CHECK((found >= least && found <= least + 1));
             least_of_all += found == least, spared += found < unspared;
         }
-    CHECK(rows >= 90);
+    CHECK((possible >= 90 && 100 * rows >= 97 * possible)); // 98 of 99
     CHECK(10 * least_of_all >= 9 * rows);
     CHECK(4 * spared >= rows); // the search has something to do
 }

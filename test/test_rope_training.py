@@ -159,3 +159,20 @@ def test_bad_arguments_are_refused(tmp_path):
     assert "--runs" in run(tmp_path, "--runs", "full:half", ok=False)
     assert "--seeds" in run(tmp_path, "--seeds", "0", ok=False)
     assert "missing.jsonl" in run(tmp_path, "--books", "missing.jsonl", "--tokenizer", "x", ok=False)
+
+
+@pytest.mark.skipif(os.environ.get("TRAIN_DEVICE") != "gpu", reason="of the GPU's tests")
+@pytest.mark.parametrize("mode", ["full", "anchor"])
+def test_the_control_trains_on_a_gpu_as_on_the_cpu(tmp_path, mode):
+    losses = {}
+    for device in ("cpu", "gpu"):
+        done = subprocess.run(
+            [rope_training.CONTROL, "-e", "tiny", "--layers", "2", "--channels", "128", "--heads", "2", "--vocab", "256",
+             "-c", "300", "-b", "2", "--generator_mean", "80", "--dtype", "bf16", "-l", "5e-4", "--steps", "10",
+             "--seed", "1",
+             "--attention", mode, "--device", device, "-o", tmp_path / device], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = [json.loads(line) for line in open(tmp_path / device / "log.jsonl")]
+        losses[device] = np.array([line["loss"] for line in lines if line["event"] == "step"])
+    assert len(losses["gpu"]) == 10 and losses["cpu"][-1] < losses["cpu"][0] - 0.3
+    assert np.abs(losses["gpu"] - losses["cpu"]).max() < 1e-3  # bf16 attention is 1e-4 off

@@ -156,7 +156,12 @@ def test_resume_is_bit_exact(tmp_path, extra):
     assert digest(tmp_path / "whole" / "step_00000012") == digest(tmp_path / "cut" / "step_00000012")
 
 
-@pytest.mark.parametrize("extra", [[], HEADS_64, HEADS_128, [*HEADS_128, "--attention", "full"]])
+# Products of many blocks, with sums over 2048 tokens that more than one algorithm would split.
+LARGER = [*HEADS_128, "--channels", 1024, "--heads", 8, "--ffn", 2816, "--layers", 2, "-c", 2048, "--vocab", 4096]
+
+
+@pytest.mark.parametrize("extra", [[], HEADS_64, HEADS_128, [*HEADS_128, "--attention", "full"],
+                                   pytest.param(LARGER, marks=pytest.mark.skipif(not ON_GPU, reason="minutes"))])
 def test_a_run_repeats_bit_for_bit(tmp_path, extra):
     for name in "ab":
         run(*SMALL, *extra, "--steps", 6, "-o", tmp_path / name, threads=2)
@@ -800,9 +805,10 @@ def crc32c(data):
 
 @pytest.mark.skipif(not ON_GPU, reason="the CPU has one algorithm for a product")
 def test_the_algorithms_of_products_stay_with_the_run(tmp_path):
-    """What another GPU or library wrote is left out, though it is sound, and what is here takes its place."""
-    def start(steps):
-        return run(*SMALL, "--steps", steps, "-o", tmp_path, "--resume")
+    """What another GPU or library wrote is left out, though it is sound, and what is here takes its place. With
+    --deterministic nothing is timed, but what the file holds is taken."""
+    def start(steps, *extra):
+        return run(*SMALL, "--steps", steps, "-o", tmp_path, "--resume", *(extra or ["--deterministic=0"]))
 
     def altered(line, old, new):
         text = re.sub(old, new, line[:-9]).encode()
@@ -823,6 +829,10 @@ def test_the_algorithms_of_products_stay_with_the_run(tmp_path):
         assert "timing the algorithms" in again and "take the algorithms" not in again
         assert sorted(line.split()[:10] for line in file.read_text().splitlines()) == keys
         assert file.read_text().count(lines[0].split(" cublasLt ")[1][:-9]) == len(keys)  # all by this library and GPU
+    again = start(5, "--deterministic")
+    assert f"{len(keys)} matrix products take the algorithms of {file}" in again and "timing" not in again
+    file.unlink()
+    assert "algorithms" not in start(6, "--deterministic") and not file.exists()
 
 
 @needs_ranks
