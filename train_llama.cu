@@ -1198,7 +1198,8 @@ Setup setup_read(const Options& options, const Comm& world) {
     if (!o.prompt.empty() && !o.generate && !o.sample_every)
         fail("--prompt is for --generate, or for --sample_every while it trains: pass one of them");
     check_output("eval", o.eval, eval_title), check_output("dump_logits", o.dump_logits, "");
-    setup_device(s);
+    s.gpu = o.device == "gpu"; // it is looked at last, which takes a second: what can be refused before, is
+    if (!s.gpu) setup_device(s);
     s.attention = Attention(choice(o.attention, "full|intra|intra_reset|anchor"));
     s.boundary = Boundary(choice(o.boundary_loss, "mask|next|bos"));
     s.precision = RopePrecision(choice(o.rope_precision, "exact|bf16_table|bf16_rotation|bf16_angle"));
@@ -1235,6 +1236,7 @@ Setup setup_read(const Options& options, const Comm& world) {
     s.prompt = prompt_read(s);
     s.ring = comm_split(world, o.plan ? 0 : s.group(), world.rank);
     s.background = comm_split(world, 0, world.rank);
+    if (o.device == "gpu") setup_device(s);
     setup_memory(s);
     return s;
 }

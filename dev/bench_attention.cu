@@ -3,6 +3,7 @@
 //
 //     build/bench_attention               all cases, by the kernels that the trainer takes
 //     build/bench_attention 64K           the cases whose name holds this
+//     build/bench_attention "" hot        without a rest, on a GPU that comes from other work, as the peers
 //     build/bench_attention 64K portable  by mma.sync, as on a GPU for which no kernel is written
 //     build/bench_attention "" fixed      the backward in a fixed order, as with --deterministic
 //     build/bench_attention 64K alone     Hopper's, each block with a tile of its own; pairs: always in pairs
@@ -18,6 +19,36 @@ namespace {
 double nominal_peak(Gpu gpu) {
     const int compute = gpu.context->compute;
     return gpu.context->sms * (compute == 90 ? 4096 * 1.83e9 : compute == 80 ? 2048 * 1.41e9 : 0);
+}
+
+// What a GPU comes from in the middle of a training: some seconds of attention over a long row.
+void heat(Gpu gpu) {
+    const size_t T = 65536, H = 32, D = 128, W = 3 * H * D;
+    const Tokens t = make_row(T, 0, 1);
+    AttentionMap map;
+    attention_map_build(map, t, t, attention_tiles<bf16>(gpu, D));
+    Arrays m{gpu, {}};
+    bf16 *qkv = m.normal<bf16>(T * W), *out = m.normal<bf16>(T * H * D);
+    const AttentionForward<bf16> forward{qkv,
+                                         qkv + H * D,
+                                         qkv + H * D,
+                                         W,
+                                         W,
+                                         m.upload(token_labels(t, false)),
+                                         m.upload(token_labels(t, true)),
+                                         m.upload(map.forward),
+                                         true,
+                                         true,
+                                         out,
+                                         m.normal<float>(H * T),
+                                         nullptr,
+                                         int(T),
+                                         int(T),
+                                         int(H),
+                                         int(H),
+                                         int(D)};
+    bench_ms(
+        gpu, [&] { attention_forward_launch(gpu, forward); }, 60);
 }
 
 // `copy`: bytes a second of a plain copy.
@@ -84,10 +115,12 @@ int main(int argc, char** argv) {
     if (peak > 0) printf("%.0f TF/s (dense bf16)\n", peak / 1e12);
     else printf("not known\n");
     printf("| case | forward, share of peak | backward | of it: ms (share of a copy) |\n|---|---|---|---|\n");
+    const bool hot = !strcmp(kernels, "hot");
+    if (hot) heat(gpu);
     for (const AttentionCase& c : attention_cases) {
         if (!strstr(c.name, only)) continue;
         // A rest: behind a long case a short one is slower by up to a sixth.
-        std::this_thread::sleep_for(std::chrono::seconds(2));
+        if (!hot) std::this_thread::sleep_for(std::chrono::seconds(2));
         run(gpu, c, kernels, copy);
     }
 }

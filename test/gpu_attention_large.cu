@@ -204,7 +204,6 @@ void check_anchor(LargeResult& r, LargeProblem& p) {
 void check_against_portable(const Tokens& t, Sizes z, size_t cut) {
     LargeProblem p(t, z);
     LargeResult portable(p, Large::portable);
-    if (anchored(t)) check_anchor(portable, p);
     for (size_t at : {size_t(0), cut}) {
         INFO("T " << t.size() << ", H " << z.H << ", D " << z.D << ", second portion from " << at);
         LargeResult ours(p, Large::any_order, at);

@@ -18,7 +18,8 @@ row() {
     echo "( 98%), end  0.050 ( 97%) |"
 }
 case "$1$2" in
-    "") row "4K causal" 600 400; row "64K causal" 660 440; row "16K causal, D 64" 1 1; row "16K causal, 8 KV heads" 1 1 ;;
+    "") row "4K causal" 700 500; row "64K causal" 770 540; row "16K causal, D 64" 1 1 ;;
+    causalhot) row "4K causal" 600 400; row "64K causal" 660 440; row "16K causal, D 64" 1 1; row "16K causal, 8 KV heads" 1 1 ;;
     portable) row "4K causal" 300 200 ;;
     anchor) row "64K anchor, mean 4096" 500 300; row "64K anchor, mean 16384" 600 500; row "16K anchor, mean 2048" 400 350 ;;
 esac
