@@ -130,10 +130,19 @@ def larger_bases(folder, shift):
     columns = ["variant", *map(short, bases)]
     table(f"{folder}: D(0, 16) by RoPE base", columns,
           [[v, *(cell([at[v, b]] if (v, b) in at else []) for b in bases)] for v in variants])
-    table(f"{folder}: D(0, 16) at a base / at {short(min(bases, default=0))}; errors as of different sequences, though "
-          "they are the same", ["variant", *columns[2:]],
-          [[v, *(number(*independent(at[v, b], at[v, bases[0]])) if (v, b) in at else "" for b in bases[1:])]
-           for v in variants if (v, bases[0]) in at and len(bases) > 1])
+    single = {(x["variant"], x["base"], x["sequence"]): x["sum_abs"] for x in read_csv(folder, "base.csv")}
+    of = f"{folder}: D(0, 16) at a base / at {short(min(bases, default=0))}"
+    if single:
+        def against_first(v, b):
+            both = [(d, single[v, bases[0], i]) for (u, c, i), d in single.items() if (u, c) == (v, b) and (v, bases[0], i) in single]
+            return number(*paired(*zip(*both))) if both else ""
+
+        table(f"{of}, of the same sequences", ["variant", *columns[2:]],
+              [[v, *(against_first(v, b) for b in bases[1:])] for v in variants if len(bases) > 1])
+    else:  # of a program that did not keep them
+        table(f"{of}; errors as of different sequences, though they are the same", ["variant", *columns[2:]],
+              [[v, *(number(*independent(at[v, b], at[v, bases[0]])) if (v, b) in at else "" for b in bases[1:])]
+               for v in variants if (v, bases[0]) in at and len(bases) > 1])
 
 
 def lengths(folder):

@@ -9,7 +9,7 @@
 //   other    with shift: the sweep over D2 (figure 7 right)                                    shift, layer, sample.csv
 //   length   the first key's logit against the length (figure 1 right)                         length.csv
 //   frozen   queries and keys of an unrounded fp32 run, one place of rounding switched on      shift.csv
-//   base     the same weights at larger RoPE bases                                             shift.csv
+//   base     the same weights at larger RoPE bases                                             shift, base.csv
 //
 // Cost beside the forwards: a run's LSE takes D T^2 FLOPs a head, comparing it with a reference 2 D T^2. LLaMA-2-7B at
 // 4096 tokens: 6.6 TFLOP a shift, 11 with the other sweep, and a forward 57.
@@ -56,10 +56,12 @@ std::string measure_header(const char* front) {
 
 // What the experiments on a model write to.
 struct Tables {
-    Csv shift, layer, head, key, length, sample;
+    Csv shift, layer, head, key, length, sample, base; // base: as sample, of its experiment
+    static constexpr const char* of_samples =
+        "weights,variant,base,length,d1,d2,sequence,sum_abs,column_abs,signed_sum,first_logit,place";
 
-    // deviations: some experiment writes to shift.csv; by_shift: shift is among them; lengths: length is run.
-    Tables(const std::string& folder, bool deviations, bool by_shift, bool lengths)
+    // deviations: some experiment writes to shift.csv; by_shift: shift is among them; lengths, bases: those are run.
+    Tables(const std::string& folder, bool deviations, bool by_shift, bool lengths, bool bases)
         : shift(folder, "shift.csv", measure_header("weights,experiment,variant,base,length,d1,d2,sequences"),
                 deviations),
           layer(folder, "layer.csv", measure_header("weights,variant,base,length,d1,d2,layer,sequences"), by_shift),
@@ -70,9 +72,7 @@ struct Tables {
               by_shift),
           length(folder, "length.csv",
                  "weights,variant,base,d1,d2,length,sequences,logit,logit_se,logit_abs,logit_abs_se", lengths),
-          sample(folder, "sample.csv",
-                 "weights,variant,base,length,d1,d2,sequence,sum_abs,column_abs,signed_sum,first_logit,place",
-                 by_shift) {}
+          sample(folder, "sample.csv", of_samples, by_shift), base(folder, "base.csv", of_samples, bases) {}
 };
 
 // The command line's meaning.
@@ -114,10 +114,26 @@ void write_shift(const Study& s, const char* experiment, const std::string& vari
     fflush(file);
 }
 
-// Everything else that the experiment `shift` writes of a pair.
-void write_details(const Study& s, const std::string& variant, double base, const Deviation& d) {
+// What single sequences have.
+void write_samples(const Csv& table, const Study& s, const std::string& front, const Deviation& d) {
+    for (size_t i = 0; i < d.sample.size() / measures; i++) {
+        const double* x = d.sample.data() + i * measures;
+        fprintf(table.file, "%s,%zu,%.9g,%.9g,%.9g,%.9g,%zu\n", front.c_str(), i, x[sum_abs], x[column_abs],
+                x[signed_sum], x[first_logit], s.places[i]);
+    }
+    fflush(table.file);
+}
+// Names a pair in the tables.
+std::string pair_front(const Study& s, const std::string& variant, double base, const Deviation& d) {
     char front[512];
     snprintf(front, sizeof front, "%s,%s,%g,%zu,%d,%d", s.o.label.c_str(), variant.c_str(), base, d.T, d.d1, d.d2);
+    return front;
+}
+
+// Everything else that the experiment `shift` writes of a pair.
+void write_details(const Study& s, const std::string& variant, double base, const Deviation& d) {
+    const std::string pair = pair_front(s, variant, base, d);
+    const char* front = pair.c_str();
     for (size_t l = 0; l < d.layers; l++) {
         fprintf(s.tables->layer.file, "%s,%d,%d", front, s.layers[l], d.model[0].count);
         print_means(s.tables->layer.file, d.layer.data() + l * measures);
@@ -135,12 +151,8 @@ void write_details(const Study& s, const std::string& variant, double base, cons
         }
         fprintf(s.tables->key.file, "\n");
     }
-    for (size_t i = 0; i < d.sample.size() / measures; i++) {
-        const double* x = d.sample.data() + i * measures;
-        fprintf(s.tables->sample.file, "%s,%zu,%.9g,%.9g,%.9g,%.9g,%zu\n", front, i, x[sum_abs], x[column_abs],
-                x[signed_sum], x[first_logit], s.places[i]);
-    }
-    for (const Csv* table : {&s.tables->layer, &s.tables->head, &s.tables->key, &s.tables->sample}) fflush(table->file);
+    write_samples(s.tables->sample, s, pair, d);
+    for (const Csv* table : {&s.tables->layer, &s.tables->head, &s.tables->key}) fflush(table->file);
 }
 
 void say(const char* experiment, const std::string& variant, double base, const Deviation& d, double seconds) {
@@ -253,6 +265,7 @@ template <class Dev, class E> void run_bases(Experiment<Dev, E>& x, const Study&
         for_sequences(x, s, what + v.name, s.swept,
                       [&](size_t i) { measure_shifts(x, s.sequences[i], {reference}, v.rounding, pairs); });
         write_shift(s, "base", v.name, base, pairs[0]);
+        write_samples(s.tables->base, s, pair_front(s, v.name, base, pairs[0]), pairs[0]);
         say("base", v.name, base, pairs[0], seconds_now() - start);
     }
     x.m.config.rope.base = s.config.rope.base;
@@ -513,7 +526,8 @@ int main(int argc, char** argv) {
             s.o.model.c_str(), double(param_count(s.config)) / 1e6, s.config.L, s.config.H, s.config.rope.base,
             s.o.start.c_str(), s.o.data.c_str(), s.sequences.size(), s.T);
         const bool by_shift = s.wants("shift");
-        Tables tables(s.o.out, by_shift || s.wants("frozen") || s.wants("base"), by_shift, s.wants("length"));
+        const bool bases = s.wants("base");
+        Tables tables(s.o.out, by_shift || s.wants("frozen") || bases, by_shift, s.wants("length"), bases);
         s.tables = &tables;
 #ifdef __CUDACC__
         if (s.gpu) run_device(gpu_open(0), s);

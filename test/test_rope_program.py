@@ -80,6 +80,7 @@ def test_every_table_has_its_columns_and_lines(measured):
         "length": ["weights", "variant", "base", "d1", "d2", "length", "sequences", "logit", "logit_se", "logit_abs",
                    "logit_abs_se"],
         "sample": ["weights", *front, "sequence", "sum_abs", "column_abs", "signed_sum", "first_logit", "place"],
+        "base": ["weights", *front, "sequence", "sum_abs", "column_abs", "signed_sum", "first_logit", "place"],
         "local": ["variant", "angles", "base", "keys", "pairs", "mean_abs", "expected"],
     }.items():
         lines = read(measured, name)
@@ -98,6 +99,9 @@ def test_every_table_has_its_columns_and_lines(measured):
         assert len(only(read(measured, "sample"), variant=variant)) == 3 * 5
         assert [x["length"] for x in only(read(measured, "length"), variant=variant)] == ["32", "96", "150"]
     assert len(only(shift, experiment="base")) == 3 * 2
+    for line in only(shift, experiment="base"):
+        single = [float(x["sum_abs"]) for x in only(read(measured, "base"), variant=line["variant"], base=line["base"])]
+        assert len(single) == 3 and np.isclose(np.mean(single), float(line["sum_abs"]), rtol=1e-7)
     assert len(only(shift, experiment="frozen")) == 6 + 7
 
 
@@ -663,12 +667,6 @@ def check_tables(folder):
         row = next(x for x in by_layer if x["variant"] == line["variant"])
         assert float(row[line["layer"]]) == float(f"{float(line['sum_abs']):.1e}")
 
-    value = {int(float(x["base"])): (float(x["sum_abs"]), float(x["sum_abs_se"]))
-             for x in only(shift, experiment="base", variant="bf16:C")}
-    (large, large_error), (small, small_error) = value[10**6], value[10**4]
-    row = next(x for title, rows in tables.items() if "at a base / at 10000" in title for x in rows if x["variant"] == "bf16:C")
-    assert agrees(row["1e6"], large / small, large / small * math.hypot(large_error / large, small_error / small))
-
     def by_sequence(lines, **pair):
         return np.array([float(x["sum_abs"]) for x in only(lines, variant="bf16:C", d2=16, **pair)])
 
@@ -676,6 +674,9 @@ def check_tables(folder):
         mean = above.mean() / below.mean()
         return mean, np.std(above - mean * below, ddof=1) / below.mean() / math.sqrt(len(above))
 
+    large, small = (by_sequence(read(rope / "result", "base"), base=base) for base in ("1e+06", "10000"))
+    row = next(x for title, rows in tables.items() if "at a base / at 10000" in title for x in rows if x["variant"] == "bf16:C")
+    assert len(large) == len(small) == 2 and agrees(row["1e6"], *ratio(large, small))
     far, near = by_sequence(sample, d1=100), by_sequence(sample, d1=0)
     assert len(far) == 2 and len(near) == 3  # the sweep's come first
     row = next(x for x in tables["result: D(shift, 16) / D(0, 16) of the same sequences"] if x["shift"] == "100")
