@@ -26,7 +26,7 @@ echo "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head 
 ours() {
     name=$1 tf=
     shift
-    $launch ./train_llama -e llama2-7b --device gpu --grad_dtype bf16 --opt_dtype bf16 --master none --steps 8 "$@" $OPTIONS > build/step.log 2>&1 ||
+    $launch "${TRAIN_LLAMA:-./train_llama}" -e llama2-7b --device gpu --grad_dtype bf16 --opt_dtype bf16 --master none --steps 8 "$@" $OPTIONS > build/step.log 2>&1 ||
         { echo "| $name | failed: $(tail -1 build/step.log) |"; return; }
     grep '^step' build/step.log | tail -5 | awk -F'|' -v name="$name" '
         { split($5, ms, " "); split($6, tok, " "); split($7, tf, " "); split($8, gib, " ")
@@ -52,7 +52,7 @@ peer() {
     [ "$PEERS" = 1 ] || return
     $python ${launch:+-m torch.distributed.run --nproc-per-node $ranks} "$scripts/peer_titan.py" "$@" 2>&1 |
         awk '{ last = $0 } /^(titan|FAILED)/ { row = $0 } END { print row == "" ? last : row }' | tee build/peer.row
-    awk -v ours="$tf" '{ for (i = 1; i < NF; i++) if ($i == "model") printf "    ratio %.2f\n", ours / $(i + 1) }' build/peer.row
+    [ -z "$tf" ] || awk -v ours="$tf" '{ for (i = 1; i < NF; i++) if ($i == "model") printf "    ratio %.2f\n", ours / $(i + 1) }' build/peer.row
 }
 # ratios OURS PEERS: the rows of bench_attention over those of attention_peers.py for the same case.
 ratios() {

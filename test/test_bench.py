@@ -41,15 +41,33 @@ else:
     row('cudnn causal', 65536, 600, 550)
 """
 
+# Eight steps as the trainer prints them; the first three are slow. The options stand where the peaks are.
+TRAINER = """#!/bin/sh
+echo "$*" >> "$0.calls"
+case "$*" in *"-c 32768"*) echo "train_llama: rank 0: 200.00 GiB are needed and a rank has 139.80"; exit 1 ;; esac
+echo "anchor attention, context 4096, memory 100.00 GiB a rank, recompute norm:3, master none"
+for i in 1 2 3 4 5 6 7 8; do
+    ms=$((i < 4 ? 900 : 1000 + 5 * i % 8))
+    echo "step $i/8 | loss 9.5 | norm 1.6 | lr 3.00e-04 | $ms ms | $((16384000 / ms)) tok/s | 6$((i))0.5 TFLOP/s/GPU | 99.5 GiB"
+done
+"""
+TITAN = """import sys
+print('warning of a library')
+print('titan S=%s L=%s %s B=%s  9999 tok/s  model 440.0 TFLOP/s  peak 100 GB' % tuple(sys.argv[1:]))
+"""
+
 
 def bench(tmp_path, **env):
     (tmp_path / "bench_attention").write_text(OURS)
     (tmp_path / "bench_attention").chmod(0o755)
     (tmp_path / "attention_peers.py").write_text(PEERS)
+    (tmp_path / "peer_titan.py").write_text(TITAN)
+    (tmp_path / "train_llama").write_text(TRAINER)
+    (tmp_path / "train_llama").chmod(0o755)
     (ROOT / "build").mkdir(exist_ok=True)
     return subprocess.run(["bash", str(ROOT / "dev/bench.sh")], capture_output=True, text=True, timeout=60, check=True,
                           env={**os.environ, "BUILD": str(tmp_path), "PEER_SCRIPTS": str(tmp_path), "PYTHON": "python3",
-                               **env}).stdout
+                               "TRAIN_LLAMA": str(tmp_path / "train_llama"), **env}).stdout
 
 
 def ratios(out):
@@ -77,3 +95,23 @@ def test_flex_attention_is_a_part_of_its_own_whose_cases_can_be_chosen(tmp_path)
 def test_without_peers_there_are_no_ratios(tmp_path, part):
     out = bench(tmp_path, PART=part)
     assert "TF/s" in out and not ratios(out) and "flex anchor" not in out
+
+
+def test_a_step_is_the_median_of_the_last_ones_and_beside_its_peer(tmp_path):
+    out = bench(tmp_path, PART="step anchor", STEPS="4k 32k", PEERS="1", OPTIONS="--deterministic")
+    rows = re.findall(r"(?m)^\| (7B.*?) +\| +(\d+) ms \| +(\d+) tokens/s \| +([\d.]+) TF/s \| +([\d.]+) GiB \|", out)
+    # Steps 4 to 8 take 1004, 1001, 1006, 1003 and 1000 ms. Both parts were asked for.
+    assert rows == [("7B, 4 x 4K, full", "1003", "16334", "670.5", "99.50")] * 2
+    assert "| 7B, 32K, full | failed: train_llama: rank 0: 200.00 GiB are needed" in out
+    assert re.search(r"titan S=4096 L=32 sdpa B=4 .* model 440.0", out) and "recompute norm:3" in out
+    assert re.findall(r"(?m)^    ratio (.*)$", out) == ["1.52"] * 2  # none for what failed
+    calls = (tmp_path / "train_llama.calls").read_text().split("\n")
+    assert "-c 4096 -b 4 --attention full --deterministic" in calls[0] and "--steps 8" in calls[0]
+
+
+def test_the_steps_with_documents_are_a_part_of_their_own(tmp_path):
+    bench(tmp_path, PART="anchor")
+    calls = (tmp_path / "train_llama.calls").read_text().strip().split("\n")
+    assert [re.search(r"-c (\d+) .*--generator_mean (\d+)", call).groups() for call in calls] == [
+        ("4096", "1024"), ("32768", "4096"), ("65536", "4096"), ("65536", "16384")]
+    assert not any("--attention full" in call for call in calls)
