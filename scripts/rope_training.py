@@ -256,7 +256,9 @@ def draw(lines, path):
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 8, "xtick.labelsize": 7, "ytick.labelsize": 7})
-    figure, axes = plt.subplots(1, 2, figsize=(6.5, 3.6), layout="constrained")  # the width of a page's text
+    tasks = [task for task in SCALES if any(x["task"] == task for x in lines)]
+    figure, plots = plt.subplots(1, len(tasks), figsize=(6.5, 3.6), squeeze=False, layout="constrained")  # a page's text
+    axes = dict(zip(tasks, plots[0]))
     for mode, dtype in RUNS:
         mine = [x for x in lines if (x["mode"], x["dtype"]) == (mode, dtype)]
         style = {"capsize": 2, "linewidth": 1, "markersize": 3, "marker": "o", "label": f"{mode}, {dtype}",
@@ -264,16 +266,17 @@ def draw(lines, path):
         longest = [x for x in mine if x["task"] == "books" and x["times"] == TIMES[-1]]
         points = [(f, *mean_and_error([x for x in longest if x["from"] == f])) for f in sorted({x["from"] for x in longest})]
         if points:
-            axes[0].errorbar(*zip(*points), **style)
+            axes["books"].errorbar(*zip(*points), **style)
         asked = [x for x in mine if x["task"] == "recall"]
         points = [(t, *mean_and_error([x for x in asked if x["times"] == t])) for t in sorted({x["times"] for x in asked})]
         if points:
-            axes[1].errorbar(*zip(*points), **style)
-    axes[0].set_xlabel("position in the row, from")
-    axes[0].set_ylabel("loss on held-out books (nats)")
-    axes[1].set_xlabel("length, in trained lengths")
-    axes[1].set_ylabel("recall")
-    shown = {name: handle for plot in axes for handle, name in zip(*plot.get_legend_handles_labels())}
+            axes["recall"].errorbar(*zip(*points), **style)
+    for task, x, y in (("books", "position in the row, from", "loss on held-out books (nats)"),
+                       ("recall", "length, in trained lengths", "recall")):
+        if task in axes:
+            axes[task].set_xlabel(x)
+            axes[task].set_ylabel(y)
+    shown = {name: handle for plot in axes.values() for handle, name in zip(*plot.get_legend_handles_labels())}
     if shown:
         figure.legend(shown.values(), shown, loc="outside lower center", ncols=3, frameon=False, fontsize=7)
     figure.savefig(path, dpi=220)
