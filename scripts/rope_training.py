@@ -256,7 +256,7 @@ def draw(lines, path):
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 8, "xtick.labelsize": 7, "ytick.labelsize": 7})
-    tasks = [task for task in SCALES if any(x["task"] == task for x in lines)]
+    tasks = [task for task in SCALES if any(x["task"] == task for x in lines)] or list(SCALES)
     figure, plots = plt.subplots(1, len(tasks), figsize=(6.5, 3.6), squeeze=False, layout="constrained")  # a page's text
     axes = dict(zip(tasks, plots[0]))
     for mode, dtype in RUNS:
