@@ -1199,7 +1199,7 @@ Setup setup_read(const Options& options, const Comm& world) {
         fail("--prompt is for --generate, or for --sample_every while it trains: pass one of them");
     check_output("eval", o.eval, eval_title), check_output("dump_logits", o.dump_logits, "");
     s.gpu = o.device == "gpu"; // it is looked at last, which takes a second: what can be refused before, is
-    if (!s.gpu) setup_device(s);
+    if (o.device != "gpu") setup_device(s);
     s.attention = Attention(choice(o.attention, "full|intra|intra_reset|anchor"));
     s.boundary = Boundary(choice(o.boundary_loss, "mask|next|bos"));
     s.precision = RopePrecision(choice(o.rope_precision, "exact|bf16_table|bf16_rotation|bf16_angle"));

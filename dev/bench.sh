@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 build=${BUILD:-build/cuda}
 python=${PYTHON:-python3}
 scripts=${PEER_SCRIPTS:-../shared/peers}
-part=${PART:-kernels matmul attention $([ "$PEERS" = 1 ] && echo flex) step anchor}
+part=${PART:-kernels matmul attention $([ "$PEERS" = 1 ] && echo flex) step $([ "$STEPS" ] || echo anchor)}
 flex=${FLEX:-65536:4096 65536:16384 16384:2048}
 ranks=${RANKS:-$(sh dev/gpus.sh)}
 launch= # before our program; on several GPUs, mpirun

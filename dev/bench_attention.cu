@@ -21,36 +21,6 @@ double nominal_peak(Gpu gpu) {
     return gpu.context->sms * (compute == 90 ? 4096 * 1.83e9 : compute == 80 ? 2048 * 1.41e9 : 0);
 }
 
-// What a GPU comes from in the middle of a training: some seconds of attention over a long row.
-void heat(Gpu gpu) {
-    const size_t T = 65536, H = 32, D = 128, W = 3 * H * D;
-    const Tokens t = make_row(T, 0, 1);
-    AttentionMap map;
-    attention_map_build(map, t, t, attention_tiles<bf16>(gpu, D));
-    Arrays m{gpu, {}};
-    bf16 *qkv = m.normal<bf16>(T * W), *out = m.normal<bf16>(T * H * D);
-    const AttentionForward<bf16> forward{qkv,
-                                         qkv + H * D,
-                                         qkv + H * D,
-                                         W,
-                                         W,
-                                         m.upload(token_labels(t, false)),
-                                         m.upload(token_labels(t, true)),
-                                         m.upload(map.forward),
-                                         true,
-                                         true,
-                                         out,
-                                         m.normal<float>(H * T),
-                                         nullptr,
-                                         int(T),
-                                         int(T),
-                                         int(H),
-                                         int(H),
-                                         int(D)};
-    bench_ms(
-        gpu, [&] { attention_forward_launch(gpu, forward); }, 60);
-}
-
 // `copy`: bytes a second of a plain copy.
 void run(Gpu gpu, const AttentionCase& c, const char* kernels, double copy) {
     const auto [name, T, mean, H, K, D, seed] = c;
@@ -116,7 +86,7 @@ int main(int argc, char** argv) {
     else printf("not known\n");
     printf("| case | forward, share of peak | backward | of it: ms (share of a copy) |\n|---|---|---|---|\n");
     const bool hot = !strcmp(kernels, "hot");
-    if (hot) heat(gpu);
+    if (hot) run(gpu, {"64K causal, to heat", 65536, 0, 32, 32, 128}, kernels, copy);
     for (const AttentionCase& c : attention_cases) {
         if (!strstr(c.name, only)) continue;
         // A rest: behind a long case a short one is slower by up to a sixth.

@@ -151,17 +151,25 @@ void check_anchor(LargeResult& r, LargeProblem& p) {
             sum += absolute ? std::fabs(double(a[d]) * double(b[d])) : double(a[d]) * double(b[d]);
         return sum;
     };
+    // Query t of head h and key j: P, dS / sqrt(D), and this with all terms of dP and delta taken as positive.
+    struct Seen {
+        double weight, ds, most;
+    };
+    auto seen = [&](size_t t, size_t h, size_t j) {
+        const bf16 *di = dout.row(t) + h * D, *oi = out.row(t) + h * D;
+        const double weight = std::exp(scale * dot(q.row(t) + h * D, k.row(j)) - lse[h * T + t]);
+        return Seen{weight, scale * weight * (dot(di, v.row(j)) - dot(di, oi)),
+                    scale * weight * (dot(di, v.row(j), true) + dot(di, oi, true))};
+    };
     std::vector<double> sum(2 * D), size(2 * D); // dK0, then dV0; size: of the terms' absolute values
 #pragma omp parallel
     {
         std::vector<double> mine(2 * D), terms(2 * D);
 #pragma omp for
         for (size_t i = 0; i < T * group; i++) {
-            const size_t t = i / group, at = i % group * D;
-            const bf16 *qi = q.row(t) + at, *di = dout.row(t) + at, *oi = out.row(t) + at;
-            const double weight = std::exp(scale * dot(qi, k.row(0)) - lse[i % group * T + t]);
-            const double ds = scale * weight * (dot(di, v.row(0)) - dot(di, oi));
-            const double most = scale * weight * (dot(di, v.row(0), true) + dot(di, oi, true));
+            const size_t t = i / group, h = i % group;
+            const bf16 *qi = q.row(t) + h * D, *di = dout.row(t) + h * D;
+            const auto [weight, ds, most] = seen(t, h, 0);
             for (size_t d = 0; d < D; d++) {
                 mine[d] += ds * double(qi[d]), terms[d] += most * std::fabs(double(qi[d]));
                 mine[D + d] += weight * double(di[d]), terms[D + d] += weight * std::fabs(double(di[d]));
@@ -181,14 +189,11 @@ void check_anchor(LargeResult& r, LargeProblem& p) {
         found++;
         for (size_t t : {i, std::min(i + 1, T - 1)})
             for (size_t h = 0; h < group; h++) {
-                const bf16 *qi = q.row(t) + h * D, *di = dout.row(t) + h * D, *oi = out.row(t) + h * D;
                 std::vector<double> exact(D), terms(D);
                 double weights = 0;
                 for (size_t j = 0; j <= t; j++) {
                     if (!visible(p.t.index[t], p.t.doc[t], p.t.index[j], p.t.doc[j])) continue;
-                    const double weight = std::exp(scale * dot(qi, k.row(j)) - lse[h * T + t]);
-                    const double ds = scale * weight * (dot(di, v.row(j)) - dot(di, oi));
-                    const double most = scale * weight * (dot(di, v.row(j), true) + dot(di, oi, true));
+                    const auto [weight, ds, most] = seen(t, h, j);
                     for (size_t d = 0; d < D; d++)
                         exact[d] += ds * double(k.row(j)[d]), terms[d] += most * std::fabs(double(k.row(j)[d]));
                     weights += weight;

@@ -74,20 +74,6 @@ double local_error(const RingPlan& plan, const Buffer<A>& local, const Buffer<X>
     return worst;
 }
 
-// The sum of their squares.
-template <class A, class X>
-double local_squares(const RingPlan& plan, const Buffer<A>& local, const Buffer<X>& whole, size_t S, size_t width) {
-    double sum = 0;
-    for (size_t b = 0; b < plan.local.rows(); b++)
-        for (size_t t = plan.local.row_begin[b]; t < size_t(plan.local.row_begin[b + 1]); t++)
-            for (size_t i = 0; i < width; i++) {
-                const double x = double(local[t * width + i]);
-                const double difference = x - double(whole[(b * S + plan.local.index[t]) * width + i]);
-                sum += difference * difference;
-            }
-    return sum;
-}
-
 // A local rank's part of the inputs of the whole batch, rows of `width`.
 template <class E> Buffer<E> local_rows(const RingPlan& plan, const Buffer<E>& whole, size_t S, size_t width) {
     Buffer<E> local(plan.local.size() * width);
@@ -95,6 +81,14 @@ template <class E> Buffer<E> local_rows(const RingPlan& plan, const Buffer<E>& w
         for (size_t t = plan.local.row_begin[b]; t < size_t(plan.local.row_begin[b + 1]); t++)
             std::copy_n(whole.data() + (b * S + plan.local.index[t]) * width, width, local.data() + t * width);
     return local;
+}
+// The sum of the squares of these differences.
+template <class A, class X>
+double local_squares(const RingPlan& plan, const Buffer<A>& local, const Buffer<X>& whole, size_t S, size_t width) {
+    const Buffer<X> right = local_rows(plan, whole, S, width);
+    double sum = 0;
+    for (size_t i = 0; i < local.count; i++) sum += std::pow(double(local[i]) - double(right[i]), 2);
+    return sum;
 }
 // (H, T) as the layers have it to (T, H), the order of all else.
 template <class A> Buffer<A> by_token(const Buffer<A>& by_head, size_t H) {

@@ -19,7 +19,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 BINARY = os.environ.get("TEST_ROPE", str(ROOT / "test_rope"))
 TRAINER = os.environ.get("TRAIN_LLAMA", str(ROOT / "train_llama"))
 DEVICE = os.environ.get("TRAIN_DEVICE", "cpu")
-host_only = pytest.mark.skipif(DEVICE == "gpu", reason="the host's part: the CPU's tests have it")
 PLOT = str(ROOT / "scripts/plot_rope.py")
 sys.path.insert(0, str(ROOT / "data"))
 from token_file import write_tokens  # noqa: E402
@@ -105,7 +104,7 @@ def test_every_table_has_its_columns_and_lines(measured):
     assert len(only(shift, experiment="frozen")) == 6 + 7
 
 
-@host_only
+@pytest.mark.host_only
 def test_an_experiment_leaves_the_tables_of_the_others(trained, tmp_path):
     args = ["--model", trained / "weights.bin", "--data", trained / "text.bin", *FEW, "--variants", "bf16:C"]
     run(*args, "--experiments", "shift", "--out", tmp_path)
@@ -122,7 +121,7 @@ def test_an_experiment_leaves_the_tables_of_the_others(trained, tmp_path):
     assert "goes with shift" in run(*args, "--experiments", "other", "--out", tmp_path, ok=False)
 
 
-@host_only
+@pytest.mark.host_only
 def test_two_at_once_do_not_share_a_folder(trained, tmp_path):
     few = ["--pairs", 200, "--experiments", "local", "--plot=0", "--out", tmp_path]
     busy = f"{tmp_path}: another test_rope writes its tables there; wait for it, or pass another --out\n"
@@ -436,7 +435,7 @@ def test_curves_that_differ_are_both_drawn(monkeypatch):
     assert coinciding(lines, "y") == [["a", "b"], ["c", "d"]]
 
 
-@host_only
+@pytest.mark.host_only
 def test_without_a_model_it_says_how_to_get_one(tmp_path):
     out = run("--pairs", 2000, "--plot=0", cwd=tmp_path)
     assert "make demo" in out and "run_rope.sh" in out and "--model weights.bin" in out
@@ -518,7 +517,7 @@ def test_without_a_number_it_takes_as_many_sequences_as_the_data_fill(trained, t
     (["--out", "/proc/nowhere"], "/proc/nowhere: cannot be made: No such file or directory; pass another --out\n"),
     (["--device", "gpu"], "--device cpu"),
 ])
-@host_only
+@pytest.mark.host_only
 def test_bad_arguments_are_refused(args, message, trained, tmp_path):
     if args[0] == "--device" and DEVICE == "gpu":
         pytest.skip("there is one")
@@ -530,7 +529,7 @@ def test_bad_arguments_are_refused(args, message, trained, tmp_path):
 
 @pytest.mark.parametrize("args", [["--layers", 99], ["--data", "x.bin"], ["--lengths", 64], ["--sink", 4], ["--sequences", 8],
                                   ["--experiments", "shift"], ["--experiments", "local,base"]])
-@host_only
+@pytest.mark.host_only
 def test_options_for_a_model_are_refused_where_there_is_none(args, tmp_path):
     shown = run("--pairs", 200, "--plot=0", *args, cwd=tmp_path, ok=False)
     assert f"option {args[0]} is for a model, and neither rope/run nor demo/long holds one: pass --model" in shown
@@ -556,7 +555,7 @@ def recipe(tmp_path):
     return ["sh", str(tmp_path / "scripts/run_rope.sh")]
 
 
-@host_only
+@pytest.mark.host_only
 def test_the_recipe_goes_through_its_text_eight_times_at_most(recipe, tmp_path):
     """2001 tokens; measuring and drawing are left out."""
     (tmp_path / "scripts/plot_rope.py").write_text("")

@@ -37,8 +37,6 @@ GPUS = int(os.environ.get("TRAIN_GPUS", 1))
 SHARE = os.environ.get("TRAIN_SHARE") == "1"
 RANKS = (4 if not ON_GPU or SHARE else GPUS) if HAS_MPI else 1
 needs_ranks = pytest.mark.skipif(RANKS < 2, reason="built without MPI, or fewer than two GPUs")
-# A start on a GPU takes a second, however many go side by side: what its layers have no part in is left to the CPU.
-host_only = pytest.mark.skipif(ON_GPU, reason="the host's part: the CPU's tests have it")
 # Ranks that share one GPU take 5 to 10 s to start: what the CPU's ranks or gpu_model_ranks show is left to them.
 many_gpus = pytest.mark.skipif(ON_GPU and GPUS < 2, reason="fewer than two GPUs")
 
@@ -74,7 +72,7 @@ def test_the_bare_command_says_what_it_takes(tmp_path):
     assert f"a random model of size {'llama2-7b' if ON_GPU else 'tiny'}" in out and "made-up documents" in out and "step 2/2" in out
 
 
-@host_only
+@pytest.mark.host_only
 def test_every_option_refuses_a_bad_value_by_name():
     table = re.findall(r"^\| (?:`-.`, )?`--(\w+)` \| (.*?) \| ((?:\\\||[^|])*) \|", run("--options_table"), re.M)
     assert len(table) > 50
@@ -186,13 +184,13 @@ def test_a_run_on_ranks_repeats_bit_for_bit(tmp_path, ranks, backend):
     assert len(digest(newest(tmp_path / "a"))) == ranks + 2  # every rank's optimizer, weights, state
 
 
-@host_only
+@pytest.mark.host_only
 def test_a_new_run_does_not_overwrite_an_old_one(tmp_path):
     run(*SMALL, "--steps", 2, "-o", tmp_path / "run")
     assert "--resume" in run(*SMALL, "--steps", 2, "-o", tmp_path / "run", ok=False)
 
 
-@host_only
+@pytest.mark.host_only
 def test_resume_with_another_model_is_refused(tmp_path):
     run(*SMALL, "--steps", 2, "-o", tmp_path / "run")
     for option, value, named in (("--rope_base", 999, "RoPE base 10000 and 999 (--rope_base)"),
@@ -207,7 +205,7 @@ def test_resume_with_another_model_is_refused(tmp_path):
     assert "holds a run in bf16 with master weights: pass --dtype bf16" in said
 
 
-@host_only
+@pytest.mark.host_only
 def test_a_run_goes_on_without_the_weights_it_began_with(tmp_path):
     run(*SMALL, "--steps", 1, "-o", tmp_path / "first")
     begun = tmp_path / "begun.bin"
@@ -220,7 +218,7 @@ def test_a_run_goes_on_without_the_weights_it_began_with(tmp_path):
 
 
 @needs_ranks
-@host_only
+@pytest.mark.host_only
 def test_resume_on_another_number_of_ranks(tmp_path):
     args = [*SMALL, "-c", 72, "--total_batch", 288, "--save_every", 4, "--dtype", "float"]
     run(*args, "--steps", 16, "-o", tmp_path / "whole")
@@ -310,7 +308,7 @@ def test_sharded_weights_serve_validation_scores_and_samples(tmp_path):
     assert outputs[0] == outputs[1] and len(outputs[0][3]) == 4
 
 
-@host_only
+@pytest.mark.host_only
 def test_the_plan_counts_what_zero_shares():
     def parts(*args):
         out = run("-e", "llama2-7b", "-c", 65536, "--device", "gpu", "--plan", "--ranks", 8, *args)
@@ -378,7 +376,7 @@ def test_every_ring_backend_trains_alike(tmp_path, attention):
 
 
 @pytest.mark.skipif(RANKS < 3, reason="fewer than three ranks")
-@host_only
+@pytest.mark.host_only
 def test_ulysses_needs_kv_heads_for_all_ranks():
     assert "--ring_backend ulysses" in run(*SMALL, "--ring_backend", "ulysses", ok=False, ranks=3)
 
@@ -449,7 +447,7 @@ def test_a_rank_that_dies_or_hangs_ends_all(tmp_path, stop):
 
 
 @pytest.mark.skipif(RANKS < 3, reason="fewer than three ranks")
-@host_only
+@pytest.mark.host_only
 def test_a_ring_that_does_not_divide_is_refused():
     assert "--ring 2" in run(*SMALL, "--ring", 2, ok=False, ranks=3)
 
@@ -491,7 +489,7 @@ def test_sigusr1_to_mpirun_saves_and_leaves(tmp_path):
     assert process.wait(60) == 0 and "saved, leaving" in rest
 
 
-@host_only
+@pytest.mark.host_only
 def test_a_closed_terminal_does_not_end_a_run(tmp_path):
     """Nobody reads what it prints (head has gone), then SIGHUP: it saves."""
     run_ = subprocess.Popen(command(*SMALL, "--steps", 1000000, "-o", tmp_path), stdout=subprocess.PIPE,
@@ -507,7 +505,7 @@ def test_a_closed_terminal_does_not_end_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("ucx", [False, True])
-@host_only
+@pytest.mark.host_only
 def test_nohup_keeps_a_run_alive(tmp_path, ucx):
     """UCX, with which many clusters build their MPI, takes SIGHUP for itself."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -530,7 +528,7 @@ def test_nohup_keeps_a_run_alive(tmp_path, ucx):
     assert run_.wait(60) == 0
 
 
-@host_only
+@pytest.mark.host_only
 def test_one_run_a_folder_and_a_cut_log_goes_on(tmp_path):
     first = subprocess.Popen(command(*SMALL, "--steps", 1000000, "-o", tmp_path), stdout=subprocess.DEVNULL,
                              env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -552,7 +550,7 @@ def test_one_run_a_folder_and_a_cut_log_goes_on(tmp_path):
     assert lines.count('{"event": "st') == 1 and json.loads(lines[0])["event"] == "start" and json.loads(lines[-1])["step"] == 4
 
 
-@host_only
+@pytest.mark.host_only
 def test_checkpoints_that_cannot_be_used_are_kept(tmp_path):
     run(*SMALL, "--steps", 4, "--save_every", 2, "-o", tmp_path)
     for step in tmp_path.glob("step_*"):
@@ -581,7 +579,7 @@ def test_killed_at_any_instant_the_newest_checkpoint_loads(tmp_path):
     assert f"going on from step {reached}" in out and reached > 0
 
 
-@host_only
+@pytest.mark.host_only
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(tmp_path):
     run(*SMALL, "--steps", 4, "--save_every", 2, "-o", tmp_path / "run")
     weights = newest(tmp_path / "run") / "weights.bin"
@@ -616,7 +614,7 @@ def test_a_master_copy_has_all_bits_of_the_weights_file(tmp_path):
         assert np.array_equal(values, exact[begin:begin + len(values)])
 
 
-@host_only
+@pytest.mark.host_only
 def test_a_resumed_run_says_what_has_changed(tmp_path):
     args = [*SMALL, "-o", tmp_path, "--schedule", "cosine"]
     vocab = tmp_path / 'the "new".vocab'
@@ -629,7 +627,7 @@ def test_a_resumed_run_says_what_has_changed(tmp_path):
         "--seed 1337 -> 4"]
 
 
-@host_only
+@pytest.mark.host_only
 def test_a_resumed_run_knows_its_data_by_what_is_in_them(tmp_path):
     def changed(steps, name):
         out = run(*SMALL, "-o", tmp_path / "run", "--steps", steps, "-i", tmp_path / name, "--resume")
@@ -654,7 +652,7 @@ def test_a_resumed_run_keeps_its_kind_of_master(tmp_path, master):
         assert "--dtype bf16" in run(*SMALL, "-o", tmp_path, "--steps", 6, "--resume", ok=False)
 
 
-@host_only
+@pytest.mark.host_only
 def test_no_option_overwrites_weights_or_tokens(tmp_path):
     run(*SMALL, "--steps", 1, "-o", tmp_path / "run")
     write_tokens(tmp_path / "val.bin", [[62, 5, 6, 7]], 64, bos=62)
@@ -672,7 +670,7 @@ def test_no_option_overwrites_weights_or_tokens(tmp_path):
         assert target.read_bytes() == before
 
 
-@host_only
+@pytest.mark.host_only
 def test_text_without_a_token_to_predict_is_refused(tmp_path):
     write_tokens(tmp_path / "val.bin", [[5]] * 100, 64)
     args = [*SMALL, "--attention", "intra", "-j", tmp_path / "val.bin"]
@@ -680,7 +678,7 @@ def test_text_without_a_token_to_predict_is_refused(tmp_path):
     assert "no token to predict" in run(*args, "--steps", 1, ok=False)
 
 
-@host_only
+@pytest.mark.host_only
 def test_validation_on_what_is_trained_is_said(tmp_path):
     write_tokens(tmp_path / "a.bin", [[62, *range(60)] for _ in range(9)], 64, bos=62)
     (tmp_path / "b.bin").symlink_to(tmp_path / "a.bin")
@@ -688,7 +686,7 @@ def test_validation_on_what_is_trained_is_said(tmp_path):
     assert "is in --train_data and in --val_data" in out and "540 tokens, 1.07 times through them in 9 steps" in out
 
 
-@host_only
+@pytest.mark.host_only
 def test_texts_of_two_tokenizers_are_refused(tmp_path):
     for name, tokenizer in (("train", 1), ("val", 2)):
         write_tokens(tmp_path / f"{name}.bin", [[62, 5, 6, 7]] * 9, 64, bos=62)
@@ -734,7 +732,7 @@ def test_eval_scores_every_label_once(tmp_path):
             assert np.abs(again["loss"] - lines["loss"]).max() < 1e-5
 
 
-@host_only
+@pytest.mark.host_only
 def test_eval_ends_with_the_data(tmp_path):
     """However many rows at a time, also where the text fills the last row to its end."""
     for tokens in (3 * 63, 3 * 63 + 1):
@@ -868,7 +866,7 @@ def test_all_ranks_let_the_plan_say_what_would_fit(tmp_path):
     assert done.returncode and "does not fit; this would: " in done.stdout and "GiB are needed" in done.stderr
 
 
-@host_only
+@pytest.mark.host_only
 def test_what_would_fit_keeps_to_what_was_asked_for():
     def fits(*args):
         out = run("--device", "gpu", "--plan", "--ranks", 4, *args)
@@ -882,13 +880,13 @@ def test_what_would_fit_keeps_to_what_was_asked_for():
 
 @pytest.mark.parametrize("attention, ranks, backend", [("anchor", 8, "ring"), ("full", 8, "ulysses"), ("full", 6, "ring"),
                                                       ("full", 16, "ring")])
-@host_only
+@pytest.mark.host_only
 def test_auto_takes_the_fastest_ring_backend(attention, ranks, backend):
     out = run("-e", "llama2-7b", "-c", 4096, "--device", "gpu", "--plan", "--attention", attention, "--ranks", ranks)
     assert f"{ranks} ranks in rings of {ranks} by {backend}," in out  # 32 KV heads: 6 ranks do not divide them
 
 
-@host_only
+@pytest.mark.host_only
 def test_the_plan_estimates_the_step():
     def step(*args):
         out = run("-e", "llama2-7b", "-c", 65536, "--device", "gpu", "--plan", *args)
@@ -911,7 +909,7 @@ def test_the_plan_estimates_the_step():
     assert "with these heads" in run("-e", "tiny", "--device", "gpu", "--plan")
 
 
-@host_only
+@pytest.mark.host_only
 def test_dump_params_names_every_tensor():
     lines = [line.split("\t") for line in run("--dump_params", "-e", "qwen2-1.5b").splitlines()]
     names = [name for _, _, name in lines]
@@ -924,7 +922,7 @@ def test_dump_params_names_every_tensor():
     assert all(int(o) >= end for (o, _, _), end in zip(lines[1:], ends))
 
 
-@host_only
+@pytest.mark.host_only
 def test_llmc_shards_train(tmp_path):
     header = np.zeros(256, "<i4")
     tokens = np.tile(np.r_[50256, np.arange(100)], 20)
@@ -946,7 +944,7 @@ def launched(tmp_path, launcher, script, *args, **env):
 
 @pytest.mark.parametrize("launcher, script", [("mpirun", ["sh", "scripts/run_nodes.sh", "hosts.txt"]),
                                               ("srun", ["bash", "scripts/run_slurm.sh"])])
-@host_only
+@pytest.mark.host_only
 def test_several_nodes_resume_where_there_is_a_folder(tmp_path, launcher, script):
     for out in (["-o", "my run"], ["-o=run"], ["--out", "run"], ["--out=run"], []):
         args = ["-i", "books 0*.bin", *out, "--steps", "3"]
@@ -955,7 +953,7 @@ def test_several_nodes_resume_where_there_is_a_folder(tmp_path, launcher, script
         assert line[begin:] == ["./train_llama", "--device", "gpu", *(["--resume"] if out else []), *args]
 
 
-@host_only
+@pytest.mark.host_only
 def test_several_nodes_get_the_environment_that_is_set(tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith(("NCCL_", "UCX_"))]:
         monkeypatch.delenv(name)
