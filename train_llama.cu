@@ -198,6 +198,7 @@ template <class E, class G> struct Part {
     G *grads, *grads_shard;         // likewise
     size_t held_begin, held_end;    // the weights that this rank always has: elements of the model,
     E* held;                        // from here on
+    bool changed = false;           // ZeRO-1, 2: other ranks have new slices that params has not
     std::vector<Shift> fetching;    // slices of other ranks on their way into params
     std::optional<Shift> reduction; // the sum of grads over all ranks, under way
 };
@@ -405,10 +406,16 @@ template <class Dev, class E, class G> void model_input(Model<Dev, E, G>& m, Bat
     rope_table<E>(m.dev, m.angles, m.pos, frequency.data(), factor, m.precision, b.T, m.config.D);
 }
 
-// ZeRO-3: has the slices of a part's weights sent by all ranks. The transfers go on beside what is computed.
+// Has the slices of a part's weights sent by all ranks: those that an update has changed, with ZeRO-3 whenever another
+// part was in its buffer. The transfers go on beside what is computed.
 template <class Dev, class E, class G> void params_fetch(Model<Dev, E, G>& m, size_t p) {
-    if (m.layout.zero_level() < 3) return;
     Part<E, G>& part = m.parts[p];
+    if (m.layout.zero_level() < 3) {
+        if (part.changed)
+            part.fetching.push_back(comm_all_gather_start(m.dev, m.background, part.params, part.shards.data()));
+        part.changed = false;
+        return;
+    }
     int& in_buffer = m.in_buffer[part.buffer];
     if (in_buffer == int(p)) return;
     REQUIRE(in_buffer < 0 || m.parts[in_buffer].fetching.empty(), "use what was fetched before its buffer is taken");
@@ -435,6 +442,7 @@ template <class Dev, class E, class G> void params_use(Model<Dev, E, G>& m, size
 // What was fetched is out of date.
 template <class Dev, class E, class G> void params_changed(Model<Dev, E, G>& m) {
     for (int& part : m.in_buffer) part = -1;
+    for (Part<E, G>& part : m.parts) part.changed = true;
 }
 
 // Waits for the sum of a part's gradients, if one is under way.
@@ -617,8 +625,8 @@ template <class Dev, class E, class G> void model_norm(Model<Dev, E, G>& m) {
     comm_sum(m.dev, m.world, &m.update->norm_squared, 1);
 }
 
-// AdamW on this rank's shard, tensor by tensor because only matrices decay; then everyone gets every shard, if it keeps
-// them. Nothing happens when m.update says so.
+// AdamW on this rank's shard, tensor by tensor because only matrices decay. The next forward fetches the others', part
+// by part. Nothing happens when m.update says so.
 template <class Dev, class E, class G, class M> void model_update_as(Model<Dev, E, G>& m, AdamW adamw) {
     const double decay = adamw.weight_decay;
     for (const ParamInfo& p : param_table(m.config)) {
@@ -632,8 +640,6 @@ template <class Dev, class E, class G, class M> void model_update_as(Model<Dev, 
                      (M*)m.moment2 + j, part.grads_shard + i, last - first, first, adamw, &m.update->adamw);
     }
     params_changed(m);
-    if (m.layout.zero_level() < 3)
-        for (const Part<E, G>& part : m.parts) comm_all_gather(m.dev, m.world, part.params, part.shards.data());
 }
 
 template <class Dev, class E, class G> void model_update(Model<Dev, E, G>& m, const AdamW& adamw) {
@@ -1288,6 +1294,8 @@ template <class Dev, class E, class G> void master_from_params(Model<Dev, E, G>&
 // and write nothing: with ZeRO-3 they are fetched part by part, from all ranks.
 template <class Dev, class E, class G> void save(Model<Dev, E, G>& m, const Setup& s, TrainState& state) {
     if (s.o.out.empty()) return;
+    if (m.layout.zero_level() < 3) // before a disk is at work: a transfer would not hear that its rank is alive
+        for (size_t p = 0; p < m.parts.size(); p++) params_use(m, p, p);
     const Fetch fetch = [&](void* to, const void* from, size_t bytes) { copy_to_host(m.dev, to, from, bytes); };
     fetch(&state.update, m.update, sizeof state.update);
     WeightsHeader header = header_from_config(m.config, type_of<E>(), m.elements);

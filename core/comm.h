@@ -106,6 +106,9 @@ template <class Dev, class E> Shift shift_start(Dev, const Comm& comm, const E* 
 // The CPU's is over when it returns.
 template <class Dev, class E>
 Shift comm_reduce_scatter_start(Dev, const Comm& comm, E* data, const size_t* begin /*(size + 1)*/);
+// comm_all_gather in the same way.
+template <class Dev, class E>
+Shift comm_all_gather_start(Dev, const Comm& comm, E* data, const size_t* begin /*(size + 1)*/);
 // Afterwards `receive` is filled or the sum is formed, what was sent is free, and a second wait does nothing.
 void shift_wait(Cpu, Shift& shift);
 void shift_wait(Gpu, Shift& shift);
@@ -169,18 +172,31 @@ void comm_gather(Cpu, const Comm& comm, Type type, void* all, const void* mine, 
 void comm_sum(Cpu, const Comm& comm, Type type, void* data, size_t count);
 void comm_sum(Gpu, const Comm& comm, Type type, void* data, size_t count);
 void comm_reduce_scatter(Cpu, const Comm& comm, Type type, void* data, const size_t* begin);
-void comm_reduce_scatter(Gpu, const Comm& comm, Type type, void* data, const size_t* begin);
 Shift comm_reduce_scatter_start(Gpu, const Comm& comm, Type type, void* data, const size_t* begin);
-inline Shift comm_reduce_scatter_start(Cpu cpu, const Comm& comm, Type type, void* data, const size_t* begin) {
-    comm_reduce_scatter(cpu, comm, type, data, begin);
-    return {comm, nullptr};
-}
 void comm_all_gather(Cpu, const Comm& comm, Type type, void* data, const size_t* begin);
-void comm_all_gather(Gpu, const Comm& comm, Type type, void* data, const size_t* begin);
+Shift comm_all_gather_start(Gpu, const Comm& comm, Type type, void* data, const size_t* begin);
 Shift shift_start(Cpu, const Comm& comm, Type type, const void* send, size_t send_count, int to, void* receive,
                   size_t receive_count, int from);
 Shift shift_start(Gpu, const Comm& comm, Type type, const void* send, size_t send_count, int to, void* receive,
                   size_t receive_count, int from);
+
+// What a device has of both is one of them.
+inline Shift comm_reduce_scatter_start(Cpu cpu, const Comm& comm, Type type, void* data, const size_t* begin) {
+    comm_reduce_scatter(cpu, comm, type, data, begin);
+    return {comm, nullptr};
+}
+inline void comm_reduce_scatter(Gpu gpu, const Comm& comm, Type type, void* data, const size_t* begin) {
+    Shift sum = comm_reduce_scatter_start(gpu, comm, type, data, begin);
+    shift_wait(gpu, sum);
+}
+inline Shift comm_all_gather_start(Cpu cpu, const Comm& comm, Type type, void* data, const size_t* begin) {
+    comm_all_gather(cpu, comm, type, data, begin);
+    return {comm, nullptr};
+}
+inline void comm_all_gather(Gpu gpu, const Comm& comm, Type type, void* data, const size_t* begin) {
+    Shift gather = comm_all_gather_start(gpu, comm, type, data, begin);
+    shift_wait(gpu, gather);
+}
 
 template <class Dev, class E> void comm_broadcast(Dev dev, const Comm& comm, E* data, size_t count, int root) {
     comm_broadcast(dev, comm, type_of<E>(), data, count, root);
@@ -199,6 +215,9 @@ template <class Dev, class E> Shift comm_reduce_scatter_start(Dev dev, const Com
 }
 template <class Dev, class E> void comm_all_gather(Dev dev, const Comm& comm, E* data, const size_t* begin) {
     comm_all_gather(dev, comm, type_of<E>(), data, begin);
+}
+template <class Dev, class E> Shift comm_all_gather_start(Dev dev, const Comm& comm, E* data, const size_t* begin) {
+    return comm_all_gather_start(dev, comm, type_of<E>(), data, begin);
 }
 template <class Dev, class E> Shift shift_start(Dev dev, const Comm& comm, const E* send, size_t send_count, int to,
                                                 E* receive, size_t receive_count, int from) {

@@ -421,21 +421,16 @@ Shift comm_reduce_scatter_start(Gpu gpu, const Comm& comm, Type type, void* data
     return {comm, all.release()};
 }
 
-void comm_reduce_scatter(Gpu gpu, const Comm& comm, Type type, void* data, const size_t* begin) {
-    Shift sum = comm_reduce_scatter_start(gpu, comm, type, data, begin);
-    shift_wait(gpu, sum);
-}
-
-void comm_all_gather(Gpu gpu, const Comm& comm, Type type, void* data, const size_t* begin) {
+Shift comm_all_gather_start(Gpu gpu, const Comm& comm, Type type, void* data, const size_t* begin) {
     for (int r = 0; r < comm.size; r++) REQUIRE(begin[r] <= begin[r + 1], "slices must not run backwards");
-    if (comm.size == 1) return;
+    if (comm.size == 1) return {comm, nullptr};
     Group& g = group_of(gpu, comm);
     auto place = [&](int r) { return (uint8_t*)data + begin[r] * type_size(type); };
     auto length = [&](int r) { return (begin[r + 1] - begin[r]) * type_size(type); };
     auto message = [&](int r) {
         return Message{r, place(comm.rank), length(comm.rank), place(r), length(r), place(r)};
     };
-    exchange_wait(gpu, exchange_start(gpu, g, "all-gather", with_others(comm, message)));
+    return {comm, exchange_start(gpu, g, "all-gather", with_others(comm, message)).release()};
 }
 
 Shift shift_start(Gpu gpu, const Comm& comm, Type type, const void* send, size_t send_count, int to, void* receive,

@@ -203,16 +203,17 @@ inline void shared_parts(std::vector<StepPart>& parts, const Config& c, const St
     parts.push_back({"sums of gradients", 0, 0, sums * others * all * w.gradient, sums * sum * all / layer,
                      sums * (L - 1) * std::max(0.0, sum - spare[1]) + sum + sum_ends});
     auto fetch = [&](double elements) { return seconds(elements, w.weight, elements * w.weight / w.world); };
+    // A layer ahead, in the update's first forward, or with ZeRO-3 in every forward and backward; the embedding and the
+    // first layer have nothing before them.
+    const double left = std::max(0.0, spare[1] - sum);
+    const double forward = L * fetch(layer) + fetch(ends) * (c.tied ? 1 : 2);
+    const double late_forward = fetch(ends) + fetch(layer) + (L - 1) * std::max(0.0, fetch(layer) - spare[0]);
     if (w.zero < 3) {
-        const double time = L * fetch(layer) + fetch(ends) * (c.tied ? 1 : 2);
-        parts.push_back({"weights gathered", 0, 0, others * all * w.weight, time, time});
+        parts.push_back({"weights gathered", 0, 0, others * all * w.weight, forward, late_forward});
         return;
     }
-    // A layer ahead, forward and backward; the embedding and the first layer have nothing before them.
-    const double left = std::max(0.0, spare[1] - sum);
-    const double time = w.batches * (2 * L * fetch(layer) + fetch(ends) * (c.tied ? 1 : 2));
-    const double late = fetch(ends) + fetch(layer) + (L - 1) * std::max(0.0, fetch(layer) - spare[0]) +
-                        L * std::max(0.0, fetch(layer) - left);
+    const double time = w.batches * (forward + L * fetch(layer));
+    const double late = late_forward + L * std::max(0.0, fetch(layer) - left);
     parts.push_back(
         {"weights fetched", 0, 0, w.batches * others * (all + L * layer) * w.weight, time, w.batches * late});
 }

@@ -295,6 +295,46 @@ TEST_CASE("GPU: sums go on beside the ring and the weights") {
     }
 }
 
+// Updates and the forwards behind them, without the host ever waiting: each rank changes its slice of every part, and a
+// part is gathered beside the work on the one before it; ranks that are late at random.
+TEST_CASE("GPU: weights are gathered a layer ahead") {
+    if (world.size == 1) return;
+    constexpr size_t steps = 12, parts = 4;
+    const Gpu gpu = the_gpu();
+    const size_t count = fewer(size_t(1) << 22);
+    auto* memory = (int32_t*)peer_memory;
+    auto* wrong = (unsigned long long*)(memory + parts * count);
+    for (const Way& way : ways) {
+        CAPTURE(way.name);
+        fill_zero(gpu, wrong, sizeof *wrong);
+        for (size_t step = 0; step < steps; step++) {
+            std::vector<size_t> begin[parts];
+            Shift gather[parts];
+            auto slice = [&](size_t p, int r) { return memory + p * count + begin[p][r]; };
+            auto length = [&](size_t p, int r) { return begin[p][r + 1] - begin[p][r]; };
+            auto start = [&](size_t p) {
+                gather[p] = comm_all_gather_start(gpu, way.comm, memory + p * count, begin[p].data());
+            };
+            for (size_t p = 0; p < parts; p++) {
+                begin[p] = ragged(step * parts + p, world.size, count);
+                late_write<<<64, 256, 0, gpu.stream>>>(slice(p, world.rank), length(p, world.rank), world.rank,
+                                                       step * parts + p, lateness(p, step));
+            }
+            start(0);
+            for (size_t p = 0; p < parts; p++) {
+                shift_wait(gpu, gather[p]);
+                if (p + 1 < parts) start(p + 1);
+                for (int r = 0; r < world.size; r++)
+                    late_check<<<64, 256, 0, gpu.stream>>>(wrong, slice(p, r), length(p, r), r, step * parts + p,
+                                                           lateness(p, step + steps));
+            }
+        }
+        unsigned long long found = 1;
+        copy_to_host(gpu, &found, wrong, sizeof found);
+        CHECK(found == 0);
+    }
+}
+
 // Twice the same sum: waited for at once it is exposed, and behind work that takes longer it is not.
 TEST_CASE("GPU: a sum that is hidden costs nothing") {
     if (world.size == 1) return;
