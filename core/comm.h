@@ -180,7 +180,7 @@ Shift shift_start(Cpu, const Comm& comm, Type type, const void* send, size_t sen
 Shift shift_start(Gpu, const Comm& comm, Type type, const void* send, size_t send_count, int to, void* receive,
                   size_t receive_count, int from);
 
-// What a device has of both is one of them.
+// The CPU's transfer is over when its start returns; the GPU's whole one is a start that is waited for.
 inline Shift comm_reduce_scatter_start(Cpu cpu, const Comm& comm, Type type, void* data, const size_t* begin) {
     comm_reduce_scatter(cpu, comm, type, data, begin);
     return {comm, nullptr};
