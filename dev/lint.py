@@ -85,7 +85,7 @@ def include_faults(path, text):
         del number
         if name in ONE_FILE_EACH and not path.startswith(("test/", "dev/")):
             yield f"includes {name}: only one file of {ONE_FILE_EACH[name]} may", name
-        target = next((t for t in (ROOT / name, (ROOT / path).parent / name) if t.is_file()), None)
+        target = next((t for t in ((ROOT / path).parent / name, ROOT / name) if t.is_file()), None)
         if target is None:
             continue
         target = target.resolve().relative_to(ROOT).as_posix()
