@@ -180,22 +180,13 @@ Shift shift_start(Cpu, const Comm& comm, Type type, const void* send, size_t sen
 Shift shift_start(Gpu, const Comm& comm, Type type, const void* send, size_t send_count, int to, void* receive,
                   size_t receive_count, int from);
 
-// The CPU's transfer is over when its start returns; the GPU's whole one is a start that is waited for.
 inline Shift comm_reduce_scatter_start(Cpu cpu, const Comm& comm, Type type, void* data, const size_t* begin) {
     comm_reduce_scatter(cpu, comm, type, data, begin);
     return {comm, nullptr};
 }
-inline void comm_reduce_scatter(Gpu gpu, const Comm& comm, Type type, void* data, const size_t* begin) {
-    Shift sum = comm_reduce_scatter_start(gpu, comm, type, data, begin);
-    shift_wait(gpu, sum);
-}
 inline Shift comm_all_gather_start(Cpu cpu, const Comm& comm, Type type, void* data, const size_t* begin) {
     comm_all_gather(cpu, comm, type, data, begin);
     return {comm, nullptr};
-}
-inline void comm_all_gather(Gpu gpu, const Comm& comm, Type type, void* data, const size_t* begin) {
-    Shift gather = comm_all_gather_start(gpu, comm, type, data, begin);
-    shift_wait(gpu, gather);
 }
 
 template <class Dev, class E> void comm_broadcast(Dev dev, const Comm& comm, E* data, size_t count, int root) {
@@ -208,13 +199,15 @@ template <class E> void comm_gather(Cpu cpu, const Comm& comm, E* all, const E* 
     comm_gather(cpu, comm, type_of<E>(), all, mine, count);
 }
 template <class Dev, class E> void comm_reduce_scatter(Dev dev, const Comm& comm, E* data, const size_t* begin) {
-    comm_reduce_scatter(dev, comm, type_of<E>(), data, begin);
+    Shift sum = comm_reduce_scatter_start(dev, comm, data, begin);
+    shift_wait(dev, sum);
 }
 template <class Dev, class E> Shift comm_reduce_scatter_start(Dev dev, const Comm& comm, E* data, const size_t* begin) {
     return comm_reduce_scatter_start(dev, comm, type_of<E>(), data, begin);
 }
 template <class Dev, class E> void comm_all_gather(Dev dev, const Comm& comm, E* data, const size_t* begin) {
-    comm_all_gather(dev, comm, type_of<E>(), data, begin);
+    Shift gather = comm_all_gather_start(dev, comm, data, begin);
+    shift_wait(dev, gather);
 }
 template <class Dev, class E> Shift comm_all_gather_start(Dev dev, const Comm& comm, E* data, const size_t* begin) {
     return comm_all_gather_start(dev, comm, type_of<E>(), data, begin);
