@@ -10,6 +10,8 @@ for argument; do # with a folder for checkpoints, the same command goes on from 
 done
 # mpirun takes its own variables to the other nodes, the rest by -x alone; the network's must be alike on all. Not
 # CUDA_VISIBLE_DEVICES: a rank must see all GPUs of its own node.
+# Without hwloc's OpenCL, which may bring PoCL and its LLVM into mpirun: that takes SIGUSR1, which mpirun is to pass on.
+export HWLOC_COMPONENTS="${HWLOC_COMPONENTS--opencl}"
 network=$(awk 'BEGIN { for (name in ENVIRON) if (name ~ /^(NCCL|UCX)_[A-Za-z0-9_]*$/) print "-x " name }' | sort)
 exec mpirun --hostfile "$hosts" --map-by slot --bind-to none -x PATH ${LD_LIBRARY_PATH:+-x LD_LIBRARY_PATH} \
     -x OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}" $network ./train_llama --device gpu $resume "$@"
