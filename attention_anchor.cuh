@@ -60,13 +60,13 @@ inline int64_t visible_pairs(const int32_t* doc /*(S)*/, size_t S) { return S ==
 
 // What a tile of queries has to visit; in a map by keys, the queries that a tile of keys has to visit. All numbers
 // count local tokens, of the query set or of the key set.
-struct KeyRange {
+struct VisitedRange {
     int32_t begin, end;
     bool masked;      // some of its pairs are not visible: test each
     int32_t turn = 0; // in a map with turns: how many tiles before this one visit the same
 };
-struct QueryTile {
-    int32_t row, begin, end;         // queries
+struct MapTile {
+    int32_t row, begin, end;         // queries, or keys
     int32_t first_range, last_range; // ranges [first_range, last_range)
 };
 // The keys that a query sees, or the queries that see a key.
@@ -74,8 +74,8 @@ struct TokenInterval {
     int32_t begin, end;
 };
 struct TileMap {
-    std::vector<QueryTile> tiles; // most work first
-    std::vector<KeyRange> ranges;
+    std::vector<MapTile> tiles; // most work first
+    std::vector<VisitedRange> ranges;
     std::vector<TokenInterval> seen; // of every query (by keys: key), where it is one interval for all; else empty
     int64_t pairs = 0;               // visible pairs, the anchor's column excluded
     int32_t tile = 0;                // tokens of a tile, but for a row's last one
@@ -232,7 +232,7 @@ inline void tile_map_build(TileMap& map, const Tokens& q, const Tokens& k, int t
                 const TileSummary &query = options.by_keys ? s : t, &key = options.by_keys ? t : s;
                 if (key.first > query.last || !any_visible(query, key)) continue;
                 const bool masked = !all_visible(query, key), full = map.ranges.size() - first == tile_ranges_most;
-                KeyRange* last = map.ranges.size() > first ? &map.ranges.back() : nullptr;
+                VisitedRange* last = map.ranges.size() > first ? &map.ranges.back() : nullptr;
                 visits += s.end - (full ? last->end : s.begin);
                 if (full) last->end = s.end, last->masked = true;
                 else if (last && last->end == s.begin && last->masked == masked) last->end = s.end;
@@ -246,7 +246,7 @@ inline void tile_map_build(TileMap& map, const Tokens& q, const Tokens& k, int t
     std::vector<size_t> order(work.size());
     std::iota(order.begin(), order.end(), size_t(0));
     std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return work[a] > work[b]; });
-    std::vector<QueryTile> tiles;
+    std::vector<MapTile> tiles;
     for (size_t i : order) tiles.push_back(map.tiles[i]);
     map.tiles = std::move(tiles);
 }
@@ -262,21 +262,21 @@ HOST_DEVICE constexpr int32_t turn_counter(int32_t begin, int32_t row, int32_t t
 // begins visits its own queries first: for the former document these are the last ones.
 inline void tile_map_take_turns(TileMap& map, const Tokens& q, const Tokens& k, int tile) {
     std::vector<int32_t> visits(1);
-    std::vector<KeyRange> ranges, own;
-    for (QueryTile& t : map.tiles) {
+    std::vector<VisitedRange> ranges, own;
+    for (MapTile& t : map.tiles) {
         const size_t first = ranges.size();
         const bool several = k.doc[t.begin] != k.doc[t.end - 1];
         own.clear();
         for (int32_t r = t.last_range; r-- > t.first_range;) {
-            const KeyRange& range = map.ranges[r];
+            const VisitedRange& range = map.ranges[r];
             const int32_t steps = (range.end - range.begin + tile - 1) / tile;
             for (int32_t step = steps; step-- > 0;) {
                 const int32_t begin = range.begin + step * tile, end = std::min(begin + tile, range.end);
                 const size_t counter = turn_counter(begin, t.row, tile);
                 if (counter >= visits.size()) visits.resize(counter + 1);
                 const int32_t turn = visits[counter]++;
-                std::vector<KeyRange>& to = several && q.index[begin] <= k.index[t.end - 1] ? own : ranges;
-                KeyRange* after = to.size() > (&to == &own ? 0 : first) ? &to.back() : nullptr;
+                std::vector<VisitedRange>& to = several && q.index[begin] <= k.index[t.end - 1] ? own : ranges;
+                VisitedRange* after = to.size() > (&to == &own ? 0 : first) ? &to.back() : nullptr;
                 const bool joins = after && after->begin == end && after->masked == range.masked && after->turn == turn;
                 if (joins) after->begin = begin;
                 else to.push_back({begin, end, range.masked, turn});
@@ -302,8 +302,8 @@ struct TokenLabel {
     int32_t index, doc;
 };
 struct DeviceMap {
-    const QueryTile* tiles = nullptr;
-    const KeyRange* ranges = nullptr;
+    const MapTile* tiles = nullptr;
+    const VisitedRange* ranges = nullptr;
     int32_t count = 0;                   // of tiles
     int32_t tile = 0;                    // as in TileMap
     const TokenInterval* seen = nullptr; // likewise; null: by labels
@@ -339,7 +339,7 @@ inline void attention_map_build(AttentionMap& map, const Tokens& q, const Tokens
         tile_map_build(to, q, k, tile_q, tile_k, {by_keys, gpu});
         if (by_keys && tiles.turns) return tile_map_take_turns(to, q, k, tile_q);
         int64_t visits = 0;
-        for (const KeyRange& r : to.ranges) visits += r.end - r.begin;
+        for (const VisitedRange& r : to.ranges) visits += r.end - r.begin;
         if (tiles.pairs_from == 0 || visits < tiles.pairs_from * int64_t(to.tiles.size())) return;
         tile_map_build(to, q, k, by_keys ? tile_q : 2 * tile_q, by_keys ? 2 * tile_k : tile_k, {by_keys, gpu});
     };
@@ -451,7 +451,7 @@ inline void load_rows(Acc<X>* to, size_t row, const X* x, size_t stride, size_t 
 // One task: a tile of queries, one head. q, dout, ... point at its first query's head, key and value at its KV head.
 template <class A> struct TileTask {
     const TileMap& map;
-    const QueryTile& tile;
+    const MapTile& tile;
     const Tokens &qt, &kt;
     const A *key, *value; // (Tk, D)
     size_t H, D;
@@ -466,7 +466,7 @@ template <class A> inline TileTask<A> tile_task(const TileMap& map, size_t tile,
 // f(first key, number of keys <= 64, masked) for all that the tile visits.
 template <class A, class F> inline void for_each_key_tile(const TileTask<A>& task, F f) {
     for (int32_t r = task.tile.first_range; r < task.tile.last_range; r++) {
-        const KeyRange& range = task.map.ranges[r];
+        const VisitedRange& range = task.map.ranges[r];
         for (int32_t begin = range.begin; begin < range.end; begin += attention_tile)
             f(size_t(begin), size_t(std::min(attention_tile, range.end - begin)), range.masked);
     }
@@ -527,7 +527,7 @@ template <class A> inline A attention_scale(size_t D) { return A(1 / std::sqrt(d
 
 inline void attention_require(const TileMap& map, size_t H, size_t K, size_t D) {
     REQUIRE(K > 0 && H > 0 && H % K == 0 && D > 0, "the heads must be a multiple of the KV heads");
-    for (const QueryTile& tile : map.tiles)
+    for (const MapTile& tile : map.tiles)
         REQUIRE(tile.end - tile.begin <= attention_tile, "build the map with tiles of at most 64 queries");
 }
 

@@ -208,7 +208,8 @@ __device__ __forceinline__ uint32_t bits_below(int count) {
     asm("bmsk.clamp.b32 %0, 0, %1;" : "=r"(bits) : "r"(count));
     return bits;
 }
-__device__ __forceinline__ uint32_t pair(float low, float high) {
+// Two numbers rounded to bf16, the first one in the lower half.
+__device__ __forceinline__ uint32_t round_pair(float low, float high) {
     uint32_t both;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;

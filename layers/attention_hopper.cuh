@@ -3,16 +3,28 @@
 // The mathematics, the mask and the tile map stand in attention_anchor.cuh, the instructions in core/ptx.h. One block a
 // multiprocessor stays for the whole launch and takes (tile, head) by (tile, head) from a counter, longest first; the
 // heads that are under way at a time are few enough for what they read again and again to stay in the L2 cache.
-// Warpgroup 0 gives its registers away and loads; warpgroups 1 and 2 compute, 64 rows of the tile each. Slots of shared
-// memory go round between them, each with a barrier "full" and a barrier "empty". The anchor is no step: it is where
-// the forward's softmax starts, and attention_backward_begin has computed its share of the gradients.
+// Warpgroups 1 and 2 compute, 64 rows of the tile each. Warpgroup 0 gives its registers away and loads: one warp in the
+// forward; in the backward a second one brings LSE, delta and labels. Slots of shared memory go round between them,
+// each with a barrier "full" and a barrier "empty". The anchor is no step: it is where the forward's softmax starts,
+// and attention_backward_begin has computed its share of the gradients.
 //
-// Forward: a tile of 128 queries visits tiles of 128 keys. Step n of a warpgroup, and its tensor cores meanwhile:
+// Forward: a tile of 128 queries visits tiles of 128 keys. Step n of a warpgroup:
 //
 //   issue S(n) = Q K(n)^T, then O += P(n-1) V(n-1)
-//   wait for S(n)                                              S(n)
-//   mask; m, P(n) = exp(S(n) - m), l                           O, then what the other warpgroup has issued
+//   wait for S(n); mask; m, P(n) = exp(S(n) - m), l
 //   wait for O; round P(n), rescale O if m rose much
+//
+// A tile's first steps in time, for D = 128. A column is as long as one product of one warpgroup, or its exponentials.
+// + issues, O0 is O += P(0) V(0), and what has a prime is warpgroup 2's. Full: what warpgroup 1 waits for; empty: what
+// both have left, whose slot the loader fills again. Nothing but the slots holds the warpgroups together; without a
+// word between them each computes while the tensor cores work for the other:
+//
+//   loader        Q K0 K1 V0                  K2 V1                   K3      V2                      K4
+//   full v                    K0              V0 K1           V1 K2                           V2 K3
+//   empty ^                                   K0                      K1      V0                      K2
+//   warpgroup 1               +S0     P0      +S1 +O0 P1      +S2 +O1                 P2      +S3 +O2
+//   tensor cores              S0      S0'     S1      O0      S1'     O0'     S2      O1      S2'     O1'
+//   warpgroup 2               +S0'            P0'     +S1' +O0'       P1'     +S2' +O1'               P2'
 //
 // Exponentials take half the time of the products, so that with two warpgroups the tensor cores always have work. Q
 // stays in registers, which leaves shared memory a fifth less to read.
@@ -23,12 +35,24 @@
 // neither has to wait for the other. Step n:
 //
 //   issue dP(n) = V dO(n)^T - delta, then dV += P(n) dO(n)
-//   send dQ(n-2)                                               dP
-//   dS(n) = P(n) dP(n), to shared memory                       dV; the other warpgroup's
-//   issue S(n+1) = K Q(n+1)^T - LSE, dQ(n-1) = dS(n-1) K, dK += dS(n) Q(n)
-//   tell that dS(n) is there                                   S
-//   P(n+1) = exp(S(n+1))                                       dQ, dK; the other warpgroup's
-//   dQ(n-1) to shared memory
+//   send dQ(n-2)
+//   wait for dP; dS(n) = P(n) dP(n), to shared memory
+//   wait for dV; issue S(n+1) = K Q(n+1)^T - LSE, dQ(n-1) = dS(n-1) K, dK += dS(n) Q(n)
+//   tell that dS(n) is there
+//   wait for S; P(n+1) = exp(S(n+1))
+//   wait for dQ; dQ(n-1) to shared memory
+//   wait for dK
+//
+// A step in the midst of others, drawn likewise, from where the tensor cores begin with it; warpgroup 1 has issued its
+// dP and dV at the end of the step before:
+//
+//   loader           Q(n+2)                          dO(n+2)
+//   second loader    LSE(n+2)                        delta(n+2)
+//   full v                           Q(n+1)                                  dO(n+1)
+//   empty ^          Q(n-1)                          dO(n)
+//   warpgroup 1              dS      +S +dQ +dK              P       dQ out  +dP +dV, send dQ
+//   tensor cores     dP      dV      dP'     dV'     S       dQ      dK      S'      dQ'     dK'
+//   warpgroup 2      +dP' +dV', send dQ'     dS'     +S' +dQ' +dK'                   P'      dQ' out
 //
 // dQ is sent, and added in memory, by the copy engine, in any order. Where the map has turns (tile_map_take_turns) the
 // order is fixed: two more warps send it, which wait until all tiles before this one have added to the same queries,
@@ -48,7 +72,7 @@ namespace hopper {
 
 constexpr int forward_queries = 128, forward_keys = 128; // of a tile
 constexpr int block_threads = 384;
-constexpr uint32_t filling = 33; // arrivals that fill a slot: a warp's small copies, and what the copy engine brings
+constexpr uint32_t fill_arrivals = 33; // that fill a slot: a warp's small copies, and what the copy engine brings
 constexpr int rows_of_group = 64, columns_of_half = 64;
 constexpr int pairs_from = 4096; // keys, or queries, that a tile visits in the mean, from which blocks work in pairs
 constexpr float log2e = 1.44269504088896341f;
@@ -62,9 +86,9 @@ template <int SLOTS> struct Ring {
     }
 };
 
-// The same for two slots that take the steps, by their numbers, in turn.
-__device__ __forceinline__ int slot_of(uint32_t number) { return number & 1; }
-__device__ __forceinline__ uint32_t phase_of(uint32_t number) { return number >> 1 & 1; }
+// The same for two slots that take steps (or items) in turn: of step n.
+__device__ __forceinline__ int slot_of(uint32_t n) { return n & 1; }
+__device__ __forceinline__ uint32_t phase_of(uint32_t n) { return n >> 1 & 1; }
 
 // How the second block of a pair learns the items.
 struct ItemSlots {
@@ -110,12 +134,12 @@ struct ForwardMaps {
     CUtensorMap q, k, v, out;
 };
 
-// The order of work: all tiles of 2^together heads, longest first, then those of the next heads. The last heads are
-// taken 2^at_end together: with few tiles a head, the longest would else begin when little is left to do, and all would
-// wait for them. A block, or a pair of blocks, begins with the item of its own number and then takes what the counter,
-// which starts at 0, gives it.
+// The order of work: all tiles of 2^log2_together heads, longest first, then those of the next heads. The last heads
+// are taken 2^log2_at_end together: with few tiles a head, the longest would else begin when little is left to do, and
+// all would wait for them. A block, or a pair of blocks, begins with the item of its own index and then takes what the
+// counter, which starts at 0, gives it.
 struct Schedule {
-    int items, tiles, heads, together, at_end;
+    int items, tiles, heads, log2_together, log2_at_end;
     int end_head, end_item; // the first of those at the end
     int group;              // query heads of a KV head
     int given;              // items with which blocks, or pairs, begin
@@ -124,9 +148,9 @@ struct Schedule {
 
     __device__ __forceinline__ int2 tile_and_head(int item) const {
         const bool end = item >= end_item;
-        const int n = end ? item - end_item : item, width = end ? at_end : together;
-        const int turn = (n >> width) / tiles, tile = (n >> width) - turn * tiles;
-        return {tile, (end ? end_head : turn << width) + (n & ((1 << width) - 1))};
+        const int n = end ? item - end_item : item, log2_heads = end ? log2_at_end : log2_together;
+        const int round = (n >> log2_heads) / tiles, tile = (n >> log2_heads) - round * tiles;
+        return {tile, (end ? end_head : round << log2_heads) + (n & ((1 << log2_heads) - 1))};
     }
     __device__ __forceinline__ int next(int lane) const { // for a whole warp
         return given + __shfl_sync(~0u, lane == 0 ? atomicAdd(counter, 1) : 0, 0);
@@ -138,7 +162,7 @@ struct Schedule {
 // released it, and the first block tells the second one the items.
 template <bool PAIR> struct Worker {
     const uint32_t rank = PAIR ? ptx::cluster_rank() : 0; // in the pair
-    __device__ __forceinline__ int number() const { return PAIR ? blockIdx.x / 2 : blockIdx.x; }
+    __device__ __forceinline__ int index() const { return PAIR ? blockIdx.x / 2 : blockIdx.x; }
     static constexpr uint32_t releases = PAIR ? 16 : 8; // that empty a slot: of every computing warp
     // By a whole warp.
     __device__ __forceinline__ void release(ptx::Barrier* empty, int lane) const {
@@ -155,20 +179,20 @@ template <bool PAIR> struct Worker {
     }
 };
 
-// By the loading warp: the item after number `number` of this worker.
+// By the loading warp, at its item `items_done`, counted from 0: the next one.
 template <bool PAIR> __device__ __forceinline__ int next_item(const Worker<PAIR>& worker, const Schedule& schedule,
-                                                              ItemSlots& slots, uint32_t number, int lane) {
+                                                              ItemSlots& slots, uint32_t items_done, int lane) {
     if constexpr (!PAIR) return schedule.next(lane);
-    int item, &place = slots.item[slot_of(number)];
-    ptx::Barrier &full = slots.full[slot_of(number)], &empty = slots.empty[slot_of(number)];
+    int item, &slot = slots.item[slot_of(items_done)];
+    ptx::Barrier &full = slots.full[slot_of(items_done)], &empty = slots.empty[slot_of(items_done)];
     if (worker.rank == 0) {
         item = schedule.next(lane);
-        ptx::barrier_wait(&empty, phase_of(number) ^ 1);
-        if (lane == 0) ptx::store_in(&place, 1, item, &full);
+        ptx::barrier_wait(&empty, phase_of(items_done) ^ 1);
+        if (lane == 0) ptx::store_in(&slot, 1, item, &full);
     } else {
         if (lane == 0) ptx::barrier_arrive_expect(&full, sizeof item);
-        ptx::barrier_wait(&full, phase_of(number));
-        item = place;
+        ptx::barrier_wait(&full, phase_of(items_done));
+        item = slot;
         __syncwarp();
         if (lane == 0) ptx::barrier_arrive_in(&empty, 0);
     }
@@ -196,13 +220,13 @@ template <int D, bool PAIR> __device__ __forceinline__ void forward_load(const A
         }
         v.next();
     };
-    int item = worker.number();
-    for (uint32_t number = 0; item < schedule.items; number++) {
-        const auto [number_of_tile, head] = schedule.tile_and_head(item);
-        QueryTile tile = a.map.tiles[number_of_tile];
+    int item = worker.index();
+    for (uint32_t items_done = 0; item < schedule.items; items_done++) {
+        const auto [tile_index, head] = schedule.tile_and_head(item);
+        MapTile tile = a.map.tiles[tile_index];
         tile.begin += worker.rank * forward_queries;
         const int kv_head = head / schedule.group;
-        item = next_item(worker, schedule, s.items, number, lane);
+        item = next_item(worker, schedule, s.items, items_done, lane);
         ptx::Barrier* full = &s.q_full[q.slot];
         ptx::barrier_wait(&s.q_empty[q.slot], q.phase ^ 1);
         copy_row<forward_queries>(s.q_label[q.slot], row_labels(a, a.q_label), tile.begin, a.T, lane);
@@ -223,7 +247,7 @@ template <int D, bool PAIR> __device__ __forceinline__ void forward_load(const A
 
         int before = -1; // the keys whose values are still to be loaded
         for (int r = tile.first_range; r < tile.last_range; r++) {
-            const KeyRange range = a.map.ranges[r];
+            const VisitedRange range = a.map.ranges[r];
             for (int begin = range.begin; begin < range.end; begin += forward_keys) {
                 const bool masked = range.masked || begin + forward_keys > range.end;
                 full = &s.k_full[k.slot];
@@ -418,7 +442,7 @@ __device__ __forceinline__ bool softmax_step(float (&s)[N], float (&m)[2], float
 
 template <int N> __device__ __forceinline__ void round_scores(uint32_t (&p)[N / 2], const float (&s)[N]) {
 #pragma unroll
-    for (int i = 0; i < N / 2; i++) p[i] = ptx::pair(s[2 * i], s[2 * i + 1]);
+    for (int i = 0; i < N / 2; i++) p[i] = ptx::round_pair(s[2 * i], s[2 * i + 1]);
 }
 template <int N> __device__ __forceinline__ void rescale(float (&o)[N], const float (&alpha)[2]) {
 #pragma unroll
@@ -433,8 +457,8 @@ __device__ __forceinline__ void store_rows(uint32_t to, int rows, int first_row,
     for (int j = 0; j < D / 8; j += 2) {
         const int chunk = j % 8 + lane / 16;
         ptx::store_matrices(to + j / 8 * rows * 128 + row * 128 + ((chunk ^ row % 8) << 4),
-                            ptx::pair(x[4 * j], x[4 * j + 1]), ptx::pair(x[4 * j + 2], x[4 * j + 3]),
-                            ptx::pair(x[4 * j + 4], x[4 * j + 5]), ptx::pair(x[4 * j + 6], x[4 * j + 7]));
+                            ptx::round_pair(x[4 * j], x[4 * j + 1]), ptx::round_pair(x[4 * j + 2], x[4 * j + 3]),
+                            ptx::round_pair(x[4 * j + 4], x[4 * j + 5]), ptx::round_pair(x[4 * j + 6], x[4 * j + 7]));
     }
 }
 
@@ -476,7 +500,7 @@ template <int D> __device__ __forceinline__ void forward_finish(const AttentionF
 #pragma unroll
         for (int j = 0; j < D / 8; j++) {
             const float x = o[4 * j + 2 * i], y = o[4 * j + 2 * i + 1];
-            if (a.last) *(uint32_t*)(a.out + to + 8 * j) = ptx::pair(x, y);
+            if (a.last) *(uint32_t*)(a.out + to + 8 * j) = ptx::round_pair(x, y);
             else *(float2*)(a.state + to + 8 * j) = {x, y};
         }
     }
@@ -619,8 +643,8 @@ template <int D, bool PAIR> __global__ void __launch_bounds__(block_threads, 1)
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++) {
-            ptx::barrier_init(&s.q_full[i], filling), ptx::barrier_init(&s.q_empty[i], 8);
-            ptx::barrier_init(&s.k_full[i], filling);
+            ptx::barrier_init(&s.q_full[i], fill_arrivals), ptx::barrier_init(&s.q_empty[i], 8);
+            ptx::barrier_init(&s.k_full[i], fill_arrivals);
             ptx::barrier_init(&s.v_full[i], 1);
             for (ptx::Barrier* empty : {&s.k_empty[i], &s.v_empty[i]}) ptx::barrier_init(empty, Worker<PAIR>::releases);
         }
@@ -656,7 +680,7 @@ struct BackwardStep {
 // A value for each query that a product adds to all its sums of that query: an operand by columns whose first three
 // rows, in bf16, sum up to it, to 2^-24, and whose other rows are 0. In the operand that goes with it, from registers,
 // the first three columns are 1.
-struct alignas(1024) Offset {
+struct alignas(1024) QueryOffset {
     static constexpr int words = 16 * backward_queries / 2;
     uint32_t pair[words];
 
@@ -664,7 +688,7 @@ struct alignas(1024) Offset {
     __device__ __forceinline__ void set(int i, float x, float y) {
 #pragma unroll
         for (int row = 0; row < 3; row++) {
-            const uint32_t rounded = ptx::pair(x, y);
+            const uint32_t rounded = ptx::round_pair(x, y);
             pair[row * backward_queries / 2 + ((i / 4 ^ row) * 4) + i % 4] = rounded;
             x -= bf16_values(rounded).x, y -= bf16_values(rounded).y;
         }
@@ -677,17 +701,17 @@ template <int D> struct alignas(1024) BackwardShared {
     bf16 v[backward_keys * D];
     bf16 q[q_slots][backward_queries * D];
     bf16 dout[2][backward_queries * D];
-    bf16 ds[2][backward_queries * backward_keys]; // (queries, keys): the halves are the two warpgroups' keys
-    float out[8][16 * 64];                        // a warp's part of dQ, later of dK and dV, on its way out
-    Offset score_offset[q_slots], dp_offset[2];   // -sqrt(D) LSE, -delta
+    bf16 ds[2][backward_queries * backward_keys];    // (queries, keys): the halves are the two warpgroups' keys
+    float out[8][16 * 64];                           // a warp's part of dQ, later of dK and dV, on its way out
+    QueryOffset score_offset[q_slots], dp_offset[2]; // -sqrt(D) LSE, -delta
     Label q_label[q_slots][backward_queries], k_label[backward_keys];
     BackwardItem item;
     BackwardStep step[q_slots];
-    int2 place[8]; // first query and head of the last steps, number n at n % 8
-    int2 turn[8];  // likewise, with turns: the turn, and its counter among those of the head
+    int2 dq_target[8]; // where dQ of the last steps goes: first query and head, of step n at n % 8
+    int2 turn[8];      // likewise, with turns: the turn, and its counter among those of the head
     ptx::Barrier kv_full, kv_empty, q_full[q_slots], q_empty[q_slots], dout_full[2], dout_empty[2];
     ptx::Barrier posted[q_slots], ds_full[2];
-    ptx::Barrier placed[8], out_full[2], out_empty[2]; // with turns
+    ptx::Barrier dq_target_full[8], out_full[2], out_empty[2]; // with turns
     ItemSlots items;
 };
 
@@ -703,13 +727,13 @@ __device__ __forceinline__ void backward_load(const AttentionBackward<bf16>& a, 
                                               BackwardShared<D>& s, const Schedule& schedule, int lane) {
     const Worker<PAIR> worker;
     Ring<BackwardShared<D>::q_slots> q;
-    uint32_t number = 0, items = 0; // of the step; of the item
-    int item = TURNS ? schedule.next(lane) : worker.number();
-    for (;; item = next_item(worker, schedule, s.items, items++, lane)) {
-        ptx::barrier_wait(&s.kv_empty, (items & 1) ^ 1);
+    uint32_t n = 0, items_done = 0; // the step, counted over all items
+    int item = TURNS ? schedule.next(lane) : worker.index();
+    for (;; item = next_item(worker, schedule, s.items, items_done++, lane)) {
+        ptx::barrier_wait(&s.kv_empty, (items_done & 1) ^ 1);
         if (item >= schedule.items) break;
-        const auto [number_of_tile, kv_head] = schedule.tile_and_head(item);
-        QueryTile tile = a.map.tiles[number_of_tile];
+        const auto [tile_index, kv_head] = schedule.tile_and_head(item);
+        MapTile tile = a.map.tiles[tile_index];
         tile.begin += worker.rank * backward_keys;
         const int heads_end = (kv_head + 1) * schedule.group;
         copy_row<backward_keys>(s.k_label, row_labels(a, a.k_label), tile.begin, a.Tk, lane);
@@ -721,7 +745,7 @@ __device__ __forceinline__ void backward_load(const AttentionBackward<bf16>& a, 
         ptx::tensor_load(s.v, &maps.v, 0, tile.begin, 0, kv_head, &s.kv_full);
         for (int head = heads_end - schedule.group; head < heads_end; head++)
             for (int r = tile.first_range; r < tile.last_range; r++) {
-                const KeyRange range = a.map.ranges[r];
+                const VisitedRange range = a.map.ranges[r];
                 const bool all_masked = range.masked || s.item.end - s.item.begin < backward_keys;
                 const bool last_range = r + 1 == tile.last_range && head + 1 == heads_end;
                 int begin = TURNS ? range.end - 1 - (range.end - 1 - range.begin) % backward_queries : range.begin;
@@ -739,11 +763,10 @@ __device__ __forceinline__ void backward_load(const AttentionBackward<bf16>& a, 
                     ptx::barrier_arrive_expect(&s.q_full[q.slot], sizeof s.q[0]);
                     worker.load(s.q[q.slot], maps.q, backward_queries, begin, head, &s.q_full[q.slot]);
                     q.next();
-                    ptx::barrier_wait(&s.dout_empty[slot_of(number)], phase_of(number) ^ 1);
-                    ptx::barrier_arrive_expect(&s.dout_full[slot_of(number)], sizeof s.dout[0]);
-                    worker.load(s.dout[slot_of(number)], maps.dout, backward_queries, begin, head,
-                                &s.dout_full[slot_of(number)]);
-                    number++;
+                    ptx::barrier_wait(&s.dout_empty[slot_of(n)], phase_of(n) ^ 1);
+                    ptx::barrier_arrive_expect(&s.dout_full[slot_of(n)], sizeof s.dout[0]);
+                    worker.load(s.dout[slot_of(n)], maps.dout, backward_queries, begin, head, &s.dout_full[slot_of(n)]);
+                    n++;
                 }
             }
     }
@@ -759,22 +782,22 @@ __device__ __forceinline__ void backward_load(const AttentionBackward<bf16>& a, 
 // LSE = -inf and no visible pair: any number does.
 template <int D, bool TURNS>
 __device__ __forceinline__ void backward_load_rows(const AttentionBackward<bf16>& a, BackwardShared<D>& s, int lane) {
-    auto place = [&](uint32_t number, const BackwardStep& step) {
-        s.place[number % 8] = {step.begin, step.head};
+    auto set_target = [&](uint32_t n, const BackwardStep& step) {
+        s.dq_target[n % 8] = {step.begin, step.head};
         if (!TURNS) return;
-        s.turn[number % 8] = {step.turn, turn_counter(step.begin, s.item.row, backward_queries)};
-        ptx::barrier_arrive(&s.placed[number % 8]);
+        s.turn[n % 8] = {step.turn, turn_counter(step.begin, s.item.row, backward_queries)};
+        ptx::barrier_arrive(&s.dq_target_full[n % 8]);
     };
     Ring<BackwardShared<D>::q_slots> q;
-    for (uint32_t number = 0;; number++, q.next()) {
-        const int dout = slot_of(number);
+    for (uint32_t n = 0;; n++, q.next()) {
+        const int dout = slot_of(n);
         ptx::barrier_wait(&s.posted[q.slot], q.phase);
         const BackwardStep step = s.step[q.slot];
         if (step.head < 0) {
-            if (lane < 2) place(number + lane, step); // for both of backward_add's warps
+            if (lane < 2) set_target(n + lane, step); // for both of backward_add's warps
             return;
         }
-        if (lane == 0) place(number, step);
+        if (lane == 0) set_target(n, step);
         if (step.masked && !a.map.seen)
             copy_row<backward_queries>(s.q_label[q.slot], (const Label*)a.q_label, step.begin, a.T, lane);
         ptx::barrier_arrive_copies(&s.q_full[q.slot]);
@@ -789,7 +812,7 @@ __device__ __forceinline__ void backward_load_rows(const AttentionBackward<bf16>
         s.score_offset[q.slot].set(lane, lse[0], lse[1]);
         ptx::fence_async();
         ptx::barrier_arrive(&s.q_full[q.slot]);
-        ptx::barrier_wait(&s.dout_empty[dout], phase_of(number) ^ 1);
+        ptx::barrier_wait(&s.dout_empty[dout], phase_of(n) ^ 1);
         s.dp_offset[dout].set(lane, -delta[0], -delta[1]);
         ptx::fence_async();
         ptx::barrier_arrive(&s.dout_full[dout]);
@@ -797,26 +820,26 @@ __device__ __forceinline__ void backward_load_rows(const AttentionBackward<bf16>
 }
 
 // With turns, the other two loading warps, one for the even steps, one for the odd ones: dQ of a step is added when all
-// tiles before this one have added to its queries, and the next tile may when memory has it. `number`: of the first.
+// tiles before this one have added to its queries, and the next tile may when memory has it. `n`: the warp's first.
 template <int D> __device__ __forceinline__ void backward_add(const AttentionBackward<bf16>& a,
                                                               const BackwardMaps& maps, BackwardShared<D>& s,
-                                                              const Schedule& schedule, uint32_t number, int lane) {
-    for (;; number += 2) {
-        ptx::barrier_wait(&s.placed[number % 8], number / 8 & 1);
-        const int2 place = s.place[number % 8], turn = s.turn[number % 8];
-        if (place.y < 0) return;
-        int* counter = schedule.counters + place.y * a.map.turns + turn.y;
+                                                              const Schedule& schedule, uint32_t n, int lane) {
+    for (;; n += 2) {
+        ptx::barrier_wait(&s.dq_target_full[n % 8], n / 8 & 1);
+        const int2 target = s.dq_target[n % 8], turn = s.turn[n % 8];
+        if (target.y < 0) return;
+        int* counter = schedule.counters + target.y * a.map.turns + turn.y;
         if (lane == 0) ptx::counter_wait(counter, turn.x);
         __syncwarp();
         ptx::fence_async_global();
-        ptx::barrier_wait(&s.out_full[slot_of(number)], phase_of(number));
+        ptx::barrier_wait(&s.out_full[slot_of(n)], phase_of(n));
         if (lane < 8) { // a part for each computing warp
-            ptx::tensor_add(&maps.dq, 0, place.x + 16 * (lane % 4), lane / 4 * (D / 64), place.y, s.out[lane]);
+            ptx::tensor_add(&maps.dq, 0, target.x + 16 * (lane % 4), lane / 4 * (D / 64), target.y, s.out[lane]);
             ptx::bulk_commit();
             ptx::bulk_wait_read<0>();
         }
         __syncwarp();
-        if (lane == 0) ptx::barrier_arrive(&s.out_empty[slot_of(number)]);
+        if (lane == 0) ptx::barrier_arrive(&s.out_empty[slot_of(n)]);
         if (lane < 8) ptx::bulk_wait<0>();
         __syncwarp();
         if (lane == 0) ptx::counter_add(counter);
@@ -862,9 +885,10 @@ template <int D, bool PAIR, bool TURNS> struct BackwardGroup {
     const Worker<PAIR> worker;
     const Place at;
     Ring<BackwardShared<D>::q_slots> q;
-    uint32_t number = 0, first; // of the step, over all items; of the item's first one
-    bool masked, last;          // of the step
-    uint32_t ones[4];           // the operand for an Offset
+    uint32_t n = 0;    // the step, counted over all items
+    uint32_t first;    // the item's first step
+    bool masked, last; // of the step
+    uint32_t ones[4];  // the operand for a QueryOffset
     float dk[D / 2], dv[D / 2];
     uint32_t rounded[backward_queries / 4]; // P, then dS
 
@@ -886,15 +910,14 @@ template <int D, bool PAIR, bool TURNS> struct BackwardGroup {
         __syncwarp();
     }
 
-    // A warp's 16 rows of C columns, from fragments, to its place in shared memory, and from there, after a fence,
-    // added to memory by the copy engine; token, part and head as in head_map. Rows g and g + 1 would write to the same
+    // A warp's 16 rows of C columns, from fragments, to its part of `out`. Rows g and g + 1 would write to the same
     // banks, so odd rows write their columns in another order.
     template <int C> __device__ __forceinline__ void write_rows(const float (&x)[C / 2]) {
         const bool odd = at.g & 1;
         const uint32_t to =
             (ptx::address(s.out[4 * at.group + at.warp]) + at.g * 128 + ((at.t / 2 ^ at.g) << 4) + at.t % 2 * 8) ^
             (odd ? 64 : 0);
-        wait_out(number - 1);
+        wait_out(n - 1);
 #pragma unroll
         for (int j = 0; j < C / 8; j++) // blocks j and j + 2 of every four
             if (j % 4 < 2)
@@ -918,6 +941,8 @@ template <int D, bool PAIR, bool TURNS> struct BackwardGroup {
                                 __float_as_uint(x[4 * j + 1]), __float_as_uint(x[4 * j + 2]),
                                 __float_as_uint(x[4 * j + 3]));
     }
+    // From the warp's part of `out`, after a fence, added to memory by the copy engine; token, part and head as in
+    // head_map.
     __device__ __forceinline__ void send_rows(const CUtensorMap& map, int token, int part, int head) {
         ptx::tensor_add(&map, 0, token, part, head, s.out[4 * at.group + at.warp]);
         ptx::bulk_commit();
@@ -933,27 +958,27 @@ template <int D, bool PAIR, bool TURNS> struct BackwardGroup {
     }
     __device__ __forceinline__ void issue_dp(float (&dp)[backward_queries / 2]) {
         const uint64_t values = ptx::matrix(ptx::address(s.v) + at.group * rows_of_group * 128);
-        const uint64_t offset = ptx::matrix(ptx::address(&s.dp_offset[slot_of(number)]));
+        const uint64_t offset = ptx::matrix(ptx::address(&s.dp_offset[slot_of(n)]));
         ptx::product<backward_queries>(dp, ones, offset, false);
         issue_rows<D, backward_queries, backward_keys, backward_queries>(
-            dp, values, ptx::matrix(ptx::address(s.dout[slot_of(number)])), true);
+            dp, values, ptx::matrix(ptx::address(s.dout[slot_of(n)])), true);
         ptx::product_commit();
     }
     __device__ __forceinline__ void issue_dv() {
         issue_columns<D, backward_queries>(dv, rounded,
-                                           ptx::matrix(ptx::address(s.dout[slot_of(number)]), backward_queries * 128));
+                                           ptx::matrix(ptx::address(s.dout[slot_of(n)]), backward_queries * 128));
         ptx::product_commit();
     }
     __device__ __forceinline__ void issue_dk(int q_slot) {
         issue_columns<D, backward_queries>(dk, rounded, ptx::matrix(ptx::address(s.q[q_slot]), backward_queries * 128));
         ptx::product_commit();
     }
-    // dQ of a step, once both warpgroups have written its dS. An item's first step has none before it and makes the
+    // dQ of step `of`, once both warpgroups have written its dS. An item's first step has none before it and makes the
     // product of anything: products under a condition would be made one by one.
-    __device__ __forceinline__ void issue_dq(float (&dq)[dq_columns / 2], uint32_t number) {
-        ptx::barrier_wait(&s.ds_full[slot_of(number)], phase_of(number));
+    __device__ __forceinline__ void issue_dq(float (&dq)[dq_columns / 2], uint32_t of) {
+        ptx::barrier_wait(&s.ds_full[slot_of(of)], phase_of(of));
         ptx::product_fence();
-        const uint64_t x = ptx::matrix(ptx::address(s.ds[slot_of(number)]));
+        const uint64_t x = ptx::matrix(ptx::address(s.ds[slot_of(of)]));
         const int half = at.group * dq_columns / 64, rest = at.group * dq_columns % 64;
         const uint64_t y = ptx::matrix(ptx::address(s.k) + half * backward_keys * 128 + rest * 2);
 #pragma unroll
@@ -970,12 +995,12 @@ template <int D, bool PAIR, bool TURNS> struct BackwardGroup {
     }
     __device__ __forceinline__ void send_dq(uint32_t of) {
         if (int32_t(of - first) < 0) return;
-        const int2 place = s.place[of % 8];
+        const int2 target = s.dq_target[of % 8];
         ptx::fence_async();
         __syncwarp();
         if (at.lane != 0) return;
         if (TURNS) ptx::barrier_arrive(&s.out_full[slot_of(of)]);
-        else send_rows(maps.dq, place.x + 16 * at.warp, at.group * (D / 64), place.y);
+        else send_rows(maps.dq, target.x + 16 * at.warp, at.group * (D / 64), target.y);
     }
 
     // Waits for the queries of the step, and looks at what it is before it is needed.
@@ -985,7 +1010,7 @@ template <int D, bool PAIR, bool TURNS> struct BackwardGroup {
     }
     // P of the item's first step.
     __device__ __forceinline__ void start_steps(float (&p)[backward_queries / 2]) {
-        first = number;
+        first = n;
         wait_queries();
         ptx::product_fence();
         issue_scores(p);
@@ -995,23 +1020,23 @@ template <int D, bool PAIR, bool TURNS> struct BackwardGroup {
     // dV and dS, from P.
     __device__ __forceinline__ void step_values(float (&x)[backward_queries / 2],
                                                 const float (&p)[backward_queries / 2]) {
-        ptx::barrier_wait(&s.dout_full[slot_of(number)], phase_of(number));
+        ptx::barrier_wait(&s.dout_full[slot_of(n)], phase_of(n));
         ptx::product_fence();
         issue_dp(x);
         round_scores(rounded, p);
         ptx::settle(dv), ptx::settle(rounded);
         ptx::product_fence();
         issue_dv();
-        send_dq(number - 2);
+        send_dq(n - 2);
         ptx::product_wait<1>(); // dP
         ptx::settle(x);
-        ptx::named_sync(ds_free(slot_of(number), at.group), 256);
+        ptx::named_sync(ds_free(slot_of(n), at.group), 256);
 #pragma unroll
         for (int i = 0; i < backward_queries / 2; i++) x[i] *= p[i];
         store_ds(x);
         ptx::product_wait<0>(); // dV
         ptx::settle(dv), ptx::settle(rounded);
-        worker.release(&s.dout_empty[slot_of(number)], at.lane);
+        worker.release(&s.dout_empty[slot_of(n)], at.lane);
     }
     // dK, from dS, and dQ of the step before; meanwhile P of the next step.
     __device__ __forceinline__ void step_keys(float (&p)[backward_queries / 2],
@@ -1024,17 +1049,17 @@ template <int D, bool PAIR, bool TURNS> struct BackwardGroup {
         issue_scores(p);
         round_scores(rounded, x);
         ptx::settle(dk), ptx::settle(rounded);
-        issue_dq(dq, number - 1);
+        issue_dq(dq, n - 1);
         issue_dk(q_slot);
         post_ds();
         ptx::product_wait<2>(); // S
         masked_probabilities(p);
         ptx::product_wait<1>(); // dQ
-        write_dq(dq, number - 1);
+        write_dq(dq, n - 1);
         ptx::product_wait<0>(); // dK
         ptx::settle(dk), ptx::settle(rounded);
         worker.release(&s.q_empty[q_slot], at.lane);
-        number++;
+        n++;
     }
     // What the item's last step left to do.
     __device__ __forceinline__ void finish_steps(const float (&x)[backward_queries / 2]) {
@@ -1043,19 +1068,19 @@ template <int D, bool PAIR, bool TURNS> struct BackwardGroup {
         ptx::settle(dk), ptx::settle(rounded);
         ptx::product_fence();
         issue_dk(q.slot);
-        issue_dq(dq, number - 1);
+        issue_dq(dq, n - 1);
         post_ds();
         ptx::product_wait<0>();
         ptx::settle(dk), ptx::settle(rounded);
-        write_dq(dq, number - 1);
-        send_dq(number - 1);
-        issue_dq(dq, number);
+        write_dq(dq, n - 1);
+        send_dq(n - 1);
+        issue_dq(dq, n);
         ptx::product_wait<0>();
         worker.release(&s.q_empty[q.slot], at.lane);
-        write_dq(dq, number);
-        send_dq(number);
+        write_dq(dq, n);
+        send_dq(n);
         q.next();
-        number++;
+        n++;
     }
     __device__ __forceinline__ void masked_probabilities(float (&p)[backward_queries / 2]) {
         ptx::settle(p);
@@ -1069,26 +1094,26 @@ template <int D, bool PAIR, bool TURNS> struct BackwardGroup {
     // dS^T of this step, rounded, to shared memory as (queries, keys).
     __device__ __forceinline__ void store_ds(const float (&x)[backward_queries / 2]) {
         const int key_block = at.lane / 8 % 2, query_block = at.lane / 16, query = at.lane % 8;
-        const uint32_t to = ptx::address(s.ds[slot_of(number)]) + at.group * backward_queries * 128 +
-                            query_block * 1024 + query * 128 + (((2 * at.warp + key_block) ^ query) << 4);
+        const uint32_t to = ptx::address(s.ds[slot_of(n)]) + at.group * backward_queries * 128 + query_block * 1024 +
+                            query * 128 + (((2 * at.warp + key_block) ^ query) << 4);
 #pragma unroll
         for (int j = 0; j < backward_queries / 8; j += 2)
-            ptx::store_matrices_transposed(to + j * 1024, ptx::pair(x[4 * j], x[4 * j + 1]),
-                                           ptx::pair(x[4 * j + 2], x[4 * j + 3]), ptx::pair(x[4 * j + 4], x[4 * j + 5]),
-                                           ptx::pair(x[4 * j + 6], x[4 * j + 7]));
+            ptx::store_matrices_transposed(
+                to + j * 1024, ptx::round_pair(x[4 * j], x[4 * j + 1]), ptx::round_pair(x[4 * j + 2], x[4 * j + 3]),
+                ptx::round_pair(x[4 * j + 4], x[4 * j + 5]), ptx::round_pair(x[4 * j + 6], x[4 * j + 7]));
     }
     // Tells both warpgroups that dS is there.
     __device__ __forceinline__ void post_ds() {
         ptx::fence_async();
         __syncwarp();
-        if (at.lane == 0) ptx::barrier_arrive(&s.ds_full[slot_of(number)]);
+        if (at.lane == 0) ptx::barrier_arrive(&s.ds_full[slot_of(n)]);
     }
 
     // A warp's 16 rows of dK or dV, rounded, to dkv_out; rows from `rows` on are not the tile's.
     __device__ __forceinline__ void store_gradient(const float (&x)[D / 2], int token, int rows, int head) {
         float* out = s.out[4 * at.group + at.warp];
         if (rows >= 16) {
-            wait_out(number - 1);
+            wait_out(n - 1);
             store_rows<D>(ptx::address(out), 16, 0, x, at.lane);
             ptx::fence_async();
             __syncwarp();
@@ -1105,7 +1130,7 @@ template <int D, bool PAIR, bool TURNS> struct BackwardGroup {
             if (8 * i + at.g < rows)
 #pragma unroll
                 for (int j = 0; j < D / 8; j++)
-                    *(uint32_t*)(to + 8 * j) = ptx::pair(x[4 * j + 2 * i], x[4 * j + 2 * i + 1]);
+                    *(uint32_t*)(to + 8 * j) = ptx::round_pair(x[4 * j + 2 * i], x[4 * j + 2 * i + 1]);
         }
     }
     // The same to dkv, where it is added; what is not the tile's is 0.
@@ -1115,10 +1140,11 @@ template <int D, bool PAIR, bool TURNS> struct BackwardGroup {
         __syncwarp();
         if (at.lane == 0) send_rows(maps.dkv, token, part, head);
     }
-    __device__ __forceinline__ void add_anchor(float (&x)[D / 2], const bool (&own)[2], const float* danchor) {
+    __device__ __forceinline__ void add_anchor(float (&x)[D / 2], const bool (&is_anchor_row)[2],
+                                               const float* danchor) {
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            if (own[i])
+            if (is_anchor_row[i])
 #pragma unroll
                 for (int j = 0; j < D / 8; j++)
 #pragma unroll
@@ -1128,10 +1154,10 @@ template <int D, bool PAIR, bool TURNS> struct BackwardGroup {
     __device__ __forceinline__ void finish_item() {
         const BackwardItem item = s.item;
         const int row = rows_of_group * at.group + 16 * at.warp, token = item.begin + row;
-        bool own[2];
+        bool is_anchor_row[2];
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            own[i] = s.k_label[row + 8 * i + at.g].y == hidden_doc && token + 8 * i + at.g < item.end;
+            is_anchor_row[i] = s.k_label[row + 8 * i + at.g].y == hidden_doc && token + 8 * i + at.g < item.end;
         __syncwarp();
         if (at.lane == 0) ptx::barrier_arrive(&s.kv_empty);
 #pragma unroll
@@ -1144,10 +1170,10 @@ template <int D, bool PAIR, bool TURNS> struct BackwardGroup {
             }
             return;
         }
-        if (a.danchor && __any_sync(~0u, own[0] || own[1])) {
+        if (a.danchor && __any_sync(~0u, is_anchor_row[0] || is_anchor_row[1])) {
             const float* danchor = a.danchor + (size_t(item.row) * 2 * a.K + item.head) * D;
-            add_anchor(dk, own, danchor);
-            add_anchor(dv, own, danchor + a.K * D);
+            add_anchor(dk, is_anchor_row, danchor);
+            add_anchor(dv, is_anchor_row, danchor + a.K * D);
         }
         store_gradient(dk, token, item.end - token, item.head);
         store_gradient(dv, token, item.end - token, a.K + item.head);
@@ -1195,22 +1221,22 @@ template <int D, bool PAIR, bool TURNS> __global__ void __launch_bounds__(block_
     BackwardShared<D>& s = *(BackwardShared<D>*)memory;
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (threadIdx.x == 0) {
-        ptx::barrier_init(&s.kv_full, filling), ptx::barrier_init(&s.kv_empty, 8);
+        ptx::barrier_init(&s.kv_full, fill_arrivals), ptx::barrier_init(&s.kv_empty, 8);
         for (int i = 0; i < s.q_slots; i++)
-            ptx::barrier_init(&s.q_full[i], filling + 32), ptx::barrier_init(&s.posted[i], 1),
+            ptx::barrier_init(&s.q_full[i], fill_arrivals + 32), ptx::barrier_init(&s.posted[i], 1),
                 ptx::barrier_init(&s.q_empty[i], Worker<PAIR>::releases);
         for (int i = 0; i < 2; i++) {
-            ptx::barrier_init(&s.dout_full[i], filling), ptx::barrier_init(&s.ds_full[i], 8);
+            ptx::barrier_init(&s.dout_full[i], fill_arrivals), ptx::barrier_init(&s.ds_full[i], 8);
             ptx::barrier_init(&s.out_full[i], 8), ptx::barrier_init(&s.out_empty[i], 1);
             ptx::barrier_init(&s.dout_empty[i], Worker<PAIR>::releases);
         }
-        for (ptx::Barrier& placed : s.placed) ptx::barrier_init(&placed, 1);
+        for (ptx::Barrier& full : s.dq_target_full) ptx::barrier_init(&full, 1);
         s.items.init();
         ptx::barrier_init_fence();
     }
-    for (int i = threadIdx.x; i < Offset::words; i += block_threads) {
-        for (Offset& offset : s.score_offset) offset.pair[i] = 0;
-        for (Offset& offset : s.dp_offset) offset.pair[i] = 0;
+    for (int i = threadIdx.x; i < QueryOffset::words; i += block_threads) {
+        for (QueryOffset& offset : s.score_offset) offset.pair[i] = 0;
+        for (QueryOffset& offset : s.dp_offset) offset.pair[i] = 0;
     }
     ptx::fence_async();
     block_sync<PAIR>();
@@ -1243,14 +1269,14 @@ inline CUtensorMap head_map(const void* base, bool fp32, size_t stride, size_t T
 // step or two, so that many of one head would wait at its beginning, and few rows are in use at a time.
 inline Schedule schedule_of(Gpu gpu, int tiles, int heads, int group, size_t bytes, size_t turns = 0) {
     auto fits = [&](int n) { return (bytes << n) <= gpu.context->l2_bytes / 2 || (turns > 0 && n <= 2); };
-    int together = 0;
-    while (heads % (2 << together) == 0 && fits(together + 1)) together++;
+    int log2_together = 0;
+    while (heads % (2 << log2_together) == 0 && fits(log2_together + 1)) log2_together++;
     const size_t counters = 32 + turns; // the schedule's has a line of the cache for itself
     REQUIRE(counters * sizeof(int) <= GpuContext::scratch_bytes, "so many queries need a larger scratch");
     int* counter = (int*)gpu.context->scratch;
     CUDA_CHECK(cudaMemsetAsync(counter, 0, counters * sizeof(int), gpu.stream));
     int* of_turns = turns > 0 ? counter + 32 : nullptr;
-    return {tiles * heads, tiles, heads, together, together, 0, 0, group, 0, counter, of_turns};
+    return {tiles * heads, tiles, heads, log2_together, log2_together, 0, 0, group, 0, counter, of_turns};
 }
 
 template <bool PAIR, class Kernel, class Arguments, class Maps>
@@ -1258,9 +1284,10 @@ void launch(Gpu gpu, Kernel kernel, size_t shared, const Arguments& a, const Map
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
     const int workers = std::min(gpu.context->sms / (PAIR ? 2 : 1), schedule.items); // blocks, or pairs
     constexpr int each = 3; // items of a worker at the end, where a longest one lasts as long as two
-    while (2 << schedule.at_end <= schedule.heads && schedule.tiles << schedule.at_end < each * workers)
-        schedule.at_end++;
-    schedule.end_head = schedule.heads - (1 << schedule.at_end), schedule.end_item = schedule.end_head * schedule.tiles;
+    while (2 << schedule.log2_at_end <= schedule.heads && schedule.tiles << schedule.log2_at_end < each * workers)
+        schedule.log2_at_end++;
+    schedule.end_head = schedule.heads - (1 << schedule.log2_at_end);
+    schedule.end_item = schedule.end_head * schedule.tiles;
     schedule.given = schedule.counters ? 0 : workers;
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension, cluster.val.clusterDim = {PAIR ? 2u : 1u, 1, 1};

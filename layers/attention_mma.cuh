@@ -323,7 +323,7 @@ template <int D, int KEYS, int WARPS> __global__ void __launch_bounds__(32 * WAR
         stage ^= 1;
     };
     for (int r = tile.first_range; r < tile.last_range; r++) {
-        const KeyRange range = a.map.ranges[r];
+        const VisitedRange range = a.map.ranges[r];
         const int after = r + 1 < tile.last_range ? a.map.ranges[r + 1].begin : -1;
         const int whole = range.masked ? range.begin : range.end - (range.end - range.begin) % KEYS;
         auto next = [&](int begin) { return begin + KEYS < range.end ? begin + KEYS : after; };
@@ -459,7 +459,7 @@ template <int D, int KEYS, int QUERIES> __global__ void __launch_bounds__(256, 1
 
     auto plan_step = [&](int n) { // by one thread
         if (n >= steps) return;
-        const KeyRange range = a.map.ranges[shared.next_range];
+        const VisitedRange range = a.map.ranges[shared.next_range];
         const int begin = shared.next_begin, end = min(begin + QUERIES, range.end);
         shared.step[n % 8] = {shared.next_head, begin, end, range.masked || valid < KEYS};
         if (end < range.end) {
@@ -713,7 +713,7 @@ template <int D> __global__ void __launch_bounds__(128, 3)
     for (int first = 0; first < a.map.count; first += 128) {
         const int count = tiles_that_visit(shared.list, a.map, first, begin, end);
         for (int i = 0; i < count; i++) {
-            const QueryTile tile = a.map.tiles[shared.list.tile[i]];
+            const MapTile tile = a.map.tiles[shared.list.tile[i]];
             const Span queries = visited(a.map, tile);
             bool all = false;
             for (int r = tile.first_range; r < tile.last_range; r++)

@@ -10,7 +10,7 @@
 // Which tile and head a block works on. Heads come in groups whose keys and values fit the L2 cache together; in a
 // group, the tiles with most work first.
 struct TileOfHead {
-    QueryTile tile;
+    MapTile tile;
     int head;
 };
 __device__ inline TileOfHead tile_of_head(const DeviceMap& map, int heads, int together) {
@@ -48,7 +48,7 @@ struct Span {
     int begin, end;
     __device__ bool holds(int t) const { return t >= begin && t < end; }
 };
-__device__ inline Span visited(const DeviceMap& map, const QueryTile& tile) {
+__device__ inline Span visited(const DeviceMap& map, const MapTile& tile) {
     return {map.ranges[tile.first_range].begin, map.ranges[tile.last_range - 1].end};
 }
 
@@ -535,7 +535,7 @@ template <class E> __global__ void __launch_bounds__(simt_threads)
     for (int first = 0; first < a.map.count; first += simt_threads) {
         const int count = tiles_that_visit(list, a.map, first, begin, end);
         for (int i = 0; i < count; i++) {
-            const QueryTile tile = a.map.tiles[list.tile[i]];
+            const MapTile tile = a.map.tiles[list.tile[i]];
             const E* key = a.kv + tile.begin * a.kv_stride + kv_head * D;
             __syncthreads();
             simt_load(k, key, a.kv_stride, tile.end - tile.begin, D);

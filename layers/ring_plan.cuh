@@ -47,7 +47,7 @@ inline Chunks cut_row(const Tokens& row, size_t chunks) {
     Chunks c{length, visible_pairs(row.doc.data(), row.size(), length), std::vector<uint8_t>(chunks * chunks)};
     TileMap map;
     tile_map_build(map, row, row, int(c.length), int(c.length));
-    for (const QueryTile& tile : map.tiles)
+    for (const MapTile& tile : map.tiles)
         for (int32_t r = tile.first_range; r < tile.last_range; r++)
             for (size_t at = map.ranges[r].begin; at < size_t(map.ranges[r].end); at += c.length)
                 c.sees[tile.begin / c.length * chunks + at / c.length] = 1;
@@ -404,7 +404,7 @@ inline void ring_plan_build(RingPlan& plan, const int32_t* doc /*(B, S)*/, bool 
 // Turns are for tiles of 128 keys, which may have four times as many ranges in the mean; of the masks that were looked
 // at, documents in pieces of 100 tokens come nearest, with a quarter of that.
 template <class Dev> size_t ring_plan_bytes(Dev, size_t T, size_t ring, size_t B) {
-    const size_t map = (T / 32 + B) * (sizeof(QueryTile) + tile_ranges_most * sizeof(KeyRange));
+    const size_t map = (T / 32 + B) * (sizeof(MapTile) + tile_ranges_most * sizeof(VisitedRange));
     const size_t step = 2 * map + 2 * T * (sizeof(TokenLabel) + sizeof(TokenInterval)) + 1024;
     return std::is_same_v<Dev, Gpu> ? ring * step : 0;
 }

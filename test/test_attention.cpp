@@ -17,12 +17,12 @@ static void check_map(const Tokens& q, const Tokens& k, int tile_q, int tile_k) 
     std::vector<int> covered(q.size() * k.size());
     int64_t pairs = 0, last_work = std::numeric_limits<int64_t>::max();
     bool right = true;
-    for (const QueryTile& tile : map.tiles) {
+    for (const MapTile& tile : map.tiles) {
         right &= (tile.begin - q.row_begin[tile.row]) % tile_q == 0 && tile.last_range > tile.first_range;
         right &= tile.end == std::min(tile.begin + tile_q, q.row_begin[tile.row + 1]);
         int64_t work = 0;
         for (int r = tile.first_range; r < tile.last_range; r++) {
-            const KeyRange& range = map.ranges[r];
+            const VisitedRange& range = map.ranges[r];
             right &= (range.begin - k.row_begin[tile.row]) % tile_k == 0;
             if (r > tile.first_range) // ascending, and joined where they could be
                 right &= range.begin > map.ranges[r - 1].end ||
@@ -83,7 +83,7 @@ TEST_CASE("tiles are twice as long for pairs of blocks where they visit enough")
         attention_map_build(map, t, t, {64, 64, 32, 64, pairs_from});
         CHECK(map.backward.tile == map.forward.tile);
         for (const TileMap* m : {&map.forward, &map.backward})
-            for (const QueryTile& q : m->tiles) CHECK((q.begin % m->tile == 0 && q.end - q.begin <= m->tile));
+            for (const MapTile& q : m->tiles) CHECK((q.begin % m->tile == 0 && q.end - q.begin <= m->tile));
         return map.forward.tile;
     };
     CHECK(tile(whole, 500) == 128);

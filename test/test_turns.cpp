@@ -25,7 +25,7 @@ TEST_CASE("turns number the visitors of each tile of queries in the order of the
                 for (size_t i = 0; i < plain.backward.tiles.size(); i++) {
                     auto visits = [&](const TileMap& m, bool count) {
                         Visits all;
-                        const QueryTile& tile = m.tiles[i];
+                        const MapTile& tile = m.tiles[i];
                         for (int r = tile.first_range; r < tile.last_range; r++)
                             for (int32_t begin = m.ranges[r].begin; begin < m.ranges[r].end; begin += 16) {
                                 CHECK(all.emplace(begin, m.ranges[r].masked).second);
@@ -62,10 +62,10 @@ struct Visit {
 };
 std::vector<std::vector<Visit>> visits_of(const TileMap& map, int tile) {
     std::vector<std::vector<Visit>> all;
-    for (const QueryTile& t : map.tiles) {
+    for (const MapTile& t : map.tiles) {
         std::vector<Visit>& visits = all.emplace_back();
         for (int32_t r = t.first_range; r < t.last_range; r++) {
-            const KeyRange& range = map.ranges[r];
+            const VisitedRange& range = map.ranges[r];
             for (int32_t n = (range.end - range.begin + tile - 1) / tile; n-- > 0;)
                 visits.push_back({turn_counter(range.begin + n * tile, t.row, tile), range.turn});
         }

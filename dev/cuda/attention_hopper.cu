@@ -119,7 +119,7 @@ template <int N> struct Warpgroup {
             bf16* to = out + (size_t(first + 16 * at.warp + 8 * i + at.g) * H + head) * D + 2 * at.t;
 #pragma unroll
             for (int j = 0; j < D / 8; j++)
-                *(uint32_t*)(to + 8 * j) = ptx::pair(o[4 * j + 2 * i] * inverse, o[4 * j + 2 * i + 1] * inverse);
+                *(uint32_t*)(to + 8 * j) = ptx::round_pair(o[4 * j + 2 * i] * inverse, o[4 * j + 2 * i + 1] * inverse);
         }
     }
 };
