@@ -198,7 +198,7 @@ template <class E, class G> struct Part {
     G *grads, *grads_shard;         // likewise
     size_t held_begin, held_end;    // the weights that this rank always has: elements of the model,
     E* held;                        // from here on
-    bool changed = false;           // ZeRO-1, 2: other ranks have new slices that params has not
+    bool stale = false;             // ZeRO-1, 2: other ranks have new slices that params has not
     std::vector<Shift> fetching;    // slices of other ranks on their way into params
     std::optional<Shift> reduction; // the sum of grads over all ranks, under way
 };
@@ -411,9 +411,9 @@ template <class Dev, class E, class G> void model_input(Model<Dev, E, G>& m, Bat
 template <class Dev, class E, class G> void params_fetch(Model<Dev, E, G>& m, size_t p) {
     Part<E, G>& part = m.parts[p];
     if (m.layout.zero_level() < 3) {
-        if (part.changed)
+        if (part.stale)
             part.fetching.push_back(comm_all_gather_start(m.dev, m.background, part.params, part.shards.data()));
-        part.changed = false;
+        part.stale = false;
         return;
     }
     int& in_buffer = m.in_buffer[part.buffer];
@@ -442,7 +442,7 @@ template <class Dev, class E, class G> void params_use(Model<Dev, E, G>& m, size
 // What was fetched is out of date.
 template <class Dev, class E, class G> void params_changed(Model<Dev, E, G>& m) {
     for (int& part : m.in_buffer) part = -1;
-    for (Part<E, G>& part : m.parts) part.changed = true;
+    for (Part<E, G>& part : m.parts) part.stale = true;
 }
 
 // Waits for the sum of a part's gradients, if one is under way.
@@ -875,8 +875,9 @@ bool takes_nccl(const Setup& s, const Layout& layout) {
 
 // GPU memory of the communicator's groups: the world, the layers', which has the same ranks, and the ring, which may.
 double transfer_bytes(const Setup& s, const Layout& layout) {
-    return comm_gpu_bytes(layout.world, takes_nccl(s, layout), layout.ring > 1 ? 3 : 2,
-                          layout.ring > 1 && layout.ring < layout.world ? 2 : 1);
+    if (layout.world == 1) return 0;
+    const int smaller = layout.ring < layout.world ? layout.ring : 1; // a ring of all ranks connects nobody else
+    return comm_gpu_bytes(layout.ring > 1 ? 3 : 2, takes_nccl(s, layout), {layout.world, smaller});
 }
 
 // What the CPU's attention takes beside the arena, of the rank whose threads want the most: copies of the keys, the
@@ -907,7 +908,8 @@ double machine_memory(const Setup& s) {
     return host_memory() / sharers;
 }
 
-// Element types, master weights and recomputation: what was asked for, else the most precise and fastest that fits.
+// Element types, master weights and recomputation: what was asked for, else the most precise that fits; what is
+// recomputed is as little as fits, the cheapest first.
 // False when nothing does.
 bool choose_layout(Setup& s) {
     const Options& o = s.o;
@@ -1290,8 +1292,8 @@ template <class Dev, class E, class G> void master_from_params(Model<Dev, E, G>&
         if (m.master) convert(m.dev, m.master + part.at, part.params_shard, m.shard_count(part));
 }
 
-// Every rank writes its optimizer shard, rank 0 the weights and the state as well. The others read the weights with it
-// and write nothing: with ZeRO-3 they are fetched part by part, from all ranks.
+// Every rank writes its optimizer shard, rank 0 the weights and the state as well. The others walk through the weights
+// with it: with ZeRO-3 rank 0 fetches each part from all of them.
 template <class Dev, class E, class G> void save(Model<Dev, E, G>& m, const Setup& s, TrainState& state) {
     if (s.o.out.empty()) return;
     if (m.layout.zero_level() < 3) // before a disk is at work: a transfer would not hear that its rank is alive
@@ -1439,8 +1441,9 @@ template <class E, class G> void model_tune(Model<Gpu, E, G>& m, const Setup& s,
             model_backward(m, b, true);
             grads_finish(m);
         };
-        if (s.world.rank == 0) matmul_tune(m.dev, step);
+        if (s.world.rank == 0) matmul_tune(m.dev, step, [&] { comm_alive(s.world); });
         else step();
+        comm_barrier(s.world); // it hears that rank 0 gets on
     }
     std::string text = matmul_algos_text(m.dev);
     int64_t size = int64_t(text.size());
@@ -1965,11 +1968,12 @@ template <class Dev, class E, class G> int run(Dev dev, Setup& s) {
     m.dev = dev, m.config = s.config, m.layout = s.layout, m.precision = s.precision;
     m.world = s.world, m.background = s.background;
     Arena arena = measure(s, s.layout);
-    if (memory_needed(s, s.layout) > s.memory) {
+    if (memory_needed(s, s.layout) >= memory_usable(s)) {
         if (s.world.rank == 0) print_plan(s);
         fflush(stdout);
         comm_barrier(s.world); // the others would end rank 0 before it has said what fits
-        fail("%.2f GiB are needed and a rank has %.2f", memory_needed(s, s.layout) / (1 << 30), s.memory / (1 << 30));
+        fail("%.2f GiB are needed and a rank has %.2f, of which it can use %.2f",
+             memory_needed(s, s.layout) / (1 << 30), s.memory / (1 << 30), memory_usable(s) / (1 << 30));
     }
     const size_t planned = arena.used;
     arena = {device_allocate(dev, planned), 0, {}};

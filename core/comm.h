@@ -106,7 +106,7 @@ template <class Dev, class E> Shift shift_start(Dev, const Comm& comm, const E* 
 // The CPU's is over when it returns.
 template <class Dev, class E>
 Shift comm_reduce_scatter_start(Dev, const Comm& comm, E* data, const size_t* begin /*(size + 1)*/);
-// comm_all_gather in the same way.
+// comm_all_gather in the same way; this rank's slice may be read meanwhile.
 template <class Dev, class E>
 Shift comm_all_gather_start(Dev, const Comm& comm, E* data, const size_t* begin /*(size + 1)*/);
 // Afterwards `receive` is filled or the sum is formed, what was sent is free, and a second wait does nothing.
@@ -137,13 +137,16 @@ inline CommTimes comm_times(Cpu, const Comm&) { return {}; }
 std::string comm_transport(Gpu, const Comm& comm); // in words
 inline std::string comm_transport(Cpu, const Comm&) { return comm_backend(); }
 
-// GPU memory that transfers take beside the data, for so many groups, of which `rank_sets` differ in their ranks: NCCL
-// connects those once. Its share is what it took between two H200s (2.28, dev/LOG.md).
+// GPU memory that transfers take beside the data, for so many groups. NCCL connects groups of the same ranks once:
+// `sets` has the number of ranks of each such set. To a peer it takes up to 32 channels with buffers of 12 MiB (its
+// issue 1685); the rest of the 976 MiB that it took between two H200s (2.28, dev/LOG.md) is for itself.
 constexpr size_t comm_scratch_bytes = size_t(128) << 20, comm_flag_bytes = size_t(2) << 20;
-constexpr size_t comm_nccl_bytes = size_t(976) << 20;
-inline double comm_gpu_bytes(int ranks, bool nccl, int groups, int rank_sets) {
-    if (ranks == 1) return 0;
-    return double(comm_scratch_bytes + groups * comm_flag_bytes + (nccl ? rank_sets * comm_nccl_bytes : 0));
+constexpr size_t comm_nccl_peer_bytes = size_t(384) << 20, comm_nccl_own_bytes = size_t(976 - 384) << 20;
+inline double comm_gpu_bytes(int groups, bool nccl, std::initializer_list<int> sets) {
+    size_t bytes = 0;
+    for (int ranks : sets)
+        if (nccl && ranks > 1) bytes += comm_nccl_own_bytes + size_t(ranks - 1) * comm_nccl_peer_bytes;
+    return double(comm_scratch_bytes + size_t(groups) * comm_flag_bytes + bytes);
 }
 
 // How many ranks the launcher says it started (mpirun, srun): a backend that sees fewer would train the same model

@@ -222,6 +222,7 @@ static void mpi_start(int* argc, char*** argv, double timeout) {
     const std::jthread guarded = guard("start of MPI", timeout);
     struct sigaction hangup;
     int threads = 0;
+    setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0); // as in core/device.h: UCX may be the first to call CUDA
     sigaction(SIGHUP, nullptr, &hangup);
     MPI_CHECK(MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &threads));
     sigaction(SIGHUP, &hangup, nullptr);

@@ -10,7 +10,7 @@ struct Message {
     size_t send_bytes;
     void* receive;
     size_t receive_bytes;
-    const void* source; // where the peer has what is received: its address in this rank's memory
+    const void* source; // where the peer has what is received, as an address of this rank: memory is laid out alike
 };
 
 struct Nccl;

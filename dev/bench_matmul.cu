@@ -1,5 +1,6 @@
 // The products of LLaMA-2-7B: the tuned algorithm of each against the best that a search finds (below: all tiles and
-// options of the kernels that cuBLASLt proposes), the untuned one of --deterministic, and what bias and residual cost.
+// options of the kernels that cuBLASLt proposes, and some of its others), the untuned one of --deterministic, and what
+// bias and residual cost.
 //
 //     nvcc -std=c++20 -O3 -arch=sm_90 -Xcompiler=-fopenmp -I. dev/bench_matmul.cu core/comm_serial.cpp -lcublasLt
 //     ./a.out [seconds of search for each product, default 8]
@@ -42,6 +43,10 @@ float waves(Gpu gpu, MatmulProduct& x, const cublasLtMatmulAlgo_t& algo) {
     return status == CUBLAS_STATUS_SUCCESS ? result.wavesCount : std::numeric_limits<float>::infinity();
 }
 
+void shuffle(std::vector<MatmulAlgo>& algos) {
+    for (size_t i = 0; i < algos.size(); i++) std::swap(algos[i], algos[i + hash64(1, i) % (algos.size() - i)]);
+}
+
 // Every tile, option and small cluster of the guesses' kernel family, but for tiles a third of the guesses' or smaller:
 // these are far behind. Shuffled, so that a search that is cut short has seen some of each.
 std::vector<MatmulAlgo> all_algorithms(Gpu gpu, MatmulProduct& x) {
@@ -70,8 +75,61 @@ std::vector<MatmulAlgo> all_algorithms(Gpu gpu, MatmulProduct& x) {
                 set(CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, cluster);
                 if (matmul_can_run(gpu, x, a.algo) && waves(gpu, x, a.algo) <= 3 * fewest) algos.push_back(a);
             }
-    for (size_t i = 0; i < algos.size(); i++) std::swap(algos[i], algos[i + hash64(1, i) % (algos.size() - i)]);
+    shuffle(algos);
     return algos;
+}
+
+// Of every kernel family but the guesses', four in all their tiles and stages that keep the GPU's blocks as full as the
+// guesses do to within a half.
+std::vector<MatmulAlgo> other_families(Gpu gpu, MatmulProduct& x) {
+    const std::vector<MatmulAlgo> guesses = matmul_guesses(gpu, x);
+    float fewest = std::numeric_limits<float>::infinity();
+    std::vector<int> known;
+    size_t bytes = 0;
+    for (const MatmulAlgo& a : guesses) {
+        fewest = std::min(fewest, waves(gpu, x, a.algo));
+        CUBLAS_CHECK(cublasLtMatmulAlgoConfigGetAttribute(&a.algo, CUBLASLT_ALGO_CONFIG_ID, &known.emplace_back(),
+                                                          sizeof(int), &bytes));
+    }
+    const cudaDataType_t in = CUDA_R_16BF, out = x.key.out == Type::bf16 ? CUDA_R_16BF : CUDA_R_32F;
+    const cublasLtHandle_t handle = matmul_cache(gpu).handle;
+    std::vector<int> ids(256);
+    int count = 0;
+    CUBLAS_CHECK(cublasLtMatmulAlgoGetIds(handle, CUBLAS_COMPUTE_32F, CUDA_R_32F, in, in, out, out, int(ids.size()),
+                                          ids.data(), &count));
+    ids.resize(count);
+    std::vector<MatmulAlgo> found;
+    for (int id : ids) {
+        MatmulAlgo base = {x.key, {}, MatmulAlgo::guessed};
+        if (std::find(known.begin(), known.end(), id) != known.end() ||
+            cublasLtMatmulAlgoInit(handle, CUBLAS_COMPUTE_32F, CUDA_R_32F, in, in, out, out, id, &base.algo))
+            continue;
+        auto all = [&base](cublasLtMatmulAlgoCapAttributes_t attribute,
+                           size_t most) { // none: as if there were no choice
+            std::vector<uint32_t> values(most);
+            size_t written = 0;
+            if (cublasLtMatmulAlgoCapGetAttribute(&base.algo, attribute, values.data(), most * sizeof(uint32_t),
+                                                  &written))
+                written = 0;
+            values.resize(std::max(written / sizeof(uint32_t), size_t(1)));
+            return values;
+        };
+        std::vector<MatmulAlgo> family;
+        for (uint32_t tile : all(CUBLASLT_ALGO_CAP_TILE_IDS, CUBLASLT_MATMUL_TILE_END))
+            for (uint32_t stages : all(CUBLASLT_ALGO_CAP_STAGES_IDS, CUBLASLT_MATMUL_STAGES_END)) {
+                MatmulAlgo a = base;
+                auto set = [&a](cublasLtMatmulAlgoConfigAttributes_t attribute, auto value) {
+                    return !cublasLtMatmulAlgoConfigSetAttribute(&a.algo, attribute, &value, sizeof value);
+                };
+                if (set(CUBLASLT_ALGO_CONFIG_TILE_ID, tile) && set(CUBLASLT_ALGO_CONFIG_STAGES_ID, stages) &&
+                    matmul_can_run(gpu, x, a.algo) && waves(gpu, x, a.algo) <= 1.5f * fewest)
+                    family.push_back(a);
+            }
+        shuffle(family);
+        family.resize(std::min(family.size(), size_t(4)));
+        found.insert(found.end(), family.begin(), family.end());
+    }
+    return found;
 }
 
 struct Total {
@@ -88,9 +146,11 @@ void measure(Gpu gpu, const std::string& name, MatmulProduct x, double seconds, 
     std::vector<MatmulAlgo> guesses = matmul_guesses(gpu, x);
     const MatmulAlgo first = guesses[0];
     matmul_race(gpu, x, guesses, 15, 1);
-    std::vector<MatmulAlgo> best = all_algorithms(gpu, x);
+    std::vector<MatmulAlgo> best = all_algorithms(gpu, x), others = other_families(gpu, x);
     const size_t all = best.size(), timed = std::min(all, size_t(seconds * 1e3 / (2.3 * tuned.ms)));
     best.erase(best.begin() + timed, best.end());
+    matmul_race(gpu, x, others, 1, 4);
+    best.insert(best.end(), others.begin(), others.end());
     matmul_race(gpu, x, best, 1, 64);
     matmul_race(gpu, x, best, 5, 6);
     best.push_back(first), best.push_back(guesses[0]), best.push_back(tuned);
@@ -171,7 +231,7 @@ int main(int argc, char** argv) {
                  bench_normal<bf16>(gpu, T * F, 7),        bench_normal<float>(gpu, size_t(12288) * 4096, 8)};
     printf("LLaMA-2-7B, T = 16384 (head: 2048), bf16, cublasLt %zu, %s\n", cublasLtGetVersion(), gpu.context->name);
     printf("tuned | share of the best of those timed | timed | first guess, best of the guesses\n");
-    Total total;
+    Total total, residual;
     for (const auto& [name, T, M, N] : shapes) {
         const std::string s = name;
         const bf16* old = b.out;
@@ -182,6 +242,10 @@ int main(int argc, char** argv) {
                 matmul_product(MatmulKind::backward_input, T, M, N, b.din, b.weight, b.dout, b.none, b.none), seconds,
                 total);
         measure(gpu, s + " weight", matmul_product(weight, T, M, N, b.out, b.in, b.dout, b.none, old), seconds, total);
+        if (s == "out" || s == "down") // as a layer has them
+            measure(gpu, s + " forward + residual",
+                    matmul_product(MatmulKind::forward, T, M, N, b.out, b.weight, b.in, b.none, old), seconds,
+                    residual);
     }
     auto sum = [&total](const char* by, double ms) {
         printf("total by %s: %.2f ms, %.1f TF/s\n", by, ms, total.flops / ms / 1e9);

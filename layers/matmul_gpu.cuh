@@ -16,6 +16,7 @@
 #include "../core/kernel.h"
 #include "matmul.cuh"
 #include <cublasLt.h>
+#include <functional>
 #include <limits>
 #include <string>
 #include <vector>
@@ -50,6 +51,7 @@ struct MatmulCache {
     float* one = nullptr;          // 1 in the GPU's memory
     std::vector<MatmulAlgo> algos; // one a key
     bool tuning = false;
+    std::function<void()> before_tuning; // of each product, if somebody wants to know
 };
 inline MatmulCache& matmul_cache(Gpu gpu) {
     MatmulCache*& cache = gpu.context->matmul;
@@ -227,15 +229,19 @@ inline MatmulAlgo matmul_fastest(Gpu gpu, MatmulProduct& x) {
 inline void matmul_run(Gpu gpu, MatmulProduct x) {
     MatmulAlgo& a = matmul_algo(gpu, x.key);
     if (a.choice == MatmulAlgo::none) a = matmul_guesses(gpu, x)[0];
-    if (matmul_cache(gpu).tuning && a.choice != MatmulAlgo::tuned) a = matmul_fastest(gpu, x);
+    if (MatmulCache& cache = matmul_cache(gpu); cache.tuning && a.choice != MatmulAlgo::tuned) {
+        if (cache.before_tuning) cache.before_tuning();
+        a = matmul_fastest(gpu, x);
+    }
     CUBLAS_CHECK(matmul_launch(gpu, x, a.algo));
 }
 
 // Calls products(): a product in it whose key was not tuned yet is first run by every candidate, on its own buffers,
 // and the fastest serves all later products of that key. The buffers want values as in training, since zeros run
-// faster. A gradient, or a residual that is the output, is added many times over.
-template <class F> void matmul_tune(Gpu gpu, F products) {
-    matmul_cache(gpu).tuning = true;
+// faster. A gradient, or a residual that is the output, is added many times over. before_each() is called before a
+// product is timed, which takes two seconds or so.
+template <class F> void matmul_tune(Gpu gpu, F products, std::function<void()> before_each = {}) {
+    matmul_cache(gpu).tuning = true, matmul_cache(gpu).before_tuning = before_each;
     products();
     matmul_cache(gpu).tuning = false;
 }

@@ -829,6 +829,8 @@ def test_a_plan_that_does_not_fit_names_what_would(tmp_path):
                      r"--recompute auto\n", done.stdout, re.M), done.stdout
     assert "does not fit" not in run(*model, *memory, "--plan")
     assert "step 1/1" in run(*model, *memory, "--steps", 1)
+    all_of_it = ["--memory", most * 1.001, "--recompute", "none"]  # what the plan says does not fit, a run refuses
+    assert "does not fit" in run(*model, *all_of_it, "--plan") and "GiB are needed" in run(*model, *all_of_it, ok=False)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="no GPU's memory to run out of")
