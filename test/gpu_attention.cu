@@ -43,12 +43,14 @@ template <class E> void backward(Kernels kernels, Gpu gpu, const AttentionBackwa
 template <class E> Result<E> attend_gpu(const Tokens& t, const Buffer<E>& qkv, const Buffer<E>& dout, Sizes z,
                                         Kernels kernels = Kernels::portable, const Split& split = {}) {
     const Portable scope;
+    const FreshScratch scratch;
     const Gpu gpu = the_gpu();
     const auto [H, K, D] = z;
     const size_t T = t.size(), W = z.qkv(), B = t.rows();
     const AttentionTiles tiles = tiles_of<E>(kernels, gpu, D);
     const std::vector<Keys> keys = split_keys(t, split);
-    DeviceBuffer<E> qkv_gpu(qkv), dout_gpu(dout), anchor(anchors(t, qkv, z)), out(T * H * D), dqkv(T * W);
+    DeviceBuffer<E> qkv_gpu(qkv), dout_gpu(dout), anchor(anchors(t, qkv, z)), out(T * H * D);
+    DeviceBuffer<E> dqkv(Buffer<E>(T * W)); // of several portions dQ alone is written
     DeviceBuffer<float> lse(H * T), delta(H * T), state(T * H * D), dq(T * H * D), danchor(B * z.kv());
     const E* k0 = anchored(t) ? anchor.data() : nullptr;
     float* dk0 = k0 ? danchor.data() : nullptr;
@@ -102,7 +104,7 @@ template <class E> Result<E> attend_gpu(const Tokens& t, const Buffer<E>& qkv, c
         backward<E>(kernels, gpu, a);
         if (split.count == 1) continue;
         sums.push_back(dkv.host());
-        DeviceBuffer<float> unused(T * H * D);
+        DeviceBuffer<float> unused(Buffer<float>(T * H * D));
         a.dq = unused.data();
         backward<E>(kernels, gpu, a);
         const Buffer<float> twice = dkv.host();

@@ -85,12 +85,13 @@ inline std::vector<size_t> random_portions(size_t T, size_t portions, uint64_t s
 // see some; two heads of one KV head.
 inline void check_blind_queries(int T, size_t D) {
     const Gpu gpu = the_gpu();
+    const FreshScratch scratch;
     Tokens q{{}, {}, {0, T}}, k = q;
     for (int i = 0; i < T; i++) q.index.push_back(i + 5), q.doc.push_back(1 + i / 3 % 2);
     for (int i = 0; i < T; i++) k.index.push_back(i), k.doc.push_back(1 + 2 * (i % 2));
     const MapOnGpu map(q, k, attention_tiles<bf16>(gpu, D));
     DeviceBuffer<bf16> x(Buffer<bf16>(T * 2 * D, 1)), kv(Buffer<bf16>(T * 2 * D, 2));
-    DeviceBuffer<bf16> dout(Buffer<bf16>(T * 2 * D, 3)), out(T * 2 * D), dkv(T * 2 * D);
+    DeviceBuffer<bf16> dout(Buffer<bf16>(T * 2 * D, 3)), out(Buffer<bf16>(T * 2 * D)), dkv(Buffer<bf16>(T * 2 * D));
     DeviceBuffer<float> lse(2 * T), delta(2 * T), dq(T * 2 * D);
     attention_forward_launch<bf16>(gpu,
                                    {x.data(), kv.data(), nullptr, 2 * D, 2 * D, map.q.data, map.k.data, map.forward(),

@@ -35,6 +35,7 @@ enum class Blocks { alone, pairs, chosen, turns };
 // portion keys and values stand inside qkv and their gradients inside dqkv; in several they are packed, and summed.
 struct OnGpu {
     const Gpu gpu = the_gpu();
+    const FreshScratch scratch;
     const Tokens& t;
     const Sizes z;
     const size_t T, W, portions;
@@ -50,8 +51,8 @@ struct OnGpu {
     OnGpu(const Tokens& t, const Buffer<bf16>& qkv, const Buffer<bf16>& dout, Sizes z,
           const std::vector<size_t>& portion, size_t portions, Blocks blocks)
         : t(t), z(z), T(t.size()), W(z.qkv()), portions(portions), qkv(qkv), dout(dout), anchor(anchors(t, qkv, z)),
-          out(dout.count), dqkv(qkv.count), lse(z.H * T), delta(z.H * T), state(dout.count), dq(dout.count),
-          danchor(t.rows() * z.kv()), k0(anchored(t) ? anchor.data() : nullptr), from(portions) {
+          out(Buffer<bf16>(dout.count)), dqkv(Buffer<bf16>(qkv.count)), lse(z.H * T), delta(z.H * T), state(dout.count),
+          dq(dout.count), danchor(t.rows() * z.kv()), k0(anchored(t) ? anchor.data() : nullptr), from(portions) {
         AttentionTiles tiles = attention_hopper_tiles(z.D);
         if (blocks == Blocks::alone || blocks == Blocks::pairs) tiles.pairs_from = blocks == Blocks::alone ? 0 : 1;
         tiles.turns = blocks == Blocks::turns;

@@ -22,6 +22,7 @@ template <class To, class From> void check_convert(const Buffer<From>& from, siz
     convert(Cpu(), cpu.data() + shift, from.data() + shift, from.count - shift);
     DeviceBuffer<From> from_gpu(from);
     DeviceBuffer<To> to(from.count);
+    to.set_first(cpu, shift);
     convert(the_gpu(), to.data() + shift, from_gpu.data() + shift, from.count - shift);
     CHECK(same_bits(to.host(), cpu));
 }
@@ -112,6 +113,7 @@ TEST_CASE("gpu fill: one value") {
 }
 
 TEST_CASE("gpu sum: exact integers at every size, written or added; the same bits every time (small)") {
+    const FreshScratch scratch;
     for (size_t count : counts)
         for (size_t shift : {0, 1}) {
             if (count < shift) continue;

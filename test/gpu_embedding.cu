@@ -113,6 +113,7 @@ TEST_CASE("gpu embedding: backward adds the right integers to what is there") {
 }
 
 TEST_CASE("gpu embedding: a frequent token loses nothing in bf16 (small)") {
+    const FreshScratch scratch;
     const size_t T = 1000, C = 3;
     Buffer<bf16> dout(T * C), dweight(2 * C);
     dout.fill(1), dweight.fill(0);
@@ -127,6 +128,7 @@ TEST_CASE("gpu embedding: a frequent token loses nothing in bf16 (small)") {
 }
 
 TEST_CASE("gpu embedding: as good as the CPU, and the same bits every time (small)") {
+    const FreshScratch scratch;
     const size_t T = 4000, V = 300, C = 520;
     const DeviceOrder order(text_tokens(T, V));
     Buffer<bf16> dout(T * C, 1), cpu(V * C, 2);

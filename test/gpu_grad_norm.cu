@@ -4,6 +4,7 @@
 
 namespace {
 template <class G> double squared_norm(const Buffer<G>& grad, size_t shift = 0) {
+    const FreshScratch scratch;
     DeviceBuffer<G> grad_gpu(grad);
     DeviceBuffer<double> squared(1);
     CUDA_CHECK(cudaDeviceSynchronize());

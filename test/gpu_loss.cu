@@ -126,7 +126,7 @@ TEST_CASE("gpu loss: tokens that are not counted, huge logits, values that are n
     };
     check(float()), check(bf16(0));
     // No argmax wanted, and no token.
-    DeviceBuffer<float> logits(Buffer<float>(V, 1)), loss(1);
+    DeviceBuffer<float> logits(Buffer<float>(V, 1)), loss(Buffer<float>(1));
     DeviceBuffer<int32_t> label(labels(1, V));
     loss_forward(the_gpu(), loss.data(), nullptr, logits.data(), label.data(), 0, V);
     loss_forward_backward(the_gpu(), loss.data(), logits.data(), label.data(), 1, 0, V);

@@ -78,6 +78,7 @@ TEST_CASE("gpu rmsnorm: rows that miss the 16 bytes are taken one by one (small)
     Reference<bf16, float> cpu(T, C), shifted(T, C);
     cpu.run(T, C, true);
     DeviceBuffer<bf16> in(T * C + 1), out(T * C + 1), weight(cpu.weight);
+    out.set_first(Buffer<bf16>(1), 1); // nobody's
     CUDA_CHECK(cudaMemcpy(in + 1, cpu.in.data(), T * C * 2, cudaMemcpyHostToDevice));
     CUDA_CHECK(cudaDeviceSynchronize());
     DeviceBuffer<float> rstd(T);
@@ -94,6 +95,7 @@ TEST_CASE("gpu rmsnorm: rows that miss the 16 bytes are taken one by one (small)
     copy(truth.dresidual, cpu.dresidual), copy(truth.dweight, shifted.dweight);
     truth.run(T, C, true);
     DeviceBuffer<bf16> dout(T * C + 1), dresidual(T * C + 1), din(T * C + 1);
+    din.set_first(Buffer<bf16>(1), 1);
     DeviceBuffer<float> dweight(shifted.dweight);
     CUDA_CHECK(cudaMemcpy(dout + 1, cpu.dout.data(), T * C * 2, cudaMemcpyHostToDevice));
     CUDA_CHECK(cudaMemcpy(dresidual + 1, cpu.dresidual.data(), T * C * 2, cudaMemcpyHostToDevice));
@@ -111,7 +113,8 @@ TEST_CASE("gpu rmsnorm: rows that miss the 16 bytes are taken one by one (small)
 TEST_CASE("gpu rmsnorm: no token is no work; the same bits every time (small)") {
     const size_t T = 1500, C = 520;
     Reference<bf16, float> cpu(T, C);
-    DeviceBuffer<bf16> in(cpu.in), weight(cpu.weight), dout(cpu.dout), din(T * C), out(T * C);
+    DeviceBuffer<bf16> in(cpu.in), weight(cpu.weight), dout(cpu.dout), din(Buffer<bf16>(T * C));
+    DeviceBuffer<bf16> out(Buffer<bf16>(T * C));
     DeviceBuffer<float> rstd(T), dweight(cpu.dweight);
     const bf16* none = nullptr;
     rmsnorm_forward(the_gpu(), out.data(), rstd.data(), in.data(), weight.data(), 0, C, eps);

@@ -101,8 +101,8 @@ TEST_CASE("gpu rope: packs and single elements (small)") {
 }
 
 TEST_CASE("gpu rope: no token is no work (small)") {
-    DeviceBuffer<bf16> untouched(8);
-    DeviceBuffer<float> table(8);
+    DeviceBuffer<bf16> untouched(Buffer<bf16>(8));
+    DeviceBuffer<float> table(Buffer<float>(8));
     DeviceBuffer<int32_t> pos(1);
     const double f[] = {1, 1};
     rope_table<bf16>(the_gpu(), table.data(), pos.data(), f, 1, RopePrecision::exact, 0, 4);

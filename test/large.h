@@ -10,8 +10,8 @@ template <class E> __global__ void large_fill_kernel(E* x, size_t count, uint64_
 
 // Poisoned (every bit 1: NaN, or -1) or uniform in [-scale, scale), between guards of its own.
 template <class E> struct LargeBuffer {
-    static constexpr size_t guard = 64;
-    static constexpr uint8_t guard_byte = 0xA5;
+    static constexpr size_t guard = Buffer<E>::guard;
+    static constexpr uint8_t guard_byte = Buffer<E>::guard_byte;
     E* block = nullptr;
     size_t count;
 
@@ -28,11 +28,7 @@ template <class E> struct LargeBuffer {
     }
     LargeBuffer(const LargeBuffer&) = delete;
     ~LargeBuffer() {
-        for (const E* side : {block, block + guard + count}) {
-            uint8_t bytes[guard * sizeof(E)];
-            CUDA_CHECK(cudaMemcpy(bytes, side, sizeof bytes, cudaMemcpyDeviceToHost));
-            CHECK(std::all_of(bytes, bytes + sizeof bytes, [](uint8_t b) { return b == guard_byte; }));
-        }
+        check_guards(block, count);
         CUDA_CHECK(cudaFree(block));
     }
     E* data() { return block + guard; }

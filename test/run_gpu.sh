@@ -33,17 +33,19 @@ if wanted kernels; then
 fi
 
 # Sanitizers slow a kernel by 10 to 100 times: they take the cases named "(small)", side by side. A finding makes the
-# exit status 99. racecheck does not follow barriers at which one side only arrives (bar.arrive, mbarrier): it gets the
-# portable attention built so that both sides wait, and neither Hopper's nor the model with cuBLASLt's products.
+# exit status 99. For initcheck the tests leave unset what they else poison (test/gpu.h), and two cases that read it on
+# purpose must be found. racecheck does not follow barriers at which one side only arrives (bar.arrive, mbarrier): it
+# gets the portable attention built so that both sides wait, and neither Hopper's nor the model with cuBLASLt's products.
 if ! wanted sanitizers; then :
 elif command -v compute-sanitizer > /dev/null; then
     start=$SECONDS
     runs="memcheck initcheck synccheck racecheck racecheck_attention"
     for run in $runs; do
-        program=$test skip=none
+        program=$test skip=none unset=
+        [ $run = initcheck ] && unset=TEST_UNSET=1
         [ $run = racecheck ] && skip='*attention*,*of a model*'
         [ $run = racecheck_attention ] && program=$race
-        OMP_NUM_THREADS=$((($(nproc) + 4) / 5)) compute-sanitizer --tool ${run%_*} --error-exitcode 99 \
+        OMP_NUM_THREADS=$((($(nproc) + 4) / 5)) env $unset compute-sanitizer --tool ${run%_*} --error-exitcode 99 \
             --launch-timeout 0 "$program" --no-colors -tc='*(small)*' -tce="$skip" > $log.$run 2>&1 &
         eval "pid_$run=$!"
     done
@@ -52,6 +54,13 @@ elif command -v compute-sanitizer > /dev/null; then
         status=$?
         mv $log.$run $log
         tally "compute-sanitizer, $run" $status $start
+    done
+    for what in output scratch; do
+        start=$SECONDS
+        TEST_UNSET=1 compute-sanitizer --tool initcheck --error-exitcode 99 --launch-timeout 0 \
+            "$test" --no-colors --no-skip -tc="unset: *$what*" > $log 2>&1
+        [ $? = 99 ] && grep -q 'Uninitialized __global__ memory read' $log && grep -q '| *1 passed' $log
+        tally "initcheck finds what is unset, $what" $? $start
     done
 else
     skipped="$skipped; sanitizers (no compute-sanitizer)"
