@@ -2,6 +2,7 @@
 // and layouts.
 #include "../attention_anchor.cuh"
 #include "gpu_attention.h"
+#include "large.h"
 
 namespace {
 // Which kernels: what the trainer takes on a GPU for which none is written, or the plain ones.
@@ -306,11 +307,6 @@ TEST_CASE("attention: tensor cores against the plain kernels over 65536 tokens (
     check_result(p, r, yardstick, truth);
 }
 
-template <class E> __global__ void fill_kernel(E* x, size_t count, uint64_t seed) {
-    for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < count; i += size_t(gridDim.x) * blockDim.x)
-        x[i] = E(float(hash_normal(seed, i)));
-}
-
 // Offsets beyond 2^31 elements, in q, dO, O and dQ: the last document of the last row, which is a problem of its own.
 TEST_CASE("attention: more than 2^31 elements (large)") {
     const Portable scope;
@@ -322,15 +318,8 @@ TEST_CASE("attention: more than 2^31 elements (large)") {
     for (int i = 0; i < T; i++) t.index.push_back(i), t.doc.push_back(1 + i / length);
     const size_t width = z.qkv(), elements = size_t(T) * H * D;
     CHECK(elements > size_t(1) << 31);
-    auto filled = [&](size_t count, uint64_t seed) {
-        bf16* x = (bf16*)device_allocate(gpu, count * sizeof(bf16));
-        fill_kernel<<<4096, 256, 0, gpu.stream>>>(x, count, seed);
-        return x;
-    };
-    bf16 *qkv = filled(T * width, 91), *dout = filled(elements, 92), *out = filled(elements, 93);
-    bf16* dqkv = filled(T * width, 94);
-    float *lse = (float*)device_allocate(gpu, H * T * 4), *delta = (float*)device_allocate(gpu, H * T * 4);
-    float* dq = (float*)device_allocate(gpu, elements * 4);
+    LargeBuffer<bf16> qkv(T * width, 91, 2), dout(elements, 92), out(elements), dqkv(T * width);
+    LargeBuffer<float> lse(H * T), delta(H * T), dq(elements);
     {
         const MapOnGpu map(t, t, attention_tiles<bf16>(gpu, D));
         attention_forward_launch<bf16>(gpu,
@@ -349,11 +338,10 @@ TEST_CASE("attention: more than 2^31 elements (large)") {
         CUDA_CHECK(cudaMemcpy(to.data(), from + (T - length) * row, to.count * sizeof(to[0]), cudaMemcpyDeviceToHost));
     };
     Result<bf16> r{Buffer<bf16>(length * H * D), Buffer<bf16>(length * width), Buffer<float>(H * length)};
-    fetch(p.qkv, qkv, width), fetch(p.dout, dout, H * D), fetch(r.out, out, H * D), fetch(r.dqkv, dqkv, width);
+    fetch(p.qkv, qkv.data(), width), fetch(p.dout, dout.data(), H * D);
+    fetch(r.out, out.data(), H * D), fetch(r.dqkv, dqkv.data(), width);
     for (size_t h = 0; h < H; h++)
         CUDA_CHECK(
             cudaMemcpy(r.lse.data() + h * length, lse + (h + 1) * T - length, length * 4, cudaMemcpyDeviceToHost));
     check_result(p, r, p.yardstick(), p.truth());
-    for (void* x : {(void*)qkv, (void*)dout, (void*)out, (void*)dqkv, (void*)lse, (void*)delta, (void*)dq})
-        CUDA_CHECK(cudaFree(x));
 }

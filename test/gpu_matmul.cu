@@ -1,6 +1,6 @@
 // The GPU's products: exact sums, the 2x rule, bits, offsets beyond 32 bits, and the table of tuned algorithms.
 #include "../layers/matmul.cuh"
-#include "gpu.h"
+#include "large.h"
 
 namespace {
 struct Size {
@@ -136,23 +136,19 @@ template <class E> __global__ void fill_integers(E* x, size_t count, uint64_t se
         x[i] = E(integer(seed, i));
 }
 
-// A matrix in the GPU's memory, at first of integers that the host can compute.
+// A matrix in the GPU's memory, poisoned, or with a seed at first of integers that the host can compute.
 template <class E> struct Hashed {
-    E* x;
+    LargeBuffer<E> x;
     size_t columns;
-    uint64_t seed;
-    Hashed(size_t rows, size_t columns, uint64_t seed) : columns(columns), seed(seed) {
-        CUDA_CHECK(cudaMalloc((void**)&x, rows * columns * sizeof(E)));
-        fill_integers<<<4096, 256, 0, the_gpu().stream>>>(x, rows * columns, seed);
+    uint64_t seed = 0;
+    Hashed(size_t rows, size_t columns) : x(rows * columns), columns(columns) {}
+    Hashed(size_t rows, size_t columns, uint64_t seed) : x(rows * columns), columns(columns), seed(seed) {
+        fill_integers<<<4096, 256, 0, the_gpu().stream>>>(x.data(), rows * columns, seed);
         CUDA_CHECK(cudaGetLastError());
     }
-    ~Hashed() { CUDA_CHECK(cudaFree(x)); }
+    E* data() { return x.data(); }
     double at(size_t row, size_t column) const { return integer(seed, row * columns + column); }
-    std::vector<E> row(size_t r) const { // as it is now
-        std::vector<E> to(columns);
-        copy_to_host(the_gpu(), to.data(), x + r * columns, columns * sizeof(E));
-        return to;
-    }
+    Buffer<E> row(size_t r) { return x.part(r * columns, columns); } // as it is now
 };
 
 // Both ends, where an element's number passes 2^31 and 2^32, and some fifty more.
@@ -166,8 +162,8 @@ std::vector<size_t> sampled(size_t rows, size_t columns) {
 }
 
 // Wrong elements of a row, among the sampled columns; sum(column) is what the element should be, rounded once.
-template <class E, class F> size_t wrong_in_row(const Hashed<E>& result, size_t row, size_t rows, F sum) {
-    const std::vector<E> values = result.row(row);
+template <class E, class F> size_t wrong_in_row(Hashed<E>& result, size_t row, size_t rows, F sum) {
+    const Buffer<E> values = result.row(row);
     size_t wrong = 0;
     for (size_t column : sampled(result.columns, rows)) wrong += float(values[column]) != float(E(float(sum(column))));
     return wrong;
@@ -177,11 +173,11 @@ template <class E, class F> size_t wrong_in_row(const Hashed<E>& result, size_t 
 template <class G> void check_large(size_t T, size_t M, size_t N) {
     const Gpu gpu = the_gpu();
     const bf16* none = nullptr;
-    Hashed<bf16> in(T, M, 1), weight(N, M, 2), dout(T, N, 5), out(T, N, 8), din(T, M, 9);
+    Hashed<bf16> in(T, M, 1), weight(N, M, 2), dout(T, N, 5), out(T, N), din(T, M);
     Hashed<G> dweight(N, M, 6), dbias(1, N, 7);
-    matmul_forward(gpu, out.x, in.x, weight.x, none, none, T, M, N);
-    matmul_backward_input(gpu, din.x, dout.x, weight.x, T, M, N);
-    matmul_backward_weight(gpu, dweight.x, dbias.x, dout.x, in.x, T, M, N);
+    matmul_forward(gpu, out.data(), in.data(), weight.data(), none, none, T, M, N);
+    matmul_backward_input(gpu, din.data(), dout.data(), weight.data(), T, M, N);
+    matmul_backward_weight(gpu, dweight.data(), dbias.data(), dout.data(), in.data(), T, M, N);
     const std::vector<size_t> tokens = sampled(T, N), channels = sampled(N, M);
     size_t wrong = 0;
     for (size_t i = 0; i < 10; i++) {
