@@ -220,29 +220,63 @@ TEST_CASE("gpu adamw: values that are not finite stay so in bf16") {
     }
 }
 
-TEST_CASE("gpu adamw: beyond 2^32 elements (large)") {
-    const size_t count = (size_t(1) << 32) + 77, sample = 4096;
-    LargeBuffer<bf16> param(count, 1), m(count, 2, 0.1f), v(count, 3, 0.01f), grad(count, 4);
+namespace {
+template <class M> __global__ void squares_kernel(M* v, size_t count) {
+    const size_t stride = size_t(gridDim.x) * blockDim.x;
+    for (size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride)
+        v[i] = M(0.001f + float(v[i]) * float(v[i])); // far enough from 0 that no step is larger than a parameter
+}
+
+// Samples about 2^31, 2^32 and the ends: as good as the CPU by the 2x rule, and bf16 rounded by its random bits.
+template <class P, class G, class M> void check_large(bool with_master) {
+    const size_t count = (size_t(1) << 32) + 77, sample = 4096, index = 1 << 20;
+    LargeBuffer<P> param(count, 1);
+    LargeBuffer<float> master(with_master ? count : 0, 1);
+    LargeBuffer<M> m(count, 2, 0.1f), v(count, 3, 0.1f);
+    LargeBuffer<G> grad(count, 4);
+    squares_kernel<<<2048, 256>>>(v.data(), count);
+    CUDA_CHECK(cudaDeviceSynchronize());
     struct Sample {
         size_t first;
-        Buffer<bf16> param, m, v, grad;
+        Buffer<P> param;
+        Buffer<float> master;
+        Buffer<M> m, v;
+        Buffer<G> grad;
     };
     std::vector<Sample> samples;
+    const size_t masters = with_master ? sample : 0;
     for (size_t first : {size_t(0), (size_t(1) << 31) - 2000, (size_t(1) << 32) - sample + 50, count - sample})
-        samples.push_back(
-            {first, param.part(first, sample), m.part(first, sample), v.part(first, sample), grad.part(first, sample)});
+        samples.push_back({first, param.part(first, sample), master.part(with_master ? first : 0, masters),
+                           m.part(first, sample), v.part(first, sample), grad.part(first, sample)});
     const AdamWStep step = {11, 0.8, 0};
     Step s(step);
-    AdamW a = defaults;
-    a.beta2 = 0; // v is then the gradient's square, never negative
-    float* no_master = nullptr;
-    adamw_update(the_gpu(), param.data(), no_master, m.data(), v.data(), grad.data(), count, 1 << 20, a, s.place);
+    adamw_update(the_gpu(), param.data(), with_master ? master.data() : nullptr, m.data(), v.data(), grad.data(), count,
+                 index, defaults, s.place);
     for (Sample& x : samples) {
-        adamw_update(Cpu(), x.param.data(), no_master, x.m.data(), x.v.data(), x.grad.data(), sample,
-                     (1 << 20) + x.first, a, &step);
-        const Buffer<double> none(sample);
-        check_stored(param.part(x.first, sample), x.param, none, true);
-        check_stored(m.part(x.first, sample), x.m, none, true);
-        check_stored(v.part(x.first, sample), x.v, none, true);
+        CAPTURE(x.first);
+        Buffer<double> p = converted<double>(x.param), w = converted<double>(x.master), m1 = converted<double>(x.m),
+                       v1 = converted<double>(x.v), g = converted<double>(x.grad);
+        adamw_update(Cpu(), p.data(), with_master ? w.data() : nullptr, m1.data(), v1.data(), g.data(), sample,
+                     index + x.first, defaults, &step);
+        adamw_update(Cpu(), x.param.data(), with_master ? x.master.data() : nullptr, x.m.data(), x.v.data(),
+                     x.grad.data(), sample, index + x.first, defaults, &step);
+        auto check = [&](const auto& result, const auto& cpu, const Buffer<double>& truth, bool random) {
+            check_2x(result, cpu, truth);
+            if (random) check_stored(result, cpu, truth, true);
+        };
+        check(m.part(x.first, sample), x.m, m1, std::is_same_v<M, bf16>);
+        check(v.part(x.first, sample), x.v, v1, std::is_same_v<M, bf16>);
+        const Buffer<P> stored = param.part(x.first, sample);
+        if (with_master) {
+            const Buffer<float> exact = master.part(x.first, sample);
+            check(exact, x.master, w, false);
+            CHECK(same_bits(stored, converted<P>(exact)));
+        } else check(stored, x.param, p, std::is_same_v<P, bf16>);
     }
+}
+} // namespace
+
+TEST_CASE("gpu adamw: beyond 2^32 elements, everything in bf16 (large)") { check_large<bf16, bf16, bf16>(false); }
+TEST_CASE("gpu adamw: beyond 2^32 elements, with a master and moments in float (large)") {
+    check_large<bf16, bf16, float>(true);
 }
