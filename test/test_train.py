@@ -289,7 +289,7 @@ def test_a_ring_of_4_goes_on_with_2_1_and_4_ranks(tmp_path, parts, attention):
     ["--dtype", "bf16", "--master", "float", "--recompute", "all"]])
 def test_zero_levels_write_the_same_checkpoints(tmp_path, extra):
     """One micro-batch an update: the same sums in the same order, so the same bits, also when the level changes."""
-    args, ranks = [*SMALL, "--layers", 3, *extra, "--save_every", 3, "--keep", 0], min(RANKS, 3)
+    args, ranks = [*SMALL, "--layers", 3, *extra, "--save_every", 3, "--keep", 0], min(RANKS, 2 if SHARE else 3)
     for zero in (1, 2, 3):
         run(*args, "--steps", 9, "--zero", zero, "-o", tmp_path / str(zero), ranks=ranks)
         run(*args, "--steps", 3 * zero, "--zero", zero, "-o", tmp_path / "changing", "--resume", ranks=ranks)
@@ -589,7 +589,7 @@ def test_checkpoints_that_cannot_be_used_are_kept(tmp_path):
 
 def test_killed_at_any_instant_the_newest_checkpoint_loads(tmp_path):
     folder, reached = tmp_path / "run", 0
-    for i in range(12):
+    for i in range(4 if ON_GPU else 12):  # a start on a GPU takes seconds, and the host's code is the same
         process = subprocess.Popen(command(*SMALL, "--steps", 100000, "--save_every", 1, "-o", folder, "--resume"),
                                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         next(line for line in process.stdout if line.startswith("step "))
