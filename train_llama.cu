@@ -60,11 +60,12 @@
     PARAM(head,        "lm_head.weight",                                     untied * V,       C,       true,  normal)
 
 // Activations of a layer. `kept` holds one for every layer; the others are kept, or, in the layers for which
-// --recompute names them, share one place that the backward fills again. N: tokens of a feed-forward tile, mostly T.
+// --recompute names them, share one place that the backward fills again. What --offload names waits for the backward in
+// the host's memory. N: tokens of a feed-forward tile, mostly T.
 //
 //        field        elements             type  policy
 #define ACTIVATIONS(ACT)                                                                                               \
-    ACT(x,             T * C,               E,    kept)      /* residual stream that enters the layer */               \
+    ACT(x,             T * C,               E,    input)     /* residual stream that enters the layer */               \
     ACT(att_normed,    T * C,               E,    norm)                                                                \
     ACT(att_rstd,      T,                   A,    kept)                                                                \
     ACT(qkv,           T * (H + 2 * K) * D, E,    qkv)       /* after RoPE: (T, H + 2K, D) */                          \
@@ -93,12 +94,23 @@ template <class E, class A = Acc<E>> struct LayerActs { ACTIVATIONS(FIELD) E* ou
 // What the backward computes again, from cheap to dear: in how many layers, counted from the first.
 struct Recompute {
     int norm = 0, swiglu = 0, residual = 0, qkv = 0, ffn = 0, attention = 0;
-    static constexpr int kept = 0;
+    static constexpr int kept = 0, input = 0;
+};
+// What waits in the host's memory, instead of being kept or computed again.
+struct Offload {
+    bool input = false, residual = false, qkv = false, attention = false;
+    static constexpr bool kept = false, norm = false, swiglu = false, ffn = false;
 };
 // Which of these policies are of activations that the feed-forward alone uses.
 struct FeedForward {
-    static constexpr bool kept = false, norm = false, residual = false, qkv = false, attention = false;
+    static constexpr bool kept = false, input = false, norm = false, residual = false, qkv = false, attention = false;
     static constexpr bool swiglu = true, ffn = true;
+};
+
+// An activation of a layer that waits in the host's memory: its place on the device, and where it waits.
+struct OffloadedAct {
+    void* here;
+    size_t bytes, at;
 };
 
 enum class Start { zeros, ones, normal, scaled }; // scaled: normal / sqrt(2 L), for what is added to the residual
@@ -179,6 +191,7 @@ struct Layout {
     bool train = true, master = false;
     Type moments = Type::f32;
     Recompute recompute;
+    Offload offload;
 
     int zero_level() const { return world > 1 ? zero : 1; } // one rank has nothing to share
 
@@ -225,14 +238,17 @@ template <class Dev, class E, class G> struct Model {
     Readback readback[2];            // copies of it on their way to the host, by the parity of the step
 
     std::vector<LayerActs<E>> acts;
-    void* token_order;             // the batch's in device memory
-    int32_t *pos, *label, *argmax; // (T)
-    A* angles;                     // (T, D / 2, 2) cos and sin
-    E *x_last, *final_normed;      // (T, C)
-    A* final_rstd;                 // (T)
-    E* logits;                     // (head_chunk, V)
-    A* loss;                       // (T)
-    E *dx, *datt, *dqkv;           // (T, C), (T, H D), (T, (H + 2K) D)
+    std::vector<std::vector<OffloadedAct>> offloaded; // (L), empty if nothing is
+    uint8_t* host_memory = nullptr;                   // where they wait, Arena::host bytes
+    Aside aside;                                      // on whose stream they travel
+    void* token_order;                                // the batch's in device memory
+    int32_t *pos, *label, *argmax;                    // (T)
+    A* angles;                                        // (T, D / 2, 2) cos and sin
+    E *x_last, *final_normed;                         // (T, C)
+    A* final_rstd;                                    // (T)
+    E* logits;                                        // (head_chunk, V)
+    A* loss;                                          // (T)
+    E *dx, *datt, *dqkv;                              // (T, C), (T, H D), (T, (H + 2K) D)
     RingScratch<E> scratch;
     void* plan; // the batch's plan in device memory
     size_t plan_bytes;
@@ -301,18 +317,28 @@ template <class Dev, class E, class G> void model_place(Model<Dev, E, G>& m, Are
 
     // The policy's name is a field of Recompute: that many layers share one place. Without a backward all do, and every
     // layer's x is where the last one's was. The feed-forward's shared place and attention's are never in use together,
-    // so they lie over each other.
+    // so they lie over each other. What is offloaded has two places, which layers take in turn.
     m.acts.resize(L);
-    auto act = [&](auto field, size_t count, int policy, bool feed_forward, bool in_overlay) {
+    m.offloaded.clear();
+    auto act = [&](auto field, size_t count, int policy, bool away, bool feed_forward, bool in_overlay) {
         using X = std::remove_pointer_t<std::remove_reference_t<decltype(m.acts[0].*field)>>;
-        const size_t shared = train ? size_t(policy) : L;
+        away &= train;
+        const size_t shared = train && !away ? size_t(policy) : L;
         for (size_t l = shared; l < L && !in_overlay; l++) m.acts[l].*field = arena.take<X>("activations, kept", count);
         if (feed_forward != in_overlay) return;
-        X* one = shared ? arena.take<X>("activations, shared", count) : nullptr;
-        for (size_t l = 0; l < shared; l++) m.acts[l].*field = one;
+        X* place[2] = {};
+        for (int i = 0; i < 1 + away && shared; i++) place[i] = arena.take<X>("activations, shared", count);
+        for (size_t l = 0; l < shared; l++) m.acts[l].*field = place[away * (l % 2)];
+        if (!away) return;
+        m.offloaded.resize(L);
+        for (size_t l = 0; l < L; l++) {
+            m.offloaded[l].push_back({m.acts[l].*field, count * sizeof(X), arena.host});
+            arena.host += count * sizeof(X);
+        }
     };
-#define PLACE(name, elements, type, policy) \
-    act(&LayerActs<E>::name, elements, m.layout.recompute.policy, FeedForward::policy, in_overlay);
+#define PLACE(name, elements, type, policy)                                                                     \
+    act(&LayerActs<E>::name, elements, m.layout.recompute.policy, m.layout.offload.policy, FeedForward::policy, \
+        in_overlay);
     auto place_acts = [&](bool in_overlay) { ACTIVATIONS(PLACE) };
 #undef PLACE
     place_acts(false);
@@ -477,6 +503,36 @@ template <class Dev, class E, class G> void grads_finish(Model<Dev, E, G>& m) {
     for (size_t p = m.parts.size(); p-- > 0;) grads_wait(m, m.parts[p]); // in the order in which they were started
 }
 
+// --offload. Behind layer l's forward its activations leave for the host's memory, with the next layer's input, which
+// it has computed; behind the embedding (l = -1) the first layer's input. The last two layers' stay where they are.
+template <class Dev, class E, class G> void acts_send(Model<Dev, E, G>& m, int l) {
+    if (m.offloaded.empty()) return;
+    aside_begin(m.dev, m.aside);
+    for (int of : {l, l + 1}) {
+        if (of < 0 || of >= m.config.L - 2) continue;
+        for (const OffloadedAct& a : m.offloaded[of])
+            if ((a.here == m.acts[of].x) == (of > l))
+                aside_to_host(m.dev, m.aside, m.host_memory + a.at, a.here, a.bytes);
+    }
+    aside_end(m.dev, m.aside, l & 1);
+}
+// Afterwards layer l may take its places, and that of the next layer's input: layer l - 2's activations, and the input
+// of layer l - 1, have left them.
+template <class Dev, class E, class G> void acts_free(Model<Dev, E, G>& m, int l) {
+    if (!m.offloaded.empty()) aside_wait(m.dev, m.aside, l & 1);
+}
+// In the backward: afterwards layer l's activations are back, and those of the layer below on their way, to the places
+// that layer l + 1 has left.
+template <class Dev, class E, class G> void acts_use(Model<Dev, E, G>& m, int l) {
+    if (m.offloaded.empty()) return;
+    aside_wait(m.dev, m.aside, l & 1);
+    if (l == 0 || l - 1 >= m.config.L - 2) return;
+    aside_begin(m.dev, m.aside);
+    for (const OffloadedAct& a : m.offloaded[l - 1])
+        aside_to_device(m.dev, m.aside, a.here, m.host_memory + a.at, a.bytes);
+    aside_end(m.dev, m.aside, (l - 1) & 1);
+}
+
 // Tokens to final_normed. Every line is one layer: outputs, inputs, sizes.
 template <class Dev, class E, class G> void model_forward(Model<Dev, E, G>& m, Batch& b) {
     const auto [dev, c, T] = std::tuple(m.dev, m.config, b.T);
@@ -486,8 +542,10 @@ template <class Dev, class E, class G> void model_forward(Model<Dev, E, G>& m, B
     model_input(m, b);
     params_use(m, 0, 1);
     embedding_forward(dev, m.acts[0].x, b.order, m.params.embed, C);
+    acts_send(m, -1);
     for (size_t l = 0; l < L; l++) {
         params_use(m, l + 1, l + 2);
+        acts_free(m, int(l));
         const LayerParams<E>& w = m.params.layer[l];
         const LayerActs<E>& a = m.acts[l];
         rmsnorm_forward(dev, a.att_normed, a.att_rstd, a.x, w.att_norm, T, C, c.eps);
@@ -502,6 +560,7 @@ template <class Dev, class E, class G> void model_forward(Model<Dev, E, G>& m, B
             swiglu_forward(dev, a.act, a.gate_up, n, F);
             matmul_forward(dev, a.out + t * C, a.act, w.wdown, none, a.h + t * C, n, F, C);
         }
+        acts_send(m, int(l));
     }
     params_use(m, L + 1, L + 1);
     rmsnorm_forward(dev, m.final_normed, m.final_rstd, m.x_last, m.params.final_norm, T, C, c.eps);
@@ -593,6 +652,7 @@ template <class Dev, class E, class G> void model_backward(Model<Dev, E, G>& m, 
         // Then the layer below, and at the bottom the next micro-batch's embedding, or nothing new: the first layer.
         params_use(m, l + 1, l > 0 ? l : last_batch ? 1 : 0);
         grads_begin(m, l + 1);
+        acts_use(m, int(l));
         recompute_layer(m, b, int(l));
         const LayerParams<E>& w = m.params.layer[l];
         const LayerParams<G>& g = m.grads.layer[l];
@@ -837,6 +897,38 @@ Recompute recompute_parse(const std::string& text, int L) {
     return r;
 }
 
+struct OffloadPart {
+    const char* name;
+    bool Offload::*away;
+    int Recompute::*layers; // null: it is never computed again
+};
+constexpr OffloadPart offload_parts[] = {{"input", &Offload::input, nullptr},
+                                         {"residual", &Offload::residual, &Recompute::residual},
+                                         {"qkv", &Offload::qkv, &Recompute::qkv},
+                                         {"attention", &Offload::attention, &Recompute::attention}};
+
+std::string offload_text(const Offload& offload) { // behind that of recompute
+    std::string text;
+    for (auto& part : offload_parts)
+        if (offload.*part.away) text += (text.empty() ? ", offload " : ",") + std::string(part.name);
+    return text;
+}
+
+Offload offload_parse(const std::string& text) {
+    Offload offload;
+    if (text == "none") return offload;
+    for (size_t at = 0, end; at <= text.size(); at = end + 1) {
+        end = std::min(text.find(',', at), text.size());
+        const std::string name = text.substr(at, end - at);
+        bool known = false;
+        for (auto& part : offload_parts)
+            if (name == part.name || text == "all") offload.*part.away = known = true;
+        if (!known)
+            fail("option --offload takes none, all or a list of input,residual,qkv,attention, not '%s'", text.c_str());
+    }
+    return offload;
+}
+
 // Calls f.operator()<E, G>() for the element types of weights and gradients.
 template <class F> auto with_types(Type dtype, Type grad, F f) {
     if (dtype == Type::f64) return f.template operator()<double, double>();
@@ -894,7 +986,8 @@ double threads_bytes(const Setup& s, const Layout& layout) {
 // What a rank's memory must hold: the arena, and what lies beside it.
 double memory_needed(const Setup& s, const Layout& layout) {
     const double beside = s.gpu ? gpu_overhead_bytes + transfer_bytes(s, layout) : threads_bytes(s, layout);
-    return double(measure(s, layout).used) + beside;
+    const Arena arena = measure(s, layout);
+    return double(arena.used) + (s.gpu ? 0 : double(arena.host)) + beside;
 }
 // What of it a run may take. A GPU's is ours; a machine's is also the system's and the messages'.
 double memory_usable(const Setup& s) { return (s.gpu ? 0.998 : 0.92) * s.memory; }
@@ -920,6 +1013,7 @@ bool choose_layout(Setup& s) {
     s.dtype = type(o.dtype, s.gpu ? Type::bf16 : Type::f32);
     s.grad_dtype = type(o.grad_dtype, s.dtype);
     layout.moments = type(o.opt_dtype, s.dtype);
+    layout.offload = offload_parse(o.offload);
     if (s.dtype == Type::f64 && s.gpu) fail("--dtype double is for the CPU: add --device cpu");
     if (s.dtype == Type::f64 && (s.grad_dtype != Type::f64 || layout.moments != Type::f64))
         fail("--dtype double keeps gradients and moments in double: leave --grad_dtype and --opt_dtype away");
@@ -933,6 +1027,8 @@ bool choose_layout(Setup& s) {
     auto fits = [&](bool master, int units) {
         layout.master = master;
         layout.recompute = o.recompute == "auto" ? recompute_first(units, L) : recompute_parse(o.recompute, L);
+        for (auto& part : offload_parts)
+            if (part.layers && layout.offload.*part.away) layout.recompute.*part.layers = 0;
         if (layout.ffn_tile && (layout.recompute.ffn < L || layout.recompute.swiglu < L)) {
             if (o.recompute != "auto") fail("--ffn_tile keeps no feed-forward: add swiglu and ffn to --recompute");
             return false;
@@ -1017,6 +1113,12 @@ std::string what_fits(Setup s) {
         if (change("--grad_dtype bf16 --opt_dtype bf16")) return changes;
     }
     if (s.layout.B > 1 && (s.layout.B = 1, change("--batch 1"))) return changes;
+    if (s.gpu && s.o.offload == "none") {
+        const std::string before = changes;
+        s.o.offload = "input,attention"; // the others of these share a place anyway
+        if (change("--offload " + s.o.offload)) return changes;
+        s.o.offload = "none", changes = before;
+    }
     if (s.layout.tokens() > 8192 && s.layout.ffn_tile != 8192) {
         s.layout.ffn_tile = 8192;
         if (change("--ffn_tile 8192")) return changes;
@@ -1058,6 +1160,7 @@ StepWork step_work(const Setup& s) {
     w.weight = double(type_size(s.dtype)), w.gradient = double(type_size(s.grad_dtype));
     w.moment = double(type_size(l.moments)), w.master = l.master;
     w.again = {r.norm, r.swiglu, r.residual, r.qkv, r.ffn, r.attention};
+    w.offloaded = double(measure(s, l).host) / w.T / s.config.L;
     const size_t packs = std::clamp<size_t>((size_t(1) << 20) / (l.S * l.B), 1, 64);
     const size_t count = s.attention == Attention::full ? 1 : packs;
     Comm ring;
@@ -1113,7 +1216,7 @@ void print_plan(const Setup& s) {
     printf("%s: %.2fB parameters, context %zu, %zu x %d rank%s in rings of %s, ZeRO-%d, %s, recompute %s\n\n",
            s.o.model.c_str(), double(param_count(c)) / 1e9, s.layout.S, s.layout.B, s.layout.world,
            s.layout.world > 1 ? "s" : "", ring_text(s.layout).c_str(), s.layout.zero_level(), type_name(s.dtype),
-           recompute_text(s.layout.recompute, c.L).c_str());
+           (recompute_text(s.layout.recompute, c.L) + offload_text(s.layout.offload)).c_str());
     printf("  memory of a rank         GiB\n");
     for (const Arena::Part& part : arena.parts)
         printf("  %-20s %8.3f\n", part.name.c_str(), double(part.bytes) / (1 << 30));
@@ -1123,6 +1226,8 @@ void print_plan(const Setup& s) {
     if (!s.gpu) printf("  %-20s %8.3f\n", "attention's threads", threads_bytes(s, s.layout) / (1 << 30));
     const double needed = memory_needed(s, s.layout);
     printf("  %-20s %8.3f of %.1f\n", "all", needed / (1 << 30), s.memory / (1 << 30));
+    if (arena.host)
+        printf("  %-20s %8.3f\n", s.gpu ? "of the host, besides" : "of it: offloaded", double(arena.host) / (1 << 30));
     if (needed >= memory_usable(s)) printf("\n  does not fit; this would: %s\n", what_fits(s).c_str());
     else if (s.layout.train) print_estimate(s);
 }
@@ -1866,7 +1971,7 @@ void announce(const Log& log, const Setup& s, const Loader& loader, const std::s
                  (long long)s.o.steps);
     log_note(log, "%s attention, context %zu, %lld tokens an update, memory %.2f GiB a rank, recompute %s, master %s",
              s.o.attention.c_str(), l.S, (long long)(s.rows_per_update() * l.S), memory_needed(s, l) / (1 << 30),
-             recompute_text(l.recompute, s.config.L).c_str(), l.master ? "float" : "none");
+             (recompute_text(l.recompute, s.config.L) + offload_text(l.offload)).c_str(), l.master ? "float" : "none");
 }
 
 template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setup& s) {
@@ -1975,10 +2080,15 @@ template <class Dev, class E, class G> int run(Dev dev, Setup& s) {
         fail("%.2f GiB are needed and a rank has %.2f, of which it can use %.2f",
              memory_needed(s, s.layout) / (1 << 30), s.memory / (1 << 30), memory_usable(s) / (1 << 30));
     }
+    const double offloaded = double(arena.host) * s.host.size, there = host_memory();
+    if (s.gpu && offloaded >= 0.9 * there)
+        fail("--offload wants %.2f GiB of this host's memory for %d rank%s, and it has %.2f", offloaded / (1 << 30),
+             s.host.size, s.host.size > 1 ? "s" : "", there / (1 << 30));
     const size_t planned = arena.used;
     arena = {device_allocate(dev, planned), 0, {}};
     model_place(m, arena);
     REQUIRE(arena.used == planned, "every rank must place what was measured");
+    m.host_memory = host_allocate(dev, arena.host);
     for (const Comm& group : {s.world, s.ring, s.background}) comm_open(dev, group, arena.base, planned, s.transport);
     if (s.layout.train) return train(m, s);
 

@@ -17,6 +17,7 @@ struct Arena {
     uint8_t* base = nullptr;
     size_t used = 0;
     std::vector<Part> parts;
+    size_t host = 0; // bytes of the host's memory that go with it, which is not the arena's
 
     // `count` elements of E, entered under `part` in the table; null while measuring, and when there are none.
     template <class E> E* take(const char* part, size_t count) {

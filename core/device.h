@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <string>
+#include <sys/mman.h>
 #include <vector>
 
 // What a GPU's memory holds beside the arena: the driver's context, the kernels, cuBLASLt, GpuContext::scratch.
@@ -46,6 +47,33 @@ inline void readback_send(Cpu, Readback& readback, const void* from, size_t byte
     readback.seconds = seconds_now() - readback.seconds, readback.since_mark = seconds_now() - readback.since_mark;
 }
 inline const void* readback_wait(Cpu, Readback& readback) { return readback.memory; }
+
+// Memory of the host that copies to and from a device want, until the program ends; the device says when there is none.
+inline uint8_t* host_allocate(Cpu, size_t bytes) { return bytes ? (uint8_t*)malloc(bytes) : nullptr; }
+
+// Copies between a device's memory and that of the host which go on beside the device's work, one behind the other:
+// what stands between aside_begin and aside_end begins when the work given so far is done. Work given after aside_wait
+// begins when what was ended last with that mark (0 or 1) has arrived. The CPU copies as late as it may, in aside_wait,
+// so that a wait which is missing shows.
+struct Aside {
+    Stream stream = {};
+    void *begun = nullptr, *ended[2] = {}; // the GPU's events
+    struct Copy {
+        void* to;
+        const void* from;
+        size_t bytes;
+    };
+    std::vector<Copy> copies; // the CPU's
+    size_t done = 0, due[2] = {};
+};
+inline void aside_begin(Cpu, Aside&) {}
+inline void aside_to_host(Cpu, Aside& a, void* to, const void* from, size_t n) { a.copies.push_back({to, from, n}); }
+inline void aside_to_device(Cpu, Aside& a, void* to, const void* from, size_t n) { a.copies.push_back({to, from, n}); }
+inline void aside_end(Cpu, Aside& a, int mark) { a.due[mark] = a.copies.size(); }
+inline void aside_wait(Cpu, Aside& a, int mark) {
+    for (; a.done < a.due[mark]; a.done++) memcpy(a.copies[a.done].to, a.copies[a.done].from, a.copies[a.done].bytes);
+    if (a.done == a.copies.size()) a.copies.clear(), a.done = a.due[0] = a.due[1] = 0;
+}
 
 // Which GPU of its host a rank takes, and how many ranks take that one.
 struct GpuPlace {
@@ -214,6 +242,42 @@ inline const void* readback_wait(Gpu, Readback& readback) {
     CUDA_CHECK(cudaEventElapsedTime(&ms, (cudaEvent_t)readback.marked, (cudaEvent_t)readback.sent));
     readback.since_mark = 1e-3 * ms;
     return readback.memory;
+}
+
+// Pinned. Its pages are made by all threads: one alone takes minutes for what a long context puts there.
+inline uint8_t* host_allocate(Gpu, size_t bytes) {
+    if (bytes == 0) return nullptr;
+    constexpr size_t page = size_t(2) << 20;
+    bytes = (bytes + page - 1) / page * page;
+    uint8_t* block = (uint8_t*)aligned_alloc(page, bytes);
+    const double gib = double(bytes) / (1 << 30);
+    if (!block) fail("cannot allocate %.2f GiB of the host's memory: --offload less", gib);
+    madvise(block, bytes, MADV_HUGEPAGE);
+#pragma omp parallel for
+    for (size_t at = 0; at < bytes; at += 4096) block[at] = 0;
+    if (cudaError_t status = cudaHostRegister(block, bytes, cudaHostRegisterDefault); status != cudaSuccess)
+        fail("cannot pin %.2f GiB of the host's memory (%s): --offload less, or see ulimit -l", gib,
+             cudaGetErrorString(status));
+    return block;
+}
+inline void aside_begin(Gpu gpu, Aside& a) {
+    if (!a.stream) {
+        CUDA_CHECK(cudaStreamCreateWithFlags(&a.stream, cudaStreamNonBlocking));
+        for (void** event : {&a.begun, &a.ended[0], &a.ended[1]})
+            CUDA_CHECK(cudaEventCreateWithFlags((cudaEvent_t*)event, cudaEventDisableTiming));
+    }
+    CUDA_CHECK(cudaEventRecord((cudaEvent_t)a.begun, gpu.stream));
+    CUDA_CHECK(cudaStreamWaitEvent(a.stream, (cudaEvent_t)a.begun));
+}
+inline void aside_to_host(Gpu, Aside& a, void* to, const void* from, size_t bytes) {
+    CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, a.stream));
+}
+inline void aside_to_device(Gpu, Aside& a, void* to, const void* from, size_t bytes) {
+    CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, a.stream));
+}
+inline void aside_end(Gpu, Aside& a, int mark) { CUDA_CHECK(cudaEventRecord((cudaEvent_t)a.ended[mark], a.stream)); }
+inline void aside_wait(Gpu gpu, Aside& a, int mark) {
+    if (a.stream) CUDA_CHECK(cudaStreamWaitEvent(gpu.stream, (cudaEvent_t)a.ended[mark]));
 }
 
 // The GPUs of this host that the process sees, 0 when the call fails. The first call of CUDA in every program.

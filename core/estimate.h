@@ -100,6 +100,9 @@ struct LayersAgain {
 };
 enum class KeysTravel { ring, allgather, ulysses };
 
+// Bytes a second between a GPU and its host, PCIe 5.0 with 16 lanes: assumed, it was not measured.
+constexpr double host_rate = 50e9;
+
 // An update, as one of its ranks sees it.
 struct StepWork {
     double batches = 1;              // micro-batches of an update
@@ -111,6 +114,7 @@ struct StepWork {
     double weight = 2, gradient = 2, moment = 2; // bytes
     bool master = false;
     LayersAgain again;
+    double offloaded = 0; // bytes of a token's activations in a layer that wait in the host's memory
 };
 
 // `seconds` alone, `counted` in the step: less, where something else goes on meanwhile.
@@ -273,6 +277,12 @@ inline std::vector<StepPart> step_parts(const Ceilings& ceilings, const Attentio
     const double recomputed = (again_flops / product_rate + 4 * again.attention * pair / rate[0]) / L;
     const double spare[2] = {std::max(0.0, product + pass[0] - k.seconds[0]),
                              std::max(0.0, 2 * product + pass[1] + recomputed - k.seconds[1])};
+    if (w.offloaded > 0) { // a layer's leave beside the next one's forward, and come back beside its backward
+        const double layers = w.batches * (L - 2), bytes = T * w.offloaded, seconds = bytes / host_rate;
+        const double forward = product + pass[0], backward = 2 * product + pass[1] + recomputed;
+        parts.push_back({"offloaded, to the host and back", 0, 0, 2 * layers * bytes, 2 * layers * seconds,
+                         layers * (std::max(0.0, seconds - forward) + std::max(0.0, seconds - backward))});
+    }
     shared_parts(parts, c, w, link, spare);
     return parts;
 }

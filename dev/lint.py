@@ -33,12 +33,13 @@ ONE_FILE_EACH = {"mpi.h": "core/", "nccl.h": "core/", "cublasLt.h": "layers/matm
 # functions may wait, or call what waits (allocation does too); all others are in the way of a step.
 WAITS = re.compile(r"\b(cuda(Stream|Event|Device)Synchronize|cu(Stream|Event|Ctx)Synchronize|cudaMemcpy(2D|Peer|"
                    r"(To|From)Symbol)?|cudaMemset|cudaMalloc\w*|cudaHost(Alloc|Register)|cudaFree\w*|"
-                   r"cuMem(Alloc|Free)\w*|device_allocate|device_wait|copy_to_host|readback_wait|to_host)\(")
+                   r"cuMem(Alloc|Free)\w*|device_allocate|host_allocate|device_wait|copy_to_host|readback_wait|to_host)\(")
 MAY_WAIT = {
     # What others wait by; copy_to_device waits for a slot that was sent 63 MiB before, readback_open the first time.
     "core/device.h": {
         "device_allocate": {"cudaMalloc", "cudaMemset", "cudaDeviceSynchronize"},
         "device_wait": {"cudaStreamSynchronize"},
+        "host_allocate": {"cudaHostRegister"},
         "copy_to_device": {"cudaEventSynchronize"},
         "copy_to_host": {"device_wait"},
         "readback_open": {"cudaMallocHost"},
@@ -57,7 +58,7 @@ MAY_WAIT = {
     "layers/matmul_gpu.cuh": {"matmul_cache": {"cudaMalloc"}, "matmul_race": {"device_wait"}},
     # Setup, the end of the last step, checkpoints, evaluation.
     "train_llama.cu": {
-        "run": {"device_allocate"},
+        "run": {"device_allocate", "host_allocate"},
         "model_tune": {"device_wait"},
         "step_finish": {"readback_wait"},
         "save": {"copy_to_host"},

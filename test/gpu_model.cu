@@ -135,6 +135,31 @@ TEST_CASE("recomputed and tiled activations give the GPU's gradients again") {
     gpu.context->deterministic = false;
 }
 
+// In rows that are long enough for copies to be under way when their places are wanted again.
+TEST_CASE("offloaded activations give the GPU's gradients again") {
+    Config c = gpu_config(64);
+    c.L = 7;
+    const std::vector<Row> rows = some_rows(Attention::anchor, 4096, c.V, 2, 60);
+    Gpu gpu = the_gpu();
+    gpu.context->deterministic = true;
+    TestModel<bf16, float, Gpu> kept(c, small_layout(4096, 1), Comm{}, gpu);
+    same_weights(kept);
+    kept.gradients(rows, Attention::anchor, Comm{}, 100, 1);
+    const Buffer<double> want = gradient(kept.m);
+    for (const char* what : {"input", "qkv", "input,residual", "residual,attention", "all"}) {
+        CAPTURE(what);
+        Layout layout = small_layout(4096, 1);
+        layout.offload = offload_parse(what), layout.recompute = recompute_parse("norm,swiglu", c.L);
+        TestModel<bf16, float, Gpu> away(c, layout, Comm{}, gpu);
+        same_weights(away);
+        for (int i = 0; i < 3; i++) {
+            away.gradients(rows, Attention::anchor, Comm{}, 100, 1);
+            CHECK(largest_error(gradient(away.m), want) == 0);
+        }
+    }
+    gpu.context->deterministic = false;
+}
+
 // Ten updates of the same small model on one fixed batch: the GPU's losses stay as near to double's as twice the CPU's
 // run of the same types does. Where parameters are rounded at random, the yardstick is the worst of eight such runs.
 template <class E, class G, class Dev> static std::vector<double>

@@ -64,6 +64,7 @@ template <class E, class G, class Dev = Cpu> struct TestModel {
             arena = {place ? place : device_allocate(dev, arena.used), 0, {}}; // until the test program ends
         }
         model_place(m, arena);
+        m.host_memory = host_allocate(dev, arena.host); // likewise
         set_weights(0.3);
     }
 

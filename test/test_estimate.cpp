@@ -97,6 +97,29 @@ TEST_CASE("what is recomputed, micro-batches and the optimizer's types are count
     CHECK(optimizer_bytes(w) == 30 + 4);
 }
 
+TEST_CASE("what is offloaded costs what the layers beside it do not hide") {
+    const Ceilings ceilings = round_ceilings(1);
+    Config c = tiny();
+    c.L = 5;
+    StepWork w = three_tokens();
+    w.batches = 2;
+    auto offloaded = [&](double bytes) { // of a token
+        w.offloaded = bytes;
+        return step_parts(ceilings, ceilings.attention[0], c, w);
+    };
+    const char* name = "offloaded, to the host and back";
+    CHECK(!has(offloaded(0), name));
+    CHECK(part(offloaded(1), name).moved == 2 * 3 * 3 * 2); // ways, layers but two, tokens, micro-batches
+    CHECK(part(offloaded(1), name).counted == 0);
+    const std::vector<StepPart> parts = offloaded(1);
+    const double attention = part(parts, "attention, forward").seconds / 2 / c.L;
+    const double product = 3 * 2 * layer_matrices(c) / ceilings.products;
+    const double backward = part(parts, "attention, backward").seconds / 2 / c.L + 2 * product, time = 1000 * backward;
+    CHECK(part(offloaded(time * host_rate / 3), name).seconds == doctest::Approx(2 * 2 * 3 * time));
+    CHECK(part(offloaded(time * host_rate / 3), name).counted ==
+          doctest::Approx(2 * 3 * (2 * time - backward - product - attention)));
+}
+
 TEST_CASE("keys travel behind attention") {
     StepWork w;
     w.ring = w.world = 2, w.T = 8, w.pairs = 56, w.moved = 0.75; // of 8 tokens 6, with 2 x 2 elements

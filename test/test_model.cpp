@@ -42,6 +42,36 @@ TEST_CASE("recomputed activations give the same bits") {
     }
 }
 
+// Layers take two places in turn, and the last two never leave. Twice, with a forward alone between: micro-batches.
+TEST_CASE("offloaded activations give the same bits, from the host's memory") {
+    for (int L : {1, 2, 3, 6}) {
+        const Config c = make_config(L, 16, 4, 2, 24, 11, 100, 64);
+        const std::vector<Row> rows = {make_row(Attention::anchor, 23, c.V, 3),
+                                       make_row(Attention::anchor, 23, c.V, 4)};
+        TestModel<float, float> kept(c, small_layout(23, 1));
+        kept.gradients(rows, Attention::anchor, Comm{}, 40, 1);
+        for (const char* what : {"input", "residual", "qkv", "attention", "input,qkv", "all"})
+            for (const char* again : {"none", "norm,swiglu:1,ffn:2"}) {
+                CAPTURE(L);
+                CAPTURE(what);
+                CAPTURE(again);
+                Layout layout = small_layout(23, 1);
+                layout.offload = offload_parse(what), layout.recompute = recompute_parse(again, L);
+                TestModel<float, float> away(c, layout);
+                away.gradients(rows, Attention::anchor, Comm{}, 40, 1);
+                away.loss({rows[1]}, Attention::anchor);
+                away.gradients(rows, Attention::anchor, Comm{}, 40, 1);
+                CHECK(memcmp(kept.m.grad_flat, away.m.grad_flat, kept.m.elements * sizeof(float)) == 0);
+                for (int l = 0; l < L - 2; l++) // of the last row, which kept has as well
+                    for (const OffloadedAct& a : away.m.offloaded[l])
+                        if (a.here == away.m.acts[l].x)
+                            CHECK(memcmp(away.m.host_memory + a.at, kept.m.acts[l].x, a.bytes) == 0);
+            }
+    }
+    CHECK(offload_text(offload_parse("qkv,input")) == ", offload input,qkv");
+    CHECK(offload_text(offload_parse("none")) == "");
+}
+
 // As below: sums over the tokens in another order.
 TEST_CASE("the feed-forward in tiles gives the same gradients in less memory") {
     const Config c = small_config();
@@ -63,6 +93,12 @@ TEST_CASE("the feed-forward in tiles gives the same gradients in less memory") {
     const size_t before = measure(s, s.layout).used;
     s.layout.ffn_tile = 8192;
     CHECK(measure(s, s.layout).used < before);
+    s.layout.offload = offload_parse("input,attention"); // two places instead of 32; attention was recomputed: one more
+    const Arena away = measure(s, s.layout);
+    const size_t row = size_t(65536) * 4096 * 2, lse = 65536 * 32 * 4;
+    CHECK(away.host == 32 * (2 * row + lse));
+    s.layout.offload = {};
+    CHECK(away.used == measure(s, s.layout).used - 30 * row + row + lse);
 }
 
 // The sums have some 60 terms of order 0.1 in double: 1e-13 is a hundred times their rounding.

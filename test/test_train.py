@@ -800,10 +800,27 @@ def test_the_plan_is_what_a_run_takes(tmp_path):
 
     program = 0 if ON_GPU else peak("small", *SMALL)
     model = ["-e", "tiny", "--layers", 4, "--channels", 768, "--heads", 12, "--ffn", 2048, "--vocab", 16384, "-c", 1024]
-    for name, extra in (("kept", []), ("again", ["--recompute", "all"])):
+    for name, extra in (("kept", []), ("again", ["--recompute", "all"]), ("away", ["--offload", "all"])):
         planned = float(re.search(r"  all +([\d.]+) of", run(*model, *extra, "--plan")).group(1))
         assert planned > 0.5
         assert abs(peak(name, *model, *extra) - program - planned) < 0.05 * planned
+
+
+def test_offloaded_activations_change_no_bit(tmp_path):
+    args = [*SMALL, "--layers", 5, "--dtype", "bf16" if ON_GPU else "float", "--total_batch", 128, "--steps", 3]
+    for name, extra in (("kept", []), ("away", ["--offload", "all"]), ("some", ["--offload", "qkv,input", "--recompute", "norm"])):
+        run(*args, *extra, "-o", tmp_path / name)
+        assert digest(newest(tmp_path / name)) == digest(newest(tmp_path / "kept"))
+    assert "offload all or" not in run(*SMALL, "--offload", "nonsense", ok=False)
+    assert "input,residual,qkv,attention" in run(*SMALL, "--offload", "qkv,nonsense", ok=False)
+
+
+@pytest.mark.host_only
+def test_a_context_beyond_a_gpu_is_told_to_offload():
+    long = ["-e", "llama2-7b", "-c", 262144, "--device", "gpu", "--plan", "--master", "none"]
+    assert "does not fit; this would: --offload input,attention\n" in run(*long)
+    out = run(*long, "--offload", "input,attention")
+    assert "does not fit" not in out and float(re.search(r"of the host, besides +([\d.]+)", out).group(1)) == 32 * (2 * 2 + 1 / 32)
 
 
 def test_the_plan_of_a_7b_needs_no_gpu():
