@@ -73,6 +73,34 @@ TEST_CASE("the experiment's column sums on the GPU follow double as the CPU's do
         }
 }
 
+TEST_CASE("attention with P rounded alone: the GPU errs as the CPU does (small)") {
+    for (const Size& n : sizes) {
+        CAPTURE(n.T);
+        CAPTURE(n.D);
+        const size_t all = n.H + 2 * n.K;
+        const Buffer<float> qkv(n.T * all * n.D, 35);
+        Buffer<float> cpu(n.T * n.H * n.D);
+        Buffer<double> lse(n.H * n.T), truth(cpu.count);
+        const Buffer<double> exact = converted<double>(qkv);
+        study_lse(Cpu(), lse.data(), exact.data(), {}, n.T, n.H, n.K, n.D);
+        truth.fill(0);
+        for (size_t i = 0; i < n.T; i++)
+            for (size_t h = 0; h < n.H; h++)
+                for (size_t j = 0; j <= i; j++) {
+                    const double *q = exact.data() + (i * all + h) * n.D, *token = exact.data() + j * all * n.D;
+                    const double *k = token + (n.H + h * n.K / n.H) * n.D, *v = k + n.K * n.D;
+                    double dot = 0;
+                    for (size_t d = 0; d < n.D; d++) dot += q[d] * k[d];
+                    const double p = std::exp(dot / std::sqrt(double(n.D)) - lse[h * n.T + i]);
+                    for (size_t d = 0; d < n.D; d++) truth[(i * n.H + h) * n.D + d] += p * v[d];
+                }
+        study_attention(Cpu(), cpu.data(), qkv.data(), n.T, n.H, n.K, n.D);
+        DeviceBuffer<float> device_qkv(qkv), gpu(cpu.count);
+        study_attention(the_gpu(), gpu.data(), device_qkv.data(), n.T, n.H, n.K, n.D);
+        check_2x(gpu.host(), cpu, truth);
+    }
+}
+
 TEST_CASE("the experiment's rotation on the GPU gives the CPU's values (small)") {
     const Size n = {70, 4, 2, 24};
     const size_t count = n.T * (n.H + 2 * n.K) * n.D;

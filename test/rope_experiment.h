@@ -215,7 +215,7 @@ void sink_apply(Experiment<Dev, E>& x, size_t l, const double* inv_freq, size_t 
 }
 
 // model_forward, line by line, but for the rotation and the type that the attention computes in: E as in training when
-// q and k are stored as E, else A. `before(l)` may look at x.qkv as the projections left it, `after(l)` at the rotated
+// q, k and P are rounded to E, else A, where P alone may be rounded. `before(l)` may look at x.qkv as the projections left it, `after(l)` at the rotated
 // one. Rounded logits are what the measured weights are made from; the attention that feeds the next layer keeps its
 // logits in fp32, as flash attention does. Goes through the layers up to the last that is measured.
 template <class Dev, class E, class Before, class After>
@@ -225,6 +225,8 @@ void experiment_forward(Experiment<Dev, E>& x, const Row& row, const Rounding& r
     const auto [dev, c, T] = std::tuple(m.dev, m.config, row.token.size());
     const size_t C = c.C, H = c.H, K = c.K, D = c.D, F = c.F;
     constexpr bool narrow = !std::is_same_v<E, A>;
+    const bool stored = narrow && r.storage == Type::bf16;
+    const bool rounded_weights = r.weights.value_or(stored ? Type::bf16 : Type::f32) == Type::bf16;
     const E* none = nullptr;
 
     Batch b = batch_make({row}, Attention::full, Comm{}, attention_tiles<E>(dev, D));
@@ -247,7 +249,10 @@ void experiment_forward(Experiment<Dev, E>& x, const Row& row, const Rounding& r
         before(l);
         study_rotate(dev, x.qkv, x.table, r, T, H, K, D);
         after(l);
-        if (narrow && r.storage != Type::bf16) {
+        if (rounded_weights && !stored) {
+            study_attention(dev, x.att, x.qkv, T, H, K, D);
+            convert(dev, a.att, x.att, T * H * D);
+        } else if (narrow && !rounded_weights) {
             ring_attention_forward(dev, Comm{}, wide.plan, x.att, x.trainer_lse, x.qkv, x.scratch, H, K, D);
             convert(dev, a.att, x.att, T * H * D);
         } else {

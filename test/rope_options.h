@@ -3,6 +3,7 @@
 #pragma once
 #include "../core/options.h"
 #include "rope_study.cuh"
+#include <sstream>
 
 // OPTION(type, name, default, range, help), as in core/options.h.
 // clang-format off
@@ -16,7 +17,7 @@
            "trainer does or as torch's layers do (the paper's control)")                                               \
     OPTION(Text, experiments, "local,shift,other,length,frozen,base", "", "which of them to run")                      \
     OPTION(Text, variants, "float:E,float:F,bf16:E,bf16:F,bf16:C,bf16:B,bf16:A,bf16:D", "", "network:rounding, the "   \
-           "network being float, bf16 or (on the CPU) double; see below")                                              \
+           "network being float, bf16 or (on the CPU) double; /place=type behind it sets a place of it alone; see below") \
     OPTION(Text, base_variants, "float:F,bf16:C,bf16:A", "", "those that are run at every base")                       \
     OPTION(Text, length_variants, "", "", "those that the length is measured of; none: all of `variants`")             \
     OPTION(Text, angles, "variant", "variant|double|float|bf16", "in all variants: pos inv_freq")                      \
@@ -26,6 +27,8 @@
     OPTION(Text, storage, "variant", "variant|float|bf16", "in all variants: rotated q and k")                         \
     OPTION(Text, logits, "variant", "variant|float|bf16", "in all variants: dot products, in the measured weights "    \
            "alone: the attention that feeds the next layer keeps its own in fp32")                                     \
+    OPTION(Text, weights, "variant", "variant|float|bf16", "in all variants: P as the operand of P V; a variant's "    \
+           "own is bf16 where q and k are in a bf16 network, else float")                                              \
     OPTION(Int, length, 0, "0..16777216", "tokens of a sequence; 0: 4096, at most the model's context")                \
     OPTION(Text, lengths, "", "", "lengths for the first key's logit; none: 64 to 8192 by doubling, at most twice the "\
            "model's context, and those that the data fill four times")                                                \
@@ -75,6 +78,8 @@ inline void rope_options_help() {
     options_visit(defaults, line, [](const char*) {});
     printf("\nroundings of a variant:\n");
     for (const NamedRounding& named : named_roundings) printf("  %c  %s\n", named.letter, named.meaning);
+    printf("and single places of it: bf16:E/weights=bf16 is E, but P rounded to bf16 ahead of P V, as it is in C, B, A "
+           "and D,\nand bf16:C/weights=float is C with P in fp32, so that the four tell RoPE and q k^T from P V\n");
 }
 
 // The pieces of a comma list; every option that is one refuses an empty piece, and one that is there twice.
@@ -128,32 +133,52 @@ inline Type parse_type(const std::string& name) {
     return name == "double" ? Type::f64 : name == "bf16" ? Type::bf16 : Type::f32;
 }
 
-// "bf16:C": the element type of the network, and where its rotation rounds.
+// "bf16:C": the element type of the network, and where its rotation rounds; "bf16:C/weights=float" with a place changed.
 struct Variant {
     std::string name;
     Type network = Type::f32;
     Rounding rounding;
 };
 
+// Sets one place of rounding, as the option of that name does; false when there is no such place or type.
+inline bool set_place(Rounding& r, const std::string& place, const std::string& type) {
+    if (type != "float" && type != "bf16" && !(type == "double" && place == "angles")) return false;
+    if (place == "weights") return r.weights = parse_type(type), true;
+    const std::pair<const char*, Type Rounding::*> places[] = {
+        {"angles", &Rounding::angles},     {"input", &Rounding::input},     {"table", &Rounding::table},
+        {"rotation", &Rounding::rotation}, {"storage", &Rounding::storage}, {"logits", &Rounding::logits}};
+    for (auto [name, field] : places)
+        if (place == name) return r.*field = parse_type(type), true;
+    return false;
+}
+
 inline std::vector<Variant> parse_variants(const char* option, const std::string& list, const RopeOptions& o) {
     std::vector<Variant> variants;
     for (const std::string& item : split_list(option, list)) {
-        const size_t colon = item.find(':');
-        const std::string network = item.substr(0, colon);
+        std::stringstream places(item);
+        std::string front, place;
+        std::getline(places, front, '/');
+        const size_t colon = front.find(':');
+        const std::string network = front.substr(0, colon);
         const bool known = network == "float" || network == "bf16" || network == "double";
-        const NamedRounding* named = colon + 2 == item.size() ? rounding_by_letter(item[colon + 1]) : nullptr;
-        if (!known || !named)
+        const NamedRounding* named = colon + 2 == front.size() ? rounding_by_letter(front[colon + 1]) : nullptr;
+        if (!known || !named || item.back() == '/')
             fail("option --%s takes float, bf16 or double, a colon and one of E, F, C, B, A, D, not '%s'", option,
                  item.c_str());
         Variant v{item, parse_type(network), named->rounding};
-        auto change = [&](Type& place, const std::string& to, const char* name) {
-            if (to == "variant") return;
-            place = parse_type(to);
-            v.name += "/" + std::string(name) + "=" + to;
-        };
-        change(v.rounding.angles, o.angles, "angles"), change(v.rounding.input, o.input, "input");
-        change(v.rounding.table, o.table, "table"), change(v.rounding.rotation, o.rotation, "rotation");
-        change(v.rounding.storage, o.storage, "storage"), change(v.rounding.logits, o.logits, "logits");
+        while (std::getline(places, place, '/')) {
+            const size_t equal = std::min(place.find('='), place.size());
+            if (!set_place(v.rounding, place.substr(0, equal), place.substr(std::min(equal + 1, place.size()))))
+                fail("option --%s takes angles, input, table, rotation, storage, logits or weights, each =float or "
+                     "=bf16 (angles =double too), behind a /, not '%s'",
+                     option, item.c_str());
+        }
+        for (auto [name, type] :
+             {std::pair("angles", &o.angles), std::pair("input", &o.input), std::pair("table", &o.table),
+              std::pair("rotation", &o.rotation), std::pair("storage", &o.storage), std::pair("logits", &o.logits),
+              std::pair("weights", &o.weights)})
+            if (*type != "variant" && set_place(v.rounding, name, *type))
+                v.name += "/" + std::string(name) + "=" + *type;
         variants.push_back(v);
     }
     return variants;

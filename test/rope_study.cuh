@@ -14,6 +14,7 @@
 #include "../layers/convert.cuh"
 #include "../layers/matmul.cuh"
 #include "../rope.cuh"
+#include <optional>
 
 // Where bf16 enters. f32 anywhere but in `angles` means: not rounded below the type that the network computes in.
 struct Rounding {
@@ -23,6 +24,8 @@ struct Rounding {
     Type rotation = Type::f32; // both products and their sum
     Type storage = Type::f32;  // rotated q and k, as the dot product gets them
     Type logits = Type::f32;   // the dot product itself, as an unfused product in bf16 stores it
+    // P as the operand of P V. None: bf16 in a bf16 network where q and k are stored so, as in training, else f32.
+    std::optional<Type> weights = {};
 };
 
 struct NamedRounding {
@@ -181,6 +184,32 @@ void study_first(Cpu, A* first, const A* qkv, const Rounding& r, size_t T, size_
         }
 }
 
+// Attention in A whose P alone is rounded to bf16, where the trainer's is, so that its P V can be told from q k^T:
+//   att_i (T, H, D) = sum_j bf16(p_ij) v_j / sum_j p_ij,   p_ij = exp(a_ij - max_j a_ij)
+template <class A> void study_attention(Cpu, A* att, const A* qkv, size_t T, size_t H, size_t K, size_t D) {
+#pragma omp parallel for schedule(dynamic)
+    for (size_t h = 0; h < H; h++) {
+        StudyHead<A> head(qkv, h, Type::f32, T, H, K, D);
+        const A* values = qkv + (H + K + h * K / H) * D;
+        for (size_t first = 0; first < T; first += study_rows) {
+            const size_t last = std::min(first + study_rows, T);
+            const A* logits = head.logits(last - first, last);
+            for (size_t i = first; i < last; i++) {
+                const A* row = logits + (i - first) * last;
+                const A most = *std::max_element(row, row + i + 1);
+                A *to = att + (i * H + h) * D, sum = 0;
+                std::fill_n(to, D, A(0));
+                for (size_t j = 0; j <= i; j++) {
+                    const A p = fast_exp(row[j] - most), rounded = study_rounded(p);
+                    sum += p;
+                    for (size_t d = 0; d < D; d++) to[d] += rounded * values[j * (H + 2 * K) * D + d];
+                }
+                for (size_t d = 0; d < D; d++) to[d] /= sum;
+            }
+        }
+    }
+}
+
 #ifdef __CUDACC__
 // A thread an entry, in double; once a run, for all layers.
 static __global__ void study_table_kernel(float* table, const int32_t* pos, const double* inv_freq,
@@ -248,6 +277,7 @@ struct StudySizes {
     __device__ size_t stride() const { return size_t(H + 2 * K) * D; }
     __device__ const float* query(const float* qkv, size_t head) const { return qkv + head * D; }
     __device__ const float* key(const float* qkv, size_t head) const { return qkv + (H + head * K / H) * D; }
+    __device__ const float* value(const float* qkv, size_t head) const { return key(qkv, head) + size_t(K) * D; }
     __device__ float logit(float dot) const { return (round ? study_rounded(dot) : dot) * scale; }
 };
 
@@ -361,6 +391,73 @@ inline void study_columns(Gpu gpu, float* columns, const float* qkv1, const floa
                           const float* lse2, const Rounding& r, size_t T, size_t H, size_t K, size_t D) {
     study_columns_kernel<<<study_grid(T, H), study_threads, 0, gpu.stream>>>(columns, qkv1, lse1, qkv2, lse2,
                                                                              study_sizes(r, T, H, K, D));
+    CUDA_CHECK(cudaGetLastError());
+}
+
+// A block 64 queries of a head (blockIdx.x) and 64 of its dimensions (blockIdx.z), the longest rows first. The maximum
+// is that of the keys so far, as in the trainer's kernels. A tile's P lies in shared memory transposed, as
+// study_multiply wants its first operand, and meets the values 16 keys at a time. 2 D T^2 FLOPs a head, at a head size
+// of 128 3 D T^2, for the logits are computed twice.
+static __global__ void __launch_bounds__(study_threads)
+    study_attention_kernel(float* att, const float* qkv, StudySizes n) {
+    __shared__ StudyOperand q, k, p[study_tile / study_chunk];
+    const unsigned tx = threadIdx.x % 16, ty = threadIdx.x / 16, head = blockIdx.x;
+    const unsigned i0 = (gridDim.y - 1 - blockIdx.y) * study_tile, d0 = blockIdx.z * study_tile;
+    float out[4][4] = {}, sum[4] = {}, most[4];
+    for (float& m : most) m = -INFINITY;
+    for (unsigned j0 = 0; j0 <= i0; j0 += study_tile) {
+        float dot[4][4] = {};
+        for (unsigned d = 0; d < n.D; d += study_chunk) {
+            study_load(q, n.query(qkv, head), n.stride(), i0, n.T, d, n.D);
+            study_load(k, n.key(qkv, head), n.stride(), j0, n.T, d, n.D);
+            __syncthreads();
+            study_multiply(dot, q, k);
+            __syncthreads();
+        }
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            float m = most[r]; // a tile has a key that the row sees, so it is finite from here on
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                const bool seen = j0 + tx * 4 + c <= i0 + ty * 4 + r;
+                dot[r][c] = seen ? n.logit(dot[r][c]) : -INFINITY;
+                m = fmaxf(m, dot[r][c]);
+            }
+            for (int lane = 8; lane > 0; lane /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, lane));
+            const float alpha = expf(most[r] - m);
+            most[r] = m, sum[r] *= alpha;
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                const float weight = expf(dot[r][c] - m);
+                out[r][c] *= alpha, sum[r] += weight;
+                p[tx / 4].value[tx % 4 * 4 + c][ty * 4 + r] = study_rounded(weight);
+            }
+        }
+        for (unsigned chunk = 0; chunk < study_tile / study_chunk; chunk++) {
+            for (unsigned e = threadIdx.x; e < study_chunk * study_tile; e += study_threads) {
+                const unsigned row = e / study_tile, d = d0 + e % study_tile, j = j0 + chunk * study_chunk + row;
+                const bool inside = j < n.T && d < n.D;
+                k.value[row][e % study_tile] = inside ? n.value(qkv, head)[j * n.stride() + d] : 0;
+            }
+            __syncthreads();
+            study_multiply(out, p[chunk], k);
+            __syncthreads();
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+        for (int lane = 8; lane > 0; lane /= 2) sum[r] += __shfl_xor_sync(~0u, sum[r], lane);
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const unsigned i = i0 + ty * 4 + r, d = d0 + tx * 4 + c;
+            if (i < n.T && d < n.D) att[(size_t(i) * n.H + head) * n.D + d] = out[r][c] / sum[r];
+        }
+    }
+}
+inline void study_attention(Gpu gpu, float* att, const float* qkv, size_t T, size_t H, size_t K, size_t D) {
+    dim3 grid = study_grid(T, H);
+    grid.z = unsigned((D + study_tile - 1) / study_tile);
+    study_attention_kernel<<<grid, study_threads, 0, gpu.stream>>>(att, qkv, study_sizes({}, T, H, K, D));
     CUDA_CHECK(cudaGetLastError());
 }
 

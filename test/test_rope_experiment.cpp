@@ -217,6 +217,38 @@ TEST_CASE("a bf16 network that stores q and k in fp32 rounds its attention once,
     CHECK(share_not_rounded_once(rounded_as('C')) > 0.1);
 }
 
+TEST_CASE("P rounded to bf16 alone: errors of the trainer's attention, and nothing else of E or C changes") {
+    const size_t T = 150, H = 4, K = 2, D = 20, count = T * H * D;
+    const Buffer<bf16> input(T * (H + 2 * K) * D, 41);
+    const Buffer<float> qkv = converted<float>(input);
+    const Buffer<double> exact_qkv = converted<double>(input), truth = exact_attention(exact_qkv, T, H, K, D);
+    Buffer<float> rounded(count);
+    Buffer<double> exact(count);
+    study_attention(Cpu(), rounded.data(), qkv.data(), T, H, K, D);
+    study_attention(Cpu(), exact.data(), exact_qkv.data(), T, H, K, D);
+    auto error = [&](const auto& x) {
+        double squares = 0;
+        for (size_t i = 0; i < count; i++) squares += (double(x[i]) - truth[i]) * (double(x[i]) - truth[i]);
+        return std::sqrt(squares / double(count));
+    };
+    // Uniform over half a step of bf16, which is 2^-8 to 2^-9 of the weight: a relative error of 2^-9 / sqrt 3 at most
+    // and half of it at least, and a mean over n keys of independent errors has that over sqrt n of a value of 1.
+    CHECK(error(rounded) > 0x1p-9 / std::sqrt(3.0) / 2 / std::sqrt(double(T)));
+    CHECK(error(rounded) < 0x1p-8);
+    CHECK(std::fabs(error(exact) / error(rounded) - 1) < 0.01); // it is the rounding's, whatever the rest is in
+    const double trainers = share_not_rounded_once(rounded_as('C'));
+    Rounding r = rounded_as('E');
+    r.weights = Type::bf16;
+    const double e = share_not_rounded_once(r);
+    CHECK(std::fabs(e / trainers - 1) < 0.2); // 1860 and 1880 of 10800
+    r = rounded_as('C'), r.weights = Type::f32;
+    CHECK(share_not_rounded_once(r) < 0.01);
+    r.weights = Type::bf16;
+    CHECK(share_not_rounded_once(r) == trainers); // C's own
+    r = rounded_as('E'), r.weights = Type::f32;
+    CHECK(share_not_rounded_once(r) == share_not_rounded_once(rounded_as('E')));
+}
+
 TEST_CASE("before anything else of a bf16 network has been rounded differently, E leaves RoPE as exact as fp32 does") {
     const size_t T = 150;
     Small<bf16> s(T);
@@ -367,6 +399,21 @@ TEST_CASE("what the options leave open follows the data, and what is less than b
     o.lengths = "100,5000", o.sequences = 0;
     e = choose_extent(o, true, true, 2048, 2048, 65504);
     CHECK((e.lengths == std::vector<int>{100, 5000} && e.longest == 5000 && e.sequences == 13));
+}
+
+TEST_CASE("a variant's places can be set one by one") {
+    RopeOptions o;
+    const std::vector<Variant> v = parse_variants(
+        "variants", "bf16:E,bf16:E/weights=bf16,bf16:C/weights=float/angles=double,float:F/table=bf16", o);
+    CHECK((v[0].name == "bf16:E" && !v[0].rounding.weights));
+    CHECK((v[1].name == "bf16:E/weights=bf16" && v[1].rounding.weights == Type::bf16));
+    CHECK((v[2].rounding.weights == Type::f32 && v[2].rounding.angles == Type::f64 &&
+           v[2].rounding.storage == Type::bf16));
+    CHECK((v[3].network == Type::f32 && v[3].rounding.table == Type::bf16 && v[3].rounding.angles == Type::f32));
+    o.weights = "bf16"; // in all of them, behind what they say themselves
+    const std::vector<Variant> all = parse_variants("variants", "bf16:C,bf16:C/weights=float", o);
+    CHECK((all[0].name == "bf16:C/weights=bf16" && all[1].name == "bf16:C/weights=float/weights=bf16"));
+    CHECK((all[0].rounding.weights == Type::bf16 && all[1].rounding.weights == Type::bf16));
 }
 
 TEST_CASE("mean and standard error over sequences") {
