@@ -1,4 +1,4 @@
-"""The numbers of dev/rope.md, from the folders that scripts/run_rope.sh and the commands at its end write.
+"""The tables of dev/rope.md's model of 110M parameters, from the folders that scripts/run_rope.sh writes into one.
 
     python3 dev/rope_tables.py rope
 
@@ -289,6 +289,19 @@ def sinks(root, folders):
           [[*front, *(significant(at[n]) if n in at else "" for n in numbers)] for *front, at in layers])
 
 
+def rounded_weights(root):
+    """D of the variants that tell P V from RoPE, over bf16:C of the same sequences."""
+    lines = pick(read_csv(root / "weights", "sample.csv"), **PAIR)
+    d = {v: {x["place"]: x["sum_abs"] for x in pick(lines, variant=v)} for v in values(lines, "variant")}
+    mean = {x["variant"]: x for x in pick(read_csv(root / "weights", "shift.csv"), experiment="shift", **PAIR)}
+    under = d.get("bf16:C", {})
+    rows = []
+    for variant, mine in d.items():
+        both = [(mine[place], under[place]) for place in mine if place in under]
+        rows.append([variant, len(mine), cell([mean[variant]]), number(*paired(*zip(*both))) if both else ""])
+    table("P V apart from RoPE: D(0, 16)", ["variant", "sequences", "D", "D / that of bf16:C, of the same sequences"], rows)
+
+
 def by_number(folder):
     """step_125 before step_1000, and step_final behind."""
     number = folder[5:]
@@ -305,6 +318,9 @@ def main():
     steps = sorted((f for f in folders if f.startswith("step_")), key=by_number)
     deviations(root, [f for f in folders if f.startswith("random")] + steps + ["result"])
     one_folder(root / "result")
+    for name in "paper_random", "paper":
+        by_shift(root / name, read_csv(root / name, "shift.csv"))
+    rounded_weights(root)
     sinks(root, [f for f in folders if f.startswith("sink_")])
     for folder in folders:
         if folder != "result":

@@ -2,18 +2,22 @@
 # The deviation experiment on a model of our own: trains 110M parameters (12 layers, 6 heads of LLaMA-2's size 128) on
 # text in context 4096, two books held out, and measures random weights and several checkpoints on the held-out books.
 #   make train_llama test_rope && sh scripts/run_rope.sh books.jsonl tokenizer.model
-# One GPU. Everything is in rope/: run (checkpoints), result (the last one's figures), random_* and step_*, figures.
+# One GPU. Everything is in rope/: run (checkpoints), result (the last one's figures), random_* and step_*, figures; and,
+# unless PROTOCOL=0, in some minutes more: paper and paper_random, where as many sequences as the paper's go through all
+# of its shifts (figure 1 of both in paper); weights, the share of P V; sink_*, sinks made by hand, and none (sink_0).
 # 1000 updates, or as many as go 8 times through a smaller text: more of them would learn it by heart.
 # Otherwise by the environment: FOLDER, MODEL, CONTEXT, BATCH, STEPS, LR, SAVE_EVERY, POINTS (checkpoints to look at),
 # ATTENTION (anchor: every row begins with BOS), ROPE_OPTIONS (of the whole experiment), DEVICE; SEQUENCES of the last
-# checkpoint, and SWEEP of them for all shifts and bases; as many at the other points.
+# checkpoint, and SWEEP of them for all shifts and bases; as many at the other points and with sinks; SINKS, by what a
+# sink raises its key's logit, and SINK_KEY, where one by 6 is made as well.
 set -e
 cd "$(dirname "$0")/.."
-[ $# = 2 ] || { sed -n '2,10s/^# *//p' "$0"; exit 1; }
+[ $# = 2 ] || { sed -n '2,12s/^# *//p' "$0"; exit 1; }
 MODEL=${MODEL:--e 120M --tied --heads 6}
 CONTEXT=${CONTEXT:-4096} BATCH=${BATCH:-8} LR=${LR:-1e-3} DEVICE=${DEVICE:-auto}
 FOLDER=${FOLDER:-rope} ATTENTION=${ATTENTION:-full}
 SEQUENCES=${SEQUENCES:-50} SWEEP=${SWEEP:-8}
+PROTOCOL=${PROTOCOL:-1} SINKS=${SINKS-0 2 4 6 8} SINK_KEY=${SINK_KEY:-1000}
 PYTHON=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
 for program in train_llama test_rope; do
     [ -x $program ] || { echo "run_rope.sh: no ./$program here: make $program"; exit 1; }
@@ -66,11 +70,30 @@ for step in $POINTS; do
 done
 say "the whole experiment on the last checkpoint, $SEQUENCES sequences"
 look "$LAST" result "step $STEPS" --sequences "$SEQUENCES" --length_variants float:F,bf16:C,bf16:A,bf16:D $ROPE_OPTIONS
+if [ "$PROTOCOL" != 0 ]; then
+    say "all shifts of the paper, $SEQUENCES sequences"
+    all="--experiments shift --sequences $SEQUENCES --sweep 0"
+    look "$LAST" paper_random "random (kaiming)" --start kaiming $all --variants bf16:C
+    look "$LAST" paper "step $STEPS" $all --variants float:F,bf16:C
+    say "P V apart from RoPE, $SEQUENCES sequences"
+    look "$LAST" weights "step $STEPS" --experiments shift --shifts 0 --sequences "$SEQUENCES" \
+        --variants bf16:E,bf16:E/weights=bf16,bf16:F,bf16:F/weights=bf16,bf16:C/weights=float,bf16:C
+    say "sinks, $SWEEP sequences each"
+    sink() { # $1 by what it raises the logit, $2 folder, then options
+        raise=$1 folder=$2
+        shift 2
+        look "$LAST" "$folder" "step $STEPS" --sink "$raise" --experiments shift,length --shifts 0 --sequences "$SWEEP" \
+            --variants float:F,bf16:C "$@"
+    }
+    for raise in $SINKS; do sink "$raise" "sink_$raise"; done
+    [ "$SINK_KEY" -ge "$CONTEXT" ] || sink 6 "sink_6_key_$SINK_KEY" --sink_key "$SINK_KEY"
+fi
 say "figures"
 draw="$PYTHON scripts/plot_rope.py"
 if $PYTHON -c 'import matplotlib' 2>/dev/null; then
     $draw "$FOLDER/result"
     $draw "$@" "$FOLDER/result" -o "$FOLDER/figures"
+    [ "$PROTOCOL" = 0 ] || $draw "$FOLDER/paper_random" "$FOLDER/paper" -o "$FOLDER/paper"
 else
     echo "no figures, no matplotlib: where it is, $draw $FOLDER/result; $draw $* $FOLDER/result -o $FOLDER/figures"
 fi

@@ -283,6 +283,32 @@ def test_single_places_can_be_set_and_layers_chosen(trained, tmp_path):
     assert [x["variant"] for x in read(tmp_path, "length")] == 3 * ["float:F"] + 3 * ["bf16:B"]
 
 
+@pytest.mark.parametrize("place", ["angles", "input", "table", "rotation", "storage", "logits", "weights"])
+def test_every_place_rounds_what_it_names(place, trained, tmp_path):
+    """By its option and, with the same bits, within a variant."""
+    few = ["--model", trained / "weights.bin", "--data", trained / "text.bin", "--experiments", "shift", *FEW]
+    run(*few, "--out", tmp_path / "plain", "--variants", "float:E,bf16:E")
+    run(*few, "--out", tmp_path / "option", "--variants", "float:E,bf16:E", f"--{place}", "bf16")
+    run(*few, "--out", tmp_path / "variant", "--variants", f"float:E/{place}=bf16,bf16:E/{place}=bf16")
+    for name in "shift", "layer":
+        assert read(tmp_path / "option", name) == read(tmp_path / "variant", name)
+
+    def layers(folder, variant):
+        return [float(x["sum_abs"]) for x in only(read(folder, "layer"), variant=variant, d1=0, d2=16)]
+
+    for network in "float", "bf16":
+        plain, rounded = layers(tmp_path / "plain", f"{network}:E"), layers(tmp_path / "option", f"{network}:E/{place}=bf16")
+        assert len(rounded) == 2
+        if place == "weights":  # is behind what is measured of the first layer
+            assert rounded[0] == plain[0] and rounded[1] != plain[1]
+        elif (place, network) == ("input", "bf16"):
+            assert rounded == plain  # they are so already
+        else:
+            assert rounded[0] != plain[0]
+        if place in ("angles", "table", "rotation", "storage"):
+            assert rounded[0] > 100 * plain[0]
+
+
 def test_figures(measured, trained, tmp_path):
     pytest.importorskip("matplotlib")
     for start in ("kaiming", "normal"):
@@ -493,7 +519,13 @@ def test_without_a_number_it_takes_as_many_sequences_as_the_data_fill(trained, t
     (["--shifts", "-1"], "--shifts"),
     (["--reference", "0"], "two shifts"),
     (["--bases", "1"], "--bases"),
-    (["--angles", "half"], "--angles"),
+    *(([f"--{place}", "half"], f"--{place}") for place in ("angles", "input", "table", "rotation", "storage", "logits", "weights")),
+    (["--input", "double"], "--input"),
+    (["--variants", "bf16:E/"], "'bf16:E/'"),
+    (["--variants", "bf16:E/weights"], "takes angles, input, table, rotation, storage, logits or weights"),
+    (["--variants", "bf16:E/weights=half"], "'bf16:E/weights=half'"),
+    (["--variants", "bf16:E/nonsense=bf16"], "'bf16:E/nonsense=bf16'"),
+    (["--variants", "bf16:E/logits=double"], "'bf16:E/logits=double'"),
     (["--length", "4k"], "--length"),
     (["--length", "1"], "--length"),
     (["--lengths", "0"], "--lengths"),
@@ -578,8 +610,15 @@ def test_the_recipe_goes_through_its_text_eight_times_at_most(recipe, tmp_path):
     done = start(28)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "through the 2001 tokens of rope/books_0*.bin: 8 are made; 224000 tokens would be enough" in done.stdout
-    looked = [line.split()[0] for line in (tmp_path / "looked").read_text().splitlines()]
-    assert looked == [f"rope/run/step_{n:08}/weights.bin" for n in (8, 8, 1, 2, 4, 8)]
+    looked = [line.split() for line in (tmp_path / "looked").read_text().splitlines()]
+    weights, folders, _ = zip(*(line[:3] for line in looked))
+    assert weights == tuple(f"rope/run/step_{n:08}/weights.bin" for n in (8, 8, 1, 2, 4, *9 * [8]))
+    sinks = [f"sink_{r}" for r in (0, 2, 4, 6, 8)]  # at a context of 64 none at key 1000
+    assert [x.removeprefix("rope/") for x in folders] == [
+        "random_kaiming", "random_normal", "step_1", "step_2", "step_4", "result", "paper_random", "paper", "weights", *sinks]
+    (tmp_path / "looked").unlink()
+    assert start(28, PROTOCOL="0", FOLDER="rope").returncode == 0
+    assert len((tmp_path / "looked").read_text().splitlines()) == 6
     # Figures that cannot be drawn are an error, unless it is matplotlib that is missing.
     (tmp_path / "scripts/plot_rope.py").write_text("raise SystemExit(3)")
     (tmp_path / "with/matplotlib").mkdir(parents=True)
@@ -604,7 +643,7 @@ def test_the_recipe_runs_to_its_figures(recipe, tmp_path):
     usage = subprocess.run(recipe, capture_output=True, text=True)
     assert usage.returncode == 1 and "tokenizer.model" in usage.stdout
     small = {"MODEL": "-e tiny --layers 1 --channels 32 --heads 2 --ffn 48", "CONTEXT": "64", "BATCH": "2", "STEPS": "4",
-             "SAVE_EVERY": "2", "POINTS": "2", "SEQUENCES": "3", "SWEEP": "2", "DEVICE": DEVICE,
+             "SAVE_EVERY": "2", "POINTS": "2", "SEQUENCES": "3", "SWEEP": "2", "DEVICE": DEVICE, "SINKS": "3", "SINK_KEY": "5",
              "ROPE_OPTIONS": "--length 64 --lengths 32,64 --pairs 200 --bases 1e4,1e6 --shifts 0,100"}
     done = subprocess.run([*recipe, "none.jsonl", "none.model"], capture_output=True, text=True, timeout=300,
                           env={**os.environ, **small, "OMP_NUM_THREADS": "1"})
@@ -615,6 +654,15 @@ def test_the_recipe_runs_to_its_figures(recipe, tmp_path):
     assert {x["sequences"] for x in only(read(tmp_path / "rope/result", "shift"), d1=0, experiment="shift", d2=16)} == {"3"}
     assert {x["sequences"] for x in read(tmp_path / "rope/step_2", "shift")} == {"2"}
     assert (tmp_path / "rope/figures/training.png").is_file() and (tmp_path / "rope/result/figure1.png").is_file()
+    paper = only(read(tmp_path / "rope/paper", "shift"), d2=16)
+    assert {(x["variant"], x["sequences"]) for x in paper} == {("float:F", "3"), ("bf16:C", "3")}
+    assert len(paper) == 2 * 19  # all of the paper's shifts
+    assert {x["weights"] for x in read(tmp_path / "rope/paper_random", "shift")} == {"random (kaiming)"}
+    assert (tmp_path / "rope/paper/figure1.png").is_file()
+    for folder, key in ("sink_3", 0), ("sink_6_key_5", 5):
+        keys = only(read(tmp_path / "rope" / folder, "key"), variant="bf16:C")
+        assert max(keys, key=lambda x: float(x["mass"]) * (64 - int(x["key"])))["key"] == str(key)
+        shutil.rmtree(tmp_path / "rope" / folder)
     check_tables(tmp_path)
 
 
@@ -680,6 +728,12 @@ def check_tables(folder):
     assert len(far) == 2 and len(near) == 3  # the sweep's come first
     row = next(x for x in tables["result: D(shift, 16) / D(0, 16) of the same sequences"] if x["shift"] == "100")
     assert row["sequences"] == "2" and agrees(row["bf16:C"], *ratio(far, near[:2]))
+
+    split = {x["variant"]: x for x in tables["P V apart from RoPE: D(0, 16)"]}
+    assert list(split) == ["bf16:E", "bf16:E/weights=bf16", "bf16:F", "bf16:F/weights=bf16", "bf16:C/weights=float", "bf16:C"]
+    both = {v: np.array([float(x["sum_abs"]) for x in only(read(rope / "weights", "sample"), variant=v)]) for v in split}
+    column = "D / that of bf16:C, of the same sequences"
+    assert agrees(split["bf16:E"][column], *ratio(both["bf16:E"], both["bf16:C"])) and len(both["bf16:C"]) == 3
 
     rows = {x["folder"]: x for x in tables["sinks: D(0, 16) with the sink / without"]}
     assert [(x["key"], x["raised by"], x["sequences"]) for x in rows.values()] == [
