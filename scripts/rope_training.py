@@ -32,12 +32,16 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TRAINER = os.environ.get("TRAIN_LLAMA", "./train_llama")
-sys.path.insert(0, str(ROOT / "data"))
+sys.path[:0] = [str(ROOT / "data"), str(ROOT / "scripts")]
 import recall  # noqa: E402
+from plot_rope import DPI, FONTS, WIDTH, plt  # noqa: E402
 
 CONTROL = os.environ.get("CONTROL", "./train_fp32_attention")
 RUNS = [("full", "bf16"), ("intra", "bf16"), ("intra_reset", "bf16"), ("anchor", "bf16"), ("full", "float"),
         ("anchor", "float"), ("anchor", "attention_float")]
+# Of every run, apart by colour and, in print without it, by marker.
+STYLES = dict(zip(RUNS, [("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#000000", "D"), ("#56b4e9", "P"),
+                         ("#888888", "x"), ("#cc79a7", "*")]))
 TIMES, BUCKETS = (1, 2, 4), 8
 RUN = ("task", "mode", "dtype", "seed")
 MADE = ("commit", "device", "seconds")  # of a run, on each of its lines; files from before have none
@@ -247,28 +251,27 @@ def report(lines, out):
 
 
 def draw(lines, path):
-    try:
-        import matplotlib
-    except ImportError:
+    if plt is None:
         print("no matplotlib here: no figure; the same command where it is draws it")
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 8, "xtick.labelsize": 7, "ytick.labelsize": 7})
+    plt.rcParams.update(FONTS)
     tasks = [task for task in SCALES if any(x["task"] == task for x in lines)] or list(SCALES)
-    figure, plots = plt.subplots(1, len(tasks), figsize=(6.5, 3.6), squeeze=False, layout="constrained")  # a page's text
+    figure, plots = plt.subplots(1, len(tasks), figsize=(WIDTH, 3.6), squeeze=False, layout="constrained")
     axes = dict(zip(tasks, plots[0]))
-    for mode, dtype in RUNS:
-        mine = [x for x in lines if (x["mode"], x["dtype"]) == (mode, dtype)]
-        style = {"capsize": 2, "linewidth": 1, "markersize": 3, "marker": "o", "label": f"{mode}, {dtype}",
-                 "linestyle": {"float": "--", "attention_float": ":"}.get(dtype, "-")}
+    for i, run in enumerate(RUNS):
+        mine = [x for x in lines if (x["mode"], x["dtype"]) == run]
+        colour, marker = STYLES[run]
+        style = {"capsize": 2, "linewidth": 1, "markersize": 5 if marker in "Px*" else 3.5, "marker": marker, "color": colour,
+                 "label": ", ".join(run), "linestyle": {"float": "--", "attention_float": ":"}.get(run[1], "-")}
+        aside = (i - (len(RUNS) - 1) / 2) * 0.05  # bars side by side
         longest = [x for x in mine if x["task"] == "books" and x["times"] == TIMES[-1]]
-        points = [(f, *mean_and_error([x for x in longest if x["from"] == f])) for f in sorted({x["from"] for x in longest})]
+        step = max((x["length"] for x in longest), default=0) / BUCKETS
+        points = [(f + aside * step, *mean_and_error([x for x in longest if x["from"] == f]))
+                  for f in sorted({x["from"] for x in longest})]
         if points:
             axes["books"].errorbar(*zip(*points), **style)
         asked = [x for x in mine if x["task"] == "recall"]
-        points = [(t, *mean_and_error([x for x in asked if x["times"] == t])) for t in sorted({x["times"] for x in asked})]
+        points = [(t + aside, *mean_and_error([x for x in asked if x["times"] == t])) for t in sorted({x["times"] for x in asked})]
         if points:
             axes["recall"].errorbar(*zip(*points), **style)
     for task, x, y in (("books", "position in the row, from", "loss on held-out books (nats)"),
@@ -276,10 +279,13 @@ def draw(lines, path):
         if task in axes:
             axes[task].set_xlabel(x)
             axes[task].set_ylabel(y)
+    if "recall" in axes:
+        axes["recall"].set_xticks(TIMES)
     shown = {name: handle for plot in axes.values() for handle, name in zip(*plot.get_legend_handles_labels())}
     if shown:
-        figure.legend(shown.values(), shown, loc="outside lower center", ncols=3, frameon=False, fontsize=7)
-    figure.savefig(path, dpi=220)
+        figure.legend(shown.values(), shown, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
 
 
 def main():

@@ -134,6 +134,30 @@ def test_folders_are_merged(tmp_path):
     assert "no " in run(out, "--merge", a, tmp_path / "missing", ok=False)
 
 
+def test_the_figure_is_readable_in_print(tmp_path, monkeypatch):
+    """Markers tell the runs apart where there are no colours; bars stand side by side; letters as in test_rope's."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    write_scores(tmp_path / "a", [(*run, seed, 0.1 * i + 0.01 * seed) for i, run in enumerate(rope_training.RUNS) for seed in (1, 2)])
+    recall = rope_training.read_scores(tmp_path / "a/scores.csv")
+    books = [{**x, "task": "books", "from": k * x["length"] // 8} for x in recall for k in range(8)]
+    for lines, tasks in (recall + books, 2), (recall, 1):
+        rope_training.draw(lines, tmp_path / "figure.png")
+        figure = figures.pop()
+        assert figure.get_figwidth() <= 6.5 and len(figure.axes) == tasks
+        figure.draw_without_rendering()
+        sizes = {text.get_fontsize() for text in figure.findobj(plt.Text) if text.get_text()}
+        assert min(sizes) >= 7
+        for axes in figure.axes:
+            curves = [x.lines[0] for x in axes.containers]
+            looks = [(x.get_color(), x.get_marker()) for x in curves]
+            assert looks == list(rope_training.STYLES.values()) and all(len(set(part)) == 7 for part in zip(*looks))
+            assert len({round(float(x.get_xdata()[0]), 6) for x in curves}) == 7
+        names = [x.get_text() for x in figure.legends[0].get_texts()]
+        assert names == [", ".join(run) for run in rope_training.RUNS]
+
+
 def train(program, out, dtype):
     """Losses and gradient norms of 8 updates."""
     subprocess.run([program, "--device", "cpu", "-e", "tiny", "-c", "96", "-b", "2", "--steps", "8", "-l", "1e-2", "-o", out,
