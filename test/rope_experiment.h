@@ -215,9 +215,10 @@ void sink_apply(Experiment<Dev, E>& x, size_t l, const double* inv_freq, size_t 
 }
 
 // model_forward, line by line, but for the rotation and the type that the attention computes in: E as in training when
-// q, k and P are rounded to E, else A, where P alone may be rounded. `before(l)` may look at x.qkv as the projections left it, `after(l)` at the rotated
-// one. Rounded logits are what the measured weights are made from; the attention that feeds the next layer keeps its
-// logits in fp32, as flash attention does. Goes through the layers up to the last that is measured.
+// q, k and P are rounded to E, else A, where P alone may be rounded. `before(l)` may look at x.qkv as the projections
+// left it, `after(l)` at the rotated one. Rounded logits are what the measured weights are made from; the attention
+// that feeds the next layer keeps its logits in fp32, as flash attention does. Goes through the layers up to the last
+// that is measured.
 template <class Dev, class E, class Before, class After>
 void experiment_forward(Experiment<Dev, E>& x, const Row& row, const Rounding& r, Before before, After after) {
     using A = Acc<E>;

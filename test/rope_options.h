@@ -17,7 +17,7 @@
            "trainer does or as torch's layers do (the paper's control)")                                               \
     OPTION(Text, experiments, "local,shift,other,length,frozen,base", "", "which of them to run")                      \
     OPTION(Text, variants, "float:E,float:F,bf16:E,bf16:F,bf16:C,bf16:B,bf16:A,bf16:D", "", "network:rounding, the "   \
-           "network being float, bf16 or (on the CPU) double; /place=type behind it sets a place of it alone; see below") \
+           "network being float, bf16 or (on the CPU) double; /place=type behind it sets a place alone; see below")    \
     OPTION(Text, base_variants, "float:F,bf16:C,bf16:A", "", "those that are run at every base")                       \
     OPTION(Text, length_variants, "", "", "those that the length is measured of; none: all of `variants`")             \
     OPTION(Text, angles, "variant", "variant|double|float|bf16", "in all variants: pos inv_freq")                      \
@@ -133,7 +133,8 @@ inline Type parse_type(const std::string& name) {
     return name == "double" ? Type::f64 : name == "bf16" ? Type::bf16 : Type::f32;
 }
 
-// "bf16:C": the element type of the network, and where its rotation rounds; "bf16:C/weights=float" with a place changed.
+// "bf16:C": the element type of the network, and where its rotation rounds; behind it places that are
+// changed, "bf16:C/weights=float".
 struct Variant {
     std::string name;
     Type network = Type::f32;
