@@ -3,7 +3,7 @@
 # text in context 4096, two books held out, and measures random weights and several checkpoints on the held-out books.
 #   make train_llama test_rope && sh scripts/run_rope.sh books.jsonl tokenizer.model
 # One GPU. Everything is in rope/: run (checkpoints), result (the last one's figures), random_* and step_*, figures; and,
-# unless PROTOCOL=0, in some minutes more: paper and paper_random, where as many sequences as the paper's go through all
+# with PROTOCOL=1, in some minutes more: paper and paper_random, where as many sequences as the paper's go through all
 # of its shifts (figure 1 of both in paper); weights, the share of P V; sink_*, sinks made by hand, and none (sink_0).
 # 1000 updates, or as many as go 8 times through a smaller text: more of them would learn it by heart.
 # Otherwise by the environment: FOLDER, MODEL, CONTEXT, BATCH, STEPS, LR, SAVE_EVERY, POINTS (checkpoints to look at),
@@ -17,7 +17,7 @@ MODEL=${MODEL:--e 120M --tied --heads 6}
 CONTEXT=${CONTEXT:-4096} BATCH=${BATCH:-8} LR=${LR:-1e-3} DEVICE=${DEVICE:-auto}
 FOLDER=${FOLDER:-rope} ATTENTION=${ATTENTION:-full}
 SEQUENCES=${SEQUENCES:-50} SWEEP=${SWEEP:-8}
-PROTOCOL=${PROTOCOL:-1} SINKS=${SINKS-0 2 4 6 8} SINK_KEY=${SINK_KEY:-1000}
+PROTOCOL=${PROTOCOL:-0} SINKS=${SINKS-0 2 4 6 8} SINK_KEY=${SINK_KEY:-1000}
 PYTHON=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
 for program in train_llama test_rope; do
     [ -x $program ] || { echo "run_rope.sh: no ./$program here: make $program"; exit 1; }

@@ -617,7 +617,7 @@ def test_the_recipe_goes_through_its_text_eight_times_at_most(recipe, tmp_path):
     assert [x.removeprefix("rope/") for x in folders] == [
         "random_kaiming", "random_normal", "step_1", "step_2", "step_4", "result", "paper_random", "paper", "weights", *sinks]
     (tmp_path / "looked").unlink()
-    assert start(28, PROTOCOL="0", FOLDER="rope").returncode == 0
+    assert start(28, FOLDER="rope").returncode == 0
     assert len((tmp_path / "looked").read_text().splitlines()) == 6
     # Figures that cannot be drawn are an error, unless it is matplotlib that is missing.
     (tmp_path / "scripts/plot_rope.py").write_text("raise SystemExit(3)")
@@ -643,8 +643,8 @@ def test_the_recipe_runs_to_its_figures(recipe, tmp_path):
     usage = subprocess.run(recipe, capture_output=True, text=True)
     assert usage.returncode == 1 and "tokenizer.model" in usage.stdout
     small = {"MODEL": "-e tiny --layers 1 --channels 32 --heads 2 --ffn 48", "CONTEXT": "64", "BATCH": "2", "STEPS": "4",
-             "SAVE_EVERY": "2", "POINTS": "2", "SEQUENCES": "3", "SWEEP": "2", "DEVICE": DEVICE, "SINKS": "3", "SINK_KEY": "5",
-             "ROPE_OPTIONS": "--length 64 --lengths 32,64 --pairs 200 --bases 1e4,1e6 --shifts 0,100"}
+             "SAVE_EVERY": "2", "POINTS": "2", "SEQUENCES": "3", "SWEEP": "2", "DEVICE": DEVICE, "PROTOCOL": "1", "SINKS": "3",
+             "SINK_KEY": "5", "ROPE_OPTIONS": "--length 64 --lengths 32,64 --pairs 200 --bases 1e4,1e6 --shifts 0,100"}
     done = subprocess.run([*recipe, "none.jsonl", "none.model"], capture_output=True, text=True, timeout=300,
                           env={**os.environ, **small, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
