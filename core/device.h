@@ -48,8 +48,12 @@ inline void readback_send(Cpu, Readback& readback, const void* from, size_t byte
 }
 inline const void* readback_wait(Cpu, Readback& readback) { return readback.memory; }
 
-// Memory of the host that copies to and from a device want, until the program ends; the device says when there is none.
-inline uint8_t* host_allocate(Cpu, size_t bytes) { return bytes ? (uint8_t*)malloc(bytes) : nullptr; }
+// Memory of the host for copies to and from a device, until the program ends; fails with the size when there is none.
+inline uint8_t* host_allocate(Cpu, size_t bytes) {
+    void* block = bytes ? malloc(bytes) : nullptr;
+    if (bytes && !block) fail("cannot allocate %.2f GiB: --offload less", double(bytes) / (1 << 30));
+    return (uint8_t*)block;
+}
 
 // Copies between a device's memory and that of the host which go on beside the device's work, one behind the other:
 // what stands between aside_begin and aside_end begins when the work given so far is done. Work given after aside_wait
@@ -256,8 +260,7 @@ inline uint8_t* host_allocate(Gpu, size_t bytes) {
 #pragma omp parallel for
     for (size_t at = 0; at < bytes; at += 4096) block[at] = 0;
     if (cudaError_t status = cudaHostRegister(block, bytes, cudaHostRegisterDefault); status != cudaSuccess)
-        fail("cannot pin %.2f GiB of the host's memory (%s): --offload less, or see ulimit -l", gib,
-             cudaGetErrorString(status));
+        fail("cannot pin %.2f GiB of the host's memory (%s): --offload less", gib, cudaGetErrorString(status));
     return block;
 }
 inline void aside_begin(Gpu gpu, Aside& a) {
@@ -267,7 +270,7 @@ inline void aside_begin(Gpu gpu, Aside& a) {
             CUDA_CHECK(cudaEventCreateWithFlags((cudaEvent_t*)event, cudaEventDisableTiming));
     }
     CUDA_CHECK(cudaEventRecord((cudaEvent_t)a.begun, gpu.stream));
-    CUDA_CHECK(cudaStreamWaitEvent(a.stream, (cudaEvent_t)a.begun));
+    CUDA_CHECK(cudaStreamWaitEvent(a.stream, (cudaEvent_t)a.begun, 0));
 }
 inline void aside_to_host(Gpu, Aside& a, void* to, const void* from, size_t bytes) {
     CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, a.stream));
@@ -277,7 +280,7 @@ inline void aside_to_device(Gpu, Aside& a, void* to, const void* from, size_t by
 }
 inline void aside_end(Gpu, Aside& a, int mark) { CUDA_CHECK(cudaEventRecord((cudaEvent_t)a.ended[mark], a.stream)); }
 inline void aside_wait(Gpu gpu, Aside& a, int mark) {
-    if (a.stream) CUDA_CHECK(cudaStreamWaitEvent(gpu.stream, (cudaEvent_t)a.ended[mark]));
+    if (a.stream) CUDA_CHECK(cudaStreamWaitEvent(gpu.stream, (cudaEvent_t)a.ended[mark], 0));
 }
 
 // The GPUs of this host that the process sees, 0 when the call fails. The first call of CUDA in every program.

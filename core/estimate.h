@@ -120,7 +120,7 @@ struct StepWork {
 // `seconds` alone, `counted` in the step: less, where something else goes on meanwhile.
 struct StepPart {
     const char* name;
-    double flops, bytes, moved; // bytes read and written; bytes that come from other ranks
+    double flops, bytes, moved; // bytes read and written; bytes from other ranks, or to the host and back
     double seconds, counted;
 };
 

@@ -101,8 +101,8 @@ using Flag = bool;
     OPTION(Text, recompute, 0, "auto", "", "activations recomputed in the backward: none, all, auto (the fewest that " \
            "fit) or a list of norm,swiglu,residual,qkv,ffn,attention, each for all layers or, as ffn:8, for the first "\
            "8")                                                                                                        \
-    OPTION(Text, offload, 0, "none", "", "activations that wait for the backward in the host's memory: none, all or " \
-           "a list of input,residual,qkv,attention")                                                                   \
+    OPTION(Text, offload, 0, "none", "", "for GPUs: activations that wait for the backward in the host's memory, "     \
+           "whatever --recompute says of them: none, all or a list of input,residual,qkv,attention")                   \
     OPTION(Int, head_chunk, 0, 0, "0..16777216", "tokens whose logits exist at once; 0: 512, on a GPU 2048")           \
     OPTION(Int, ffn_tile, 0, 0, "0..16777216", "tokens that pass through the feed-forward at once when it is all "     \
            "recomputed, to save memory; 0: all")                                                                       \

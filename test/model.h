@@ -99,7 +99,7 @@ template <class E, class G, class Dev = Cpu> struct TestModel {
     }
     double loss(const std::vector<Row>& rows, Attention mode) {
         Batch b = batch_make(rows, mode, Comm{});
-        model_forward(m, b);
+        model_forward(m, b, true);
         head_forward(m, b, [](size_t, size_t) {});
         double sum = 0;
         for (size_t t = 0; t < b.T; t++) sum += double(m.loss[t]);

@@ -62,10 +62,9 @@ TEST_CASE("offloaded activations give the same bits, from the host's memory") {
                 away.loss({rows[1]}, Attention::anchor);
                 away.gradients(rows, Attention::anchor, Comm{}, 40, 1);
                 CHECK(memcmp(kept.m.grad_flat, away.m.grad_flat, kept.m.elements * sizeof(float)) == 0);
-                for (int l = 0; l < L - 2; l++) // of the last row, which kept has as well
+                for (int l = 0; l < L; l++) // of the last row, which kept has as well
                     for (const OffloadedAct& a : away.m.offloaded[l])
-                        if (a.here == away.m.acts[l].x)
-                            CHECK(memcmp(away.m.host_memory + a.at, kept.m.acts[l].x, a.bytes) == 0);
+                        if (a.input) CHECK(memcmp(away.m.host_memory + a.at, kept.m.acts[l].x, a.bytes) == 0);
             }
     }
     CHECK(offload_text(offload_parse("qkv,input")) == ", offload input,qkv");
@@ -96,7 +95,7 @@ TEST_CASE("the feed-forward in tiles gives the same gradients in less memory") {
     s.layout.offload = offload_parse("input,attention"); // two places instead of 32; attention was recomputed: one more
     const Arena away = measure(s, s.layout);
     const size_t row = size_t(65536) * 4096 * 2, lse = 65536 * 32 * 4;
-    CHECK(away.host == 32 * (2 * row + lse));
+    CHECK(away.host == 30 * (2 * row + lse));
     s.layout.offload = {};
     CHECK(away.used == measure(s, s.layout).used - 30 * row + row + lse);
 }

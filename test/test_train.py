@@ -285,6 +285,7 @@ def test_a_ring_of_4_goes_on_with_2_1_and_4_ranks(tmp_path, parts, attention):
 @needs_ranks
 @pytest.mark.parametrize("extra", [
     pytest.param([], marks=many_gpus), pytest.param(["--tied"], marks=many_gpus),
+    pytest.param(["--transport", "nccl"], marks=pytest.mark.skipif(not ON_GPU or GPUS < 2, reason="NCCL wants a GPU a rank")),
     ["--dtype", "bf16", "--master", "none", "--ring", 1],
     ["--dtype", "bf16", "--master", "float", "--recompute", "all"]])
 def test_zero_levels_write_the_same_checkpoints(tmp_path, extra):
@@ -811,7 +812,6 @@ def test_offloaded_activations_change_no_bit(tmp_path):
     for name, extra in (("kept", []), ("away", ["--offload", "all"]), ("some", ["--offload", "qkv,input", "--recompute", "norm"])):
         run(*args, *extra, "-o", tmp_path / name)
         assert digest(newest(tmp_path / name)) == digest(newest(tmp_path / "kept"))
-    assert "offload all or" not in run(*SMALL, "--offload", "nonsense", ok=False)
     assert "input,residual,qkv,attention" in run(*SMALL, "--offload", "qkv,nonsense", ok=False)
 
 
@@ -820,7 +820,8 @@ def test_a_context_beyond_a_gpu_is_told_to_offload():
     long = ["-e", "llama2-7b", "-c", 262144, "--device", "gpu", "--plan", "--master", "none"]
     assert "does not fit; this would: --offload input,attention\n" in run(*long)
     out = run(*long, "--offload", "input,attention")
-    assert "does not fit" not in out and float(re.search(r"of the host, besides +([\d.]+)", out).group(1)) == 32 * (2 * 2 + 1 / 32)
+    host = float(re.search(r"of the host, besides +([\d.]+)", out).group(1))
+    assert "does not fit" not in out and host == pytest.approx(30 * (2 * 2 + 1 / 32), abs=1e-3)
 
 
 def test_the_plan_of_a_7b_needs_no_gpu():
