@@ -884,9 +884,8 @@ Recompute recompute_parse(const std::string& text, int L) {
     if (text == "none") return {};
     if (text == "all") return recompute_first(recompute_kinds * L, L);
     Recompute r;
-    for (size_t at = 0, end; at <= text.size(); at = end + 1) {
-        end = std::min(text.find(',', at), text.size());
-        const std::string item = text.substr(at, end - at), name = item.substr(0, item.find(':'));
+    for (const std::string& item : list_items(text)) {
+        const std::string name = item.substr(0, item.find(':'));
         auto part = std::find_if(std::begin(recompute_parts), std::end(recompute_parts),
                                  [&](const RecomputePart& p) { return name == p.name; });
         Int layers = L;
@@ -916,13 +915,15 @@ std::string offload_text(const Offload& offload) { // behind that of recompute
         if (offload.*part.away) text += (text.empty() ? ", offload " : ",") + std::string(part.name);
     return text;
 }
+// What is not kept of the forward, and what becomes of it.
+std::string activations_text(const Layout& l, int L) {
+    return "recompute " + recompute_text(l.recompute, L) + offload_text(l.offload);
+}
 
 Offload offload_parse(const std::string& text) {
     Offload offload;
     if (text == "none") return offload;
-    for (size_t at = 0, end; at <= text.size(); at = end + 1) {
-        end = std::min(text.find(',', at), text.size());
-        const std::string name = text.substr(at, end - at);
+    for (const std::string& name : list_items(text)) {
         bool known = false;
         for (auto& part : offload_parts)
             if (name == part.name || text == "all") offload.*part.away = known = true;
@@ -1006,8 +1007,7 @@ double machine_memory(const Setup& s) {
 }
 
 // Element types, master weights and recomputation: what was asked for, else the most precise that fits; what is
-// recomputed is as little as fits, the cheapest first.
-// False when nothing does.
+// recomputed is as little as fits, the cheapest first. False when nothing does.
 bool choose_layout(Setup& s) {
     const Options& o = s.o;
     Layout& layout = s.layout;
@@ -1217,10 +1217,10 @@ std::string ring_text(const Layout& l) {
 void print_plan(const Setup& s) {
     Arena arena = measure(s, s.layout);
     const Config& c = s.config;
-    printf("%s: %.2fB parameters, context %zu, %zu x %d rank%s in rings of %s, ZeRO-%d, %s, recompute %s\n\n",
-           s.o.model.c_str(), double(param_count(c)) / 1e9, s.layout.S, s.layout.B, s.layout.world,
-           s.layout.world > 1 ? "s" : "", ring_text(s.layout).c_str(), s.layout.zero_level(), type_name(s.dtype),
-           (recompute_text(s.layout.recompute, c.L) + offload_text(s.layout.offload)).c_str());
+    printf("%s: %.2fB parameters, context %zu, %zu x %d rank%s in rings of %s, ZeRO-%d, %s, %s\n\n", s.o.model.c_str(),
+           double(param_count(c)) / 1e9, s.layout.S, s.layout.B, s.layout.world, s.layout.world > 1 ? "s" : "",
+           ring_text(s.layout).c_str(), s.layout.zero_level(), type_name(s.dtype),
+           activations_text(s.layout, c.L).c_str());
     printf("  memory of a rank         GiB\n");
     for (const Arena::Part& part : arena.parts)
         printf("  %-20s %8.3f\n", part.name.c_str(), double(part.bytes) / (1 << 30));
@@ -1973,9 +1973,9 @@ void announce(const Log& log, const Setup& s, const Loader& loader, const std::s
                  (long long)loader.corpus.documents, (long long)loader.corpus.text,
                  double(s.o.steps) * double(s.rows_per_update() * l.S) / double(loader.corpus.text),
                  (long long)s.o.steps);
-    log_note(log, "%s attention, context %zu, %lld tokens an update, memory %.2f GiB a rank, recompute %s, master %s",
+    log_note(log, "%s attention, context %zu, %lld tokens an update, memory %.2f GiB a rank, %s, master %s",
              s.o.attention.c_str(), l.S, (long long)(s.rows_per_update() * l.S), memory_needed(s, l) / (1 << 30),
-             (recompute_text(l.recompute, s.config.L) + offload_text(l.offload)).c_str(), l.master ? "float" : "none");
+             activations_text(l, s.config.L).c_str(), l.master ? "float" : "none");
 }
 
 template <class Dev, class E, class G> int train(Model<Dev, E, G>& m, const Setup& s) {

@@ -4,6 +4,7 @@
 // The few calls that block inside MPI (its start, its end, the making of groups) have a thread beside them that ends
 // all ranks. All transfers are built of two pieces, messages between two ranks and broadcasts.
 #include "comm.h"
+#include "device.h"
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
@@ -222,7 +223,7 @@ static void mpi_start(int* argc, char*** argv, double timeout) {
     const std::jthread guarded = guard("start of MPI", timeout);
     struct sigaction hangup;
     int threads = 0;
-    setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0); // as in core/device.h: UCX may be the first to call CUDA
+    cuda_queues();
     sigaction(SIGHUP, nullptr, &hangup);
     MPI_CHECK(MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &threads));
     sigaction(SIGHUP, &hangup, nullptr);

@@ -10,6 +10,10 @@
 // What a GPU's memory holds beside the arena: the driver's context, the kernels, cuBLASLt, GpuContext::scratch.
 constexpr double gpu_overhead_bytes = 0.65 * (1 << 30);
 
+// A queue of the GPU's for every stream, so that none waits behind another's transfer. Call it before anything in the
+// process calls CUDA, which UCX does where MPI loads it.
+inline void cuda_queues() { setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0); }
+
 // Zeroed memory of the device, on a 256-byte boundary; fails with the size when there is not enough.
 inline uint8_t* device_allocate(Cpu, size_t bytes) {
     constexpr size_t alignment = 256;
@@ -285,7 +289,7 @@ inline void aside_wait(Gpu gpu, Aside& a, int mark) {
 
 // The GPUs of this host that the process sees, 0 when the call fails. The first call of CUDA in every program.
 inline cudaError_t gpu_count(int& count) {
-    setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0); // a queue for every stream: none waits behind another's transfer
+    cuda_queues();
     const cudaError_t status = cudaGetDeviceCount(&count);
     if (status != cudaSuccess) count = 0;
     return status;

@@ -143,6 +143,16 @@ inline bool in_range(double v, const char* range) {
     return v >= std::stod(text.substr(0, dots)) && v <= std::stod(text.substr(dots + 2));
 }
 
+// What stands between the commas of an option that takes a list; one empty item if there is nothing.
+inline std::vector<std::string> list_items(const std::string& list) {
+    std::vector<std::string> items;
+    for (size_t at = 0, end; at <= list.size(); at = end + 1) {
+        end = std::min(list.find(',', at), list.size());
+        items.push_back(list.substr(at, end - at));
+    }
+    return items;
+}
+
 // Each returns whether the text is a value of the option; the whole text must be one.
 inline bool option_parse(Int& v, const char* text, const char* range) {
     char* end;

@@ -107,31 +107,30 @@ static void check_small(int D) {
 TEST_CASE("forward and backward of a model on the GPU (small)") { check_small(16); }
 TEST_CASE("forward and backward of a model on the GPU, attention by tensor cores (small)") { check_small(64); }
 
+// The gradients of a model that is laid out so; the weights are those of same_weights.
+static Buffer<double> gradient_in(const Layout& layout, const Config& c, const std::vector<Row>& rows) {
+    TestModel<bf16, float, Gpu> t(c, layout, Comm{}, the_gpu());
+    same_weights(t);
+    t.gradients(rows, Attention::anchor, Comm{}, 100, layout.B);
+    return gradient(t.m);
+}
+
 TEST_CASE("recomputed and tiled activations give the GPU's gradients again") {
     const Config c = gpu_config(64);
     const std::vector<Row> rows = some_rows(Attention::anchor, 203, c.V, 2, 60);
     Gpu gpu = the_gpu();
     gpu.context->deterministic = true;
-    TestModel<bf16, float, Gpu> kept(c, small_layout(203, 2), Comm{}, gpu);
-    same_weights(kept);
-    kept.gradients(rows, Attention::anchor, Comm{}, 100, 2);
-    const Buffer<double> want = gradient(kept.m);
+    const Buffer<double> want = gradient_in(small_layout(203, 2), c, rows);
     for (int units = 1; units <= 2 * recompute_kinds; units++) {
         CAPTURE(units);
         Layout layout = small_layout(203, 2);
         layout.recompute = recompute_first(units, 2);
-        TestModel<bf16, float, Gpu> again(c, layout, Comm{}, gpu);
-        same_weights(again);
-        again.gradients(rows, Attention::anchor, Comm{}, 100, 2);
-        CHECK(largest_error(gradient(again.m), want) == 0);
+        CHECK(largest_error(gradient_in(layout, c, rows), want) == 0);
     }
     Layout layout = small_layout(203, 2);
     layout.recompute = recompute_parse("swiglu,ffn", 2), layout.ffn_tile = 100;
-    TestModel<bf16, float, Gpu> tiled(c, layout, Comm{}, gpu);
-    same_weights(tiled);
-    tiled.gradients(rows, Attention::anchor, Comm{}, 100, 2);
     // The weights' gradients are the sum of five tiles': each addition rounds a float.
-    CHECK(largest_error(gradient(tiled.m), want) <= 20 * ulp<float>(largest_value(want)));
+    CHECK(largest_error(gradient_in(layout, c, rows), want) <= 20 * ulp<float>(largest_value(want)));
     gpu.context->deterministic = false;
 }
 
@@ -142,10 +141,7 @@ TEST_CASE("offloaded activations give the GPU's gradients again") {
     const std::vector<Row> rows = some_rows(Attention::anchor, 4096, c.V, 2, 60);
     Gpu gpu = the_gpu();
     gpu.context->deterministic = true;
-    TestModel<bf16, float, Gpu> kept(c, small_layout(4096, 1), Comm{}, gpu);
-    same_weights(kept);
-    kept.gradients(rows, Attention::anchor, Comm{}, 100, 1);
-    const Buffer<double> want = gradient(kept.m);
+    const Buffer<double> want = gradient_in(small_layout(4096, 1), c, rows);
     for (const char* what : {"input", "qkv", "input,residual", "residual,attention", "all"}) {
         CAPTURE(what);
         Layout layout = small_layout(4096, 1);

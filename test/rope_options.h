@@ -85,9 +85,7 @@ inline void rope_options_help() {
 // The pieces of a comma list; every option that is one refuses an empty piece, and one that is there twice.
 inline std::vector<std::string> split_list(const char* option, const std::string& list) {
     std::vector<std::string> items;
-    for (size_t at = 0, end; at <= list.size(); at = end + 1) {
-        end = std::min(list.find(',', at), list.size());
-        const std::string item = list.substr(at, end - at);
+    for (const std::string& item : list_items(list)) {
         if (item.empty()) fail("option --%s: '%s' has an empty item", option, list.c_str());
         if (std::find(items.begin(), items.end(), item) != items.end())
             fail("option --%s: '%s' has %s twice", option, list.c_str(), item.c_str());

@@ -268,7 +268,7 @@ __device__ inline void study_multiply(float (&sum)[4][4], const StudyOperand& q,
     }
 }
 
-// What both kernels know of their inputs.
+// What all kernels know of their inputs.
 struct StudySizes {
     unsigned T, H, K, D;
     float scale;
@@ -281,6 +281,18 @@ struct StudySizes {
     __device__ float logit(float dot) const { return (round ? study_rounded(dot) : dot) * scale; }
 };
 
+// A tile's products of queries from i0 on with keys from j0 on; q and k are free again when it returns.
+__device__ inline void study_dots(float (&dot)[4][4], StudyOperand& q, StudyOperand& k, const float* qkv, size_t head,
+                                  unsigned i0, unsigned j0, const StudySizes& n) {
+    for (unsigned d = 0; d < n.D; d += study_chunk) {
+        study_load(q, n.query(qkv, head), n.stride(), i0, n.T, d, n.D);
+        study_load(k, n.key(qkv, head), n.stride(), j0, n.T, d, n.D);
+        __syncthreads();
+        study_multiply(dot, q, k);
+        __syncthreads();
+    }
+}
+
 // A block 64 queries of a head (blockIdx.x), the longest rows of all heads first: a model of few heads has few blocks,
 // and a multiprocessor that got long ones of every head would end last. The 16 threads of a row keep a maximum and a
 // sum of their own keys each and merge them at the end. D T^2 FLOPs a head, bound by fp32 arithmetic and its operands.
@@ -292,13 +304,7 @@ static __global__ void __launch_bounds__(study_threads) study_lse_kernel(float* 
     for (float& m : most) m = -INFINITY;
     for (unsigned j0 = 0; j0 <= i0; j0 += study_tile) {
         float dot[4][4] = {};
-        for (unsigned d = 0; d < n.D; d += study_chunk) {
-            study_load(q, n.query(qkv, head), n.stride(), i0, n.T, d, n.D);
-            study_load(k, n.key(qkv, head), n.stride(), j0, n.T, d, n.D);
-            __syncthreads();
-            study_multiply(dot, q, k);
-            __syncthreads();
-        }
+        study_dots(dot, q, k, qkv, head, i0, j0, n);
 #pragma unroll
         for (int r = 0; r < 4; r++)
 #pragma unroll
@@ -407,13 +413,7 @@ static __global__ void __launch_bounds__(study_threads)
     for (float& m : most) m = -INFINITY;
     for (unsigned j0 = 0; j0 <= i0; j0 += study_tile) {
         float dot[4][4] = {};
-        for (unsigned d = 0; d < n.D; d += study_chunk) {
-            study_load(q, n.query(qkv, head), n.stride(), i0, n.T, d, n.D);
-            study_load(k, n.key(qkv, head), n.stride(), j0, n.T, d, n.D);
-            __syncthreads();
-            study_multiply(dot, q, k);
-            __syncthreads();
-        }
+        study_dots(dot, q, k, qkv, head, i0, j0, n);
 #pragma unroll
         for (int r = 0; r < 4; r++) {
             float m = most[r]; // a tile has a key that the row sees, so it is finite from here on
