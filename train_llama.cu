@@ -862,6 +862,7 @@ constexpr RecomputePart recompute_parts[] = {{"norm", &Recompute::norm},        
                                              {"residual", &Recompute::residual}, {"qkv", &Recompute::qkv},
                                              {"ffn", &Recompute::ffn},           {"attention", &Recompute::attention}};
 constexpr int recompute_kinds = 6;
+constexpr size_t auto_tile = 16384; // tokens of --ffn_tile that `auto` takes before it gives up attention
 
 // The first `units` of parts x layers: whole parts, then some layers of the next one.
 Recompute recompute_first(int units, int L) {
@@ -917,7 +918,8 @@ std::string offload_text(const Offload& offload) { // behind that of recompute
 }
 // What is not kept of the forward, and what becomes of it.
 std::string activations_text(const Layout& l, int L) {
-    return "recompute " + recompute_text(l.recompute, L) + offload_text(l.offload);
+    const std::string tiles = l.ffn_tile ? ", ffn_tile " + std::to_string(l.ffn_tile) : "";
+    return "recompute " + recompute_text(l.recompute, L) + tiles + offload_text(l.offload);
 }
 
 Offload offload_parse(const std::string& text) {
@@ -1006,6 +1008,13 @@ double machine_memory(const Setup& s) {
     return host_memory() / sharers;
 }
 
+bool layout_fits(const Setup& s) {
+    const Layout& l = s.layout;
+    if (l.ffn_tile && (l.recompute.ffn < s.config.L || l.recompute.swiglu < s.config.L))
+        return false; // tiles keep none
+    return memory_needed(s, l) < memory_usable(s);
+}
+
 // Element types, master weights and recomputation: what was asked for, else the most precise that fits; what is
 // recomputed is as little as fits, the cheapest first. False when nothing does.
 bool choose_layout(Setup& s) {
@@ -1033,20 +1042,23 @@ bool choose_layout(Setup& s) {
         layout.recompute = o.recompute == "auto" ? recompute_first(units, L) : recompute_parse(o.recompute, L);
         for (auto& part : offload_parts)
             if (part.layers && layout.offload.*part.away) layout.recompute.*part.layers = 0;
-        if (layout.ffn_tile && (layout.recompute.ffn < L || layout.recompute.swiglu < L)) {
-            if (o.recompute != "auto") fail("--ffn_tile keeps no feed-forward: add swiglu and ffn to --recompute");
-            return false;
-        }
-        return memory_needed(s, layout) < memory_usable(s);
+        return layout_fits(s);
     };
+    layout.ffn_tile = size_t(o.ffn_tile);
+    if (layout.ffn_tile && o.recompute != "auto")
+        if (const Recompute again = recompute_parse(o.recompute, L); again.ffn < L || again.swiglu < L)
+            fail("--ffn_tile keeps no feed-forward: add swiglu and ffn to --recompute");
     // A master copy with as little recomputation as fits, all but attention at most; then without the master; and only
-    // when neither fits, attention as well.
-    bool may = s.dtype == Type::bf16 && s.master != "none", must = s.master == "float";
-    for (int most : {recompute_kinds - 1, recompute_kinds})
+    // when neither fits, attention as well, with the feed-forward in tiles, which leave room to keep it in more layers.
+    const bool may = s.dtype == Type::bf16 && s.master != "none", must = s.master == "float";
+    for (int most : {recompute_kinds - 1, recompute_kinds}) {
+        if (most == recompute_kinds && o.recompute == "auto" && !layout.ffn_tile && layout.tokens() > auto_tile)
+            layout.ffn_tile = auto_tile;
         for (int master = may; master >= must; master--)
             for (int units = 0; units <= most * L; units++)
                 if (fits(master, units)) return true;
-    return fits(must, recompute_kinds * L);
+    }
+    return false;
 }
 
 // A run that is resumed has a master copy if its checkpoints have one: the newest that tells.
@@ -1076,13 +1088,23 @@ void setup_memory(Setup& s) {
     const int64_t threads = omp_get_max_threads();
     s.threads.resize(s.world.size);
     comm_gather(Cpu{}, s.world, s.threads.data(), &threads, 1);
-    choose_layout(s);
+    if (!choose_layout(s)) return;
     // What is left lets more steps of the ring start early: as many as fit.
     for (size_t low = s.layout.exchange.held + 1, high = size_t(s.layout.ring); low < high;) {
         Layout more = s.layout;
         more.exchange.held = (low + high) / 2;
         if (memory_needed(s, more) < memory_usable(s)) s.layout = more, low = more.exchange.held + 1;
         else high = more.exchange.held;
+    }
+    // And what is left then keeps more of single layers, what is dearer to compute first.
+    for (int i = recompute_kinds - 1; i >= 0 && s.o.recompute == "auto"; i--) {
+        int& layers = s.layout.recompute.*recompute_parts[i].layers;
+        while (layers > 0) {
+            layers--;
+            if (layout_fits(s)) continue;
+            layers++;
+            break;
+        }
     }
 }
 
@@ -1123,8 +1145,8 @@ std::string what_fits(Setup s) {
         if (change("--offload " + s.o.offload)) return changes;
         s.o.offload = "none", changes = before;
     }
-    if (s.layout.tokens() > 8192 && s.layout.ffn_tile != 8192) {
-        s.layout.ffn_tile = 8192;
+    if (s.layout.tokens() > 8192 && s.o.ffn_tile != 8192) {
+        s.o.ffn_tile = 8192;
         if (change("--ffn_tile 8192")) return changes;
     }
     const std::string before = changes;
@@ -1335,7 +1357,7 @@ Setup setup_read(const Options& options, const Comm& world) {
             "--ring_backend ulysses gives each rank of a ring whole KV heads: %d of them do not go over %d ranks; pass "
             "another --ring or --ring_backend",
             s.config.K, s.layout.ring);
-    s.layout.ffn_tile = size_t(o.ffn_tile), s.layout.zero = int(o.zero);
+    s.layout.zero = int(o.zero);
     s.layout.train = o.eval.empty() && o.dump_logits.empty() && o.generate == 0;
     setup_rope(s);
     fault = config_fault(s.config);

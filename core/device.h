@@ -176,6 +176,7 @@ struct GpuContext {
     static constexpr size_t scratch_bytes = size_t(64) << 20;
     int device = 0, sms = 0, compute = 0; // compute: 80, 90, ..., gpu_compute's
     size_t l2_bytes = 0;
+    size_t shared_bytes = 0; // a multiprocessor's shared memory; a block takes 1 KiB more of it than it asks for
     char name[256] = "";
     bool deterministic = false;
     bool portable_attention = false; // mma.sync also where a kernel is written for the GPU
@@ -362,8 +363,8 @@ inline Gpu gpu_open(int device, bool deterministic = false, bool portable_attent
     gpu.context = new GpuContext;
     GpuContext& c = *gpu.context;
     c.device = device, c.sms = properties.multiProcessorCount, c.compute = gpu_compute(facts);
-    c.l2_bytes = size_t(properties.l2CacheSize), c.deterministic = deterministic;
-    c.portable_attention = portable_attention;
+    c.l2_bytes = size_t(properties.l2CacheSize), c.shared_bytes = properties.sharedMemPerMultiprocessor;
+    c.deterministic = deterministic, c.portable_attention = portable_attention;
     snprintf(c.name, sizeof c.name, "%s", properties.name);
     CUDA_CHECK(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking));
     CUDA_CHECK(cudaMallocHost((void**)&c.staging.memory, Staging::slots * Staging::slot_bytes));

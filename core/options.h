@@ -105,7 +105,7 @@ using Flag = bool;
            "whatever --recompute says of them: none, all or a list of input,residual,qkv,attention")                   \
     OPTION(Int, head_chunk, 0, 0, "0..16777216", "tokens whose logits exist at once; 0: 512, on a GPU 2048")           \
     OPTION(Int, ffn_tile, 0, 0, "0..16777216", "tokens that pass through the feed-forward at once when it is all "     \
-           "recomputed, to save memory; 0: all")                                                                       \
+           "recomputed, to save memory; 0: all, or 16384 where --recompute auto would else give up more of attention") \
     OPTION(Flag, deterministic, 0, false, "", "same bits on every run with the same ranks and threads (the CPU "       \
            "always does)")                                                                                             \
     OPTION(Flag, portable_attention, 0, false, "", "on a Hopper GPU: attention by the kernels for any GPU from sm_80 " \

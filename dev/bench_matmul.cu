@@ -3,7 +3,7 @@
 // bias and residual cost.
 //
 //     nvcc -std=c++20 -O3 -arch=sm_90 -Xcompiler=-fopenmp -I. dev/bench_matmul.cu core/comm_serial.cpp -lcublasLt
-//     ./a.out [seconds of search for each product, default 8]
+//     ./a.out [seconds of search for each product, default 8] [tokens, default 16384]
 //
 // Under a long row of products an H200 is bound by its power: it runs at full clock for milliseconds and then slower,
 // by how much depends on the algorithm. So what is compared here always takes turns, without a pause.
@@ -171,11 +171,6 @@ struct Shape {
     const char* name;
     size_t T, M, N;
 };
-constexpr Shape shapes[] = {{"qkv", 16384, 4096, 12288},
-                            {"out", 16384, 4096, 4096},
-                            {"gate_up", 16384, 4096, 22016},
-                            {"down", 16384, 11008, 4096},
-                            {"head", 2048, 4096, 32000}};
 
 struct Buffers {
     bf16 *in, *weight, *dout, *out, *din, *bias, *residual;
@@ -224,12 +219,18 @@ void compare_gradients(Gpu gpu, const Buffers& b, const Shape& s) {
 int main(int argc, char** argv) {
     const Gpu gpu = gpu_open(0);
     const double seconds = argc > 1 ? atof(argv[1]) : 8;
-    const size_t T = 16384, F = 22016;
+    const size_t T = argc > 2 ? size_t(atoll(argv[2])) : 16384, F = 22016;
+    const Shape shapes[] = {{"qkv", T, 4096, 12288},
+                            {"out", T, 4096, 4096},
+                            {"gate_up", T, 4096, 22016},
+                            {"down", T, 11008, 4096},
+                            {"head", std::min(T, size_t(2048)), 4096, 32000}};
     Buffers b = {bench_normal<bf16>(gpu, T * 11008, 1),    bench_normal<bf16>(gpu, size_t(32000) * 4096, 2, 0.02f),
                  bench_normal<bf16>(gpu, T * F, 3, 1e-3f), bench_normal<bf16>(gpu, T * F, 4),
                  bench_normal<bf16>(gpu, T * 11008, 5),    bench_normal<bf16>(gpu, F, 6),
                  bench_normal<bf16>(gpu, T * F, 7),        bench_normal<float>(gpu, size_t(12288) * 4096, 8)};
-    printf("LLaMA-2-7B, T = 16384 (head: 2048), bf16, cublasLt %zu, %s\n", cublasLtGetVersion(), gpu.context->name);
+    printf("LLaMA-2-7B, T = %zu (head: %zu), bf16, cublasLt %zu, %s\n", T, shapes[4].T, cublasLtGetVersion(),
+           gpu.context->name);
     printf("tuned | share of the best of those timed | timed | first guess, best of the guesses\n");
     Total total, residual;
     for (const auto& [name, T, M, N] : shapes) {

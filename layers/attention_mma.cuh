@@ -779,6 +779,21 @@ template <class A> void attention_mma_require(const A& a) {
     REQUIRE(packs_fit<bf16>(a.q_stride, a.q, a.kv) && a.kv_stride % 8 == 0, "queries and keys start on 16 bytes");
 }
 
+// The keys of a tile are as many as the GPU's shared memory allows: 228 KiB a multiprocessor on Hopper, 164 on an A100,
+// 100 on sm_86 and sm_89.
+constexpr size_t least_shared_memory = size_t(100) << 10; // of any GPU from sm_80 on
+constexpr bool blocks_fit(size_t blocks, size_t bytes, size_t shared) { return blocks * (bytes + 1024) <= shared; }
+
+// Two blocks a multiprocessor, so that one computes exponentials while the other multiplies.
+template <int D> int attention_mma_forward_keys(Gpu gpu) {
+    const bool fits = D < 128 || blocks_fit(2, sizeof(ForwardShared<D, 64, 4>), gpu.context->shared_bytes);
+    return fits ? 64 : 32;
+}
+template <int D> int attention_mma_backward_keys(Gpu gpu) {
+    const bool fits = D < 64 || blocks_fit(1, sizeof(BackwardShared<D, 128, 64>), gpu.context->shared_bytes);
+    return fits ? 128 : 64;
+}
+
 template <int D, int KEYS> void attention_mma_forward_tiles(Gpu gpu, const AttentionForward<bf16>& a) {
     auto* kernel = attention_mma_forward_kernel<D, KEYS, 4>;
     constexpr size_t bytes = sizeof(ForwardShared<D, KEYS, 4>);
@@ -789,11 +804,9 @@ template <int D, int KEYS> void attention_mma_forward_tiles(Gpu gpu, const Atten
 }
 
 template <int D> void attention_mma_forward_heads(Gpu gpu, const AttentionForward<bf16>& a) {
-    int bytes = 0;
-    CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, gpu.context->device));
-    // Two blocks a multiprocessor, so that one computes exponentials while the other multiplies.
-    if (D < 128 || 2 * (sizeof(ForwardShared<D, 64, 4>) + 1024) <= size_t(bytes))
-        attention_mma_forward_tiles<D, 64>(gpu, a);
+    constexpr int fewest = D < 128 ? 64 : 32;
+    static_assert(blocks_fit(1, sizeof(ForwardShared<D, fewest, 4>), least_shared_memory));
+    if (attention_mma_forward_keys<D>(gpu) == 64) attention_mma_forward_tiles<D, 64>(gpu, a);
     else if constexpr (D == 128) attention_mma_forward_tiles<D, 32>(gpu, a);
 }
 
@@ -818,13 +831,13 @@ template <int D, int KEYS, int QUERIES> void attention_mma_backward_tiles(Gpu gp
 }
 
 template <int D> void attention_mma_backward_heads(Gpu gpu, const AttentionBackward<bf16>& a) {
-    int bytes = 0;
-    CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, gpu.context->device));
+    constexpr int fewest = D < 64 ? 128 : 64;
+    static_assert(blocks_fit(1, sizeof(BackwardShared<D, fewest, fewest / 2>), least_shared_memory));
+    static_assert(blocks_fit(1, sizeof(QueryGradientShared<D>), least_shared_memory));
     AttentionBackward<bf16> by_keys = a;
     if (gpu.context->deterministic) by_keys.dq = nullptr;
-    if (sizeof(BackwardShared<D, 128, 64>) <= size_t(bytes)) attention_mma_backward_tiles<D, 128, 64>(gpu, by_keys);
+    if (attention_mma_backward_keys<D>(gpu) == 128) attention_mma_backward_tiles<D, 128, 64>(gpu, by_keys);
     else if constexpr (D >= 64) attention_mma_backward_tiles<D, 64, 32>(gpu, by_keys);
-    else REQUIRE(false, "this GPU has too little shared memory");
     if (!gpu.context->deterministic || a.T == 0) return;
     const size_t blocks = (size_t(a.T) + 63) / 64;
     allow_shared_memory(gpu, attention_mma_dq_kernel<D>, sizeof(QueryGradientShared<D>));

@@ -213,14 +213,22 @@ inline void matmul_race(Gpu gpu, MatmulProduct& x, std::vector<MatmulAlgo>& algo
     std::stable_sort(algos.begin(), algos.end(), [](const auto& a, const auto& b) { return a.ms < b.ms; });
     algos.erase(algos.begin() + std::min(keep, n), algos.end());
 }
+// The product on its first tokens alone.
+inline MatmulProduct matmul_part(const MatmulProduct& x, size_t tokens) {
+    MatmulKey key = x.key;
+    key.T = std::min(key.T, tokens);
+    return matmul_product(key, x.out, x.a, x.b, x.bias, x.residual);
+}
+// All candidates race over 16384 tokens, which are enough to fill any GPU many times; the last six over all of them.
 inline MatmulAlgo matmul_fastest(Gpu gpu, MatmulProduct& x) {
+    MatmulProduct part = matmul_part(x, 16384);
     std::vector<MatmulAlgo> algos = matmul_candidates(gpu, x), first(1, algos[0]);
-    matmul_race(gpu, x, first, 1, 1);
+    matmul_race(gpu, part, first, 1, 1);
     const size_t most = 8 + size_t(1000 / first[0].ms); // two seconds or so
     algos.erase(algos.begin() + std::min(most, algos.size()), algos.end());
-    matmul_race(gpu, x, algos, 1, 24);
-    matmul_race(gpu, x, algos, 5, 6);
-    matmul_race(gpu, x, algos, 25, 1);
+    matmul_race(gpu, part, algos, 1, 24);
+    matmul_race(gpu, part, algos, 5, 6);
+    matmul_race(gpu, x, algos, x.key.T > part.key.T ? 9 : 25, 1); // the longer a product, the less its times differ
     algos[0].choice = MatmulAlgo::tuned;
     return algos[0];
 }
@@ -239,7 +247,7 @@ inline void matmul_run(Gpu gpu, MatmulProduct x) {
 // Calls products(): a product in it whose key was not tuned yet is first run by every candidate, on its own buffers,
 // and the fastest serves all later products of that key. The buffers want values as in training, since zeros run
 // faster. A gradient, or a residual that is the output, is added many times over. before_each() is called before a
-// product is timed, which takes two seconds or so.
+// product is timed, which takes some seconds.
 template <class F> void matmul_tune(Gpu gpu, F products, std::function<void()> before_each = {}) {
     matmul_cache(gpu).tuning = true, matmul_cache(gpu).before_tuning = before_each;
     products();

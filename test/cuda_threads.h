@@ -40,6 +40,7 @@ struct cudaFuncAttributes {
 struct cudaDeviceProp {
     int multiProcessorCount, l2CacheSize;
     char name[256];
+    size_t sharedMemPerMultiprocessor;
 };
 struct cudaIpcMemHandle_t {
     int process, file;

@@ -179,6 +179,52 @@ struct Deterministic { // for a scope
     ~Deterministic() { context.deterministic = false; }
 };
 
+// For a scope a multiprocessor counts as one with so much shared memory: the portable kernels take the tiles for it.
+struct SharedMemory {
+    GpuContext& context = *the_gpu().context;
+    const size_t kept = context.shared_bytes;
+    explicit SharedMemory(size_t bytes) { context.shared_bytes = bytes; }
+    SharedMemory(const SharedMemory&) = delete;
+    ~SharedMemory() { context.shared_bytes = kept; }
+};
+// The keys of the tiles that a launch would take now.
+struct TileKeys {
+    int forward, backward;
+    bool operator==(const TileKeys&) const = default;
+};
+template <int D> TileKeys tile_keys() {
+    return {attention_mma_forward_keys<D>(the_gpu()), attention_mma_backward_keys<D>(the_gpu())};
+}
+TileKeys tile_keys(size_t D) { return D == 128 ? tile_keys<128>() : D == 64 ? tile_keys<64>() : tile_keys<32>(); }
+
+constexpr size_t h100 = size_t(228) << 10, a100 = size_t(164) << 10, sm_86 = size_t(100) << 10;
+constexpr TileKeys most_keys{64, 128};
+// Where a GPU takes others. (With heads of 64 an A100 takes those of an H100.)
+struct SmallerTiles {
+    size_t shared, D;
+    TileKeys keys;
+};
+constexpr SmallerTiles smaller_tiles[] = {{a100, 128, {32, 64}}, {sm_86, 128, {32, 64}}, {sm_86, 64, {64, 64}}};
+
+// The same bits in every run.
+void check_repeats(size_t S, size_t D) {
+    const Sizes z{4, 2, D};
+    for (bool deterministic : {false, true}) {
+        the_gpu().context->deterministic = deterministic;
+        const Problem<bf16> p(Mode::anchor, 1, S, z, 61);
+        const Result<bf16> a = attend_gpu(p.t, p.qkv, p.dout, z), b = attend_gpu(p.t, p.qkv, p.dout, z);
+        CHECK(same_bits(a.out, b.out));
+        CHECK(same_bits(a.lse, b.lse));
+        const size_t ends[] = {0, z.H, z.H + 2 * z.K};
+        for (int i = deterministic ? 0 : 1; i < 2; i++) { // dQ is summed in a fixed order only if asked for
+            Buffer<bf16> x(p.t.size() * (ends[i + 1] - ends[i]) * z.D), y(x.count);
+            part(x, a.dqkv, z, ends[i], ends[i + 1]), part(y, b.dqkv, z, ends[i], ends[i + 1]);
+            CHECK(same_bits(x, y));
+        }
+    }
+    the_gpu().context->deterministic = false;
+}
+
 constexpr Sizes heads[] = {{1, 1, 0}, {2, 2, 0}, {4, 2, 0}, {6, 2, 0}};
 } // namespace
 
@@ -218,6 +264,46 @@ TEST_CASE("attention: tensor cores, dQ in a fixed order") {
             }
 }
 
+TEST_CASE("attention: a GPU's shared memory chooses the tiles") {
+    const GpuContext& context = *the_gpu().context;
+    int multiprocessor = 0, block = 0;
+    CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, context.device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, context.device));
+    CHECK(context.shared_bytes == size_t(multiprocessor));
+    CHECK(block == multiprocessor - 1024);
+    for (size_t shared : {h100, a100, sm_86})
+        for (size_t D : {32, 64, 128}) {
+            CAPTURE(shared);
+            CAPTURE(D);
+            TileKeys keys = most_keys;
+            for (const SmallerTiles& s : smaller_tiles)
+                if (s.shared == shared && s.D == D) keys = s.keys;
+            const SharedMemory scope(shared);
+            CHECK(tile_keys(D) == keys);
+        }
+}
+
+// 32 keys in the forward; 64 keys, half a tile of the map, and 32 queries in the backward: sizes around these.
+TEST_CASE("attention: tensor cores, the tiles of GPUs with less shared memory") {
+    size_t number = 0;
+    for (const SmallerTiles& s : smaller_tiles) {
+        if (s.shared > the_gpu().context->shared_bytes) continue; // an A100's tiles on sm_86
+        const SharedMemory scope(s.shared);
+        CHECK(tile_keys(s.D) == s.keys);
+        CHECK(tile_keys(s.D) != most_keys);
+        for (size_t S : {1, 31, 33, 64, 65, 97, 129, 193, 300})
+            for (Mode mode : modes) {
+                const Sizes h = heads[number % 4];
+                the_gpu().context->deterministic = number % 3 == 2;
+                check<bf16>(mode, 1 + number / 4 % 2, S, {h.H, h.K, s.D}, 1200 + number, Kernels::portable,
+                            1 + number / 8 % 2);
+                the_gpu().context->deterministic = false;
+                number++;
+            }
+        check_repeats(700, s.D);
+    }
+}
+
 TEST_CASE_TEMPLATE("attention: plain kernels agree with the reference", E, float, bf16) {
     size_t number = 0;
     for (size_t D : {2, 6, 34, 64, 80, 128, 200, 256})
@@ -238,6 +324,20 @@ TEST_CASE("attention: masked and whole tiles, portions, a fixed order (small)") 
     }
     check<float>(Mode::random, 1, 70, {2, 1, 34}, 3002, Kernels::simt, 2);
     check<bf16>(Mode::anchor, 2, 70, {2, 1, 40}, 3003, Kernels::simt, 1);
+}
+
+TEST_CASE("attention: the tiles of sm_86 (small)") {
+    const SharedMemory scope(sm_86);
+    for (size_t D : {64, 128}) {
+        CHECK(tile_keys(D) != most_keys);
+        check<bf16>(Mode::anchor, 2, 140, {2, 1, D}, 3100 + D, Kernels::portable, 2);
+        {
+            const Portable portable;
+            check_blind_queries(100, D);
+        }
+        const Deterministic in_order;
+        check<bf16>(Mode::full, 1, 200, {2, 1, D}, 3101 + D);
+    }
 }
 
 TEST_CASE("attention: queries that see nothing give zeros, not NaN (small)") {
@@ -267,23 +367,7 @@ TEST_CASE("attention: large scores neither overflow nor lose the softmax (small)
     }
 }
 
-TEST_CASE("attention: the same bits in every run (small)") {
-    const Sizes z{4, 2, 128};
-    for (bool deterministic : {false, true}) {
-        the_gpu().context->deterministic = deterministic;
-        const Problem<bf16> p(Mode::anchor, 1, 1500, z, 61);
-        const Result<bf16> a = attend_gpu(p.t, p.qkv, p.dout, z), b = attend_gpu(p.t, p.qkv, p.dout, z);
-        CHECK(same_bits(a.out, b.out));
-        CHECK(same_bits(a.lse, b.lse));
-        const size_t ends[] = {0, z.H, z.H + 2 * z.K};
-        for (int i = deterministic ? 0 : 1; i < 2; i++) { // dQ is summed in a fixed order only if asked for
-            Buffer<bf16> x(p.t.size() * (ends[i + 1] - ends[i]) * z.D), y(x.count);
-            part(x, a.dqkv, z, ends[i], ends[i + 1]), part(y, b.dqkv, z, ends[i], ends[i + 1]);
-            CHECK(same_bits(x, y));
-        }
-    }
-    the_gpu().context->deterministic = false;
-}
+TEST_CASE("attention: the same bits in every run (small)") { check_repeats(1500, 128); }
 
 TEST_CASE("attention: many short rows, more than one launch of the anchor's sums takes") {
     check<bf16>(Mode::anchor, 150, 9, {2, 1, 32}, 71);

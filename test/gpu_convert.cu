@@ -73,7 +73,7 @@ TEST_CASE("gpu convert: a NaN stays one") {
     for (size_t i = 0; i < 16; i++) CHECK(std::isnan(float(result[i])));
 }
 
-TEST_CASE("gpu random_normal: the CPU's values") {
+TEST_CASE("gpu random_normal: the CPU's values (small)") {
     // The two machines' logarithms and cosines differ by some 2^-52, which turns over the last bit of one float in
     // 2^28.
     auto check = [](auto element) {
@@ -96,7 +96,7 @@ TEST_CASE("gpu random_normal: the CPU's values") {
     check(float()), check(bf16(0));
 }
 
-TEST_CASE("gpu fill: one value") {
+TEST_CASE("gpu fill: one value (small)") {
     for (size_t count : counts) {
         Buffer<bf16> expected(count);
         expected.fill(0.3);

@@ -92,8 +92,8 @@ TEST_CASE("gradients of the model on the GPU follow double as the CPU's do, in e
 }
 
 // At a size that a sanitizer can follow.
-static void check_small(int D) {
-    const Config c = gpu_config(D);
+static void check_small(int D, bool bias = false) {
+    const Config c = gpu_config(D, false, bias);
     const Layout layout = small_layout(70, 1);
     const std::vector<Row> rows = some_rows(Attention::anchor, 70, c.V, 1, 90);
     TestModel<double, double> truth(c, layout);
@@ -104,7 +104,7 @@ static void check_small(int D) {
     run(truth), run(cpu), run(gpu);
     check_tensors<float>(c, gradient(gpu.m), gradient(cpu.m), gradient(truth.m));
 }
-TEST_CASE("forward and backward of a model on the GPU (small)") { check_small(16); }
+TEST_CASE("forward and backward of a model on the GPU (small)") { check_small(16, true); }
 TEST_CASE("forward and backward of a model on the GPU, attention by tensor cores (small)") { check_small(64); }
 
 // The gradients of a model that is laid out so; the weights are those of same_weights.

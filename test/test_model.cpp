@@ -281,6 +281,43 @@ TEST_CASE("the estimate's work is what the log's formula counts") {
     }
 }
 
+// Every part in none, some, nearly all and all of the layers, the feed-forward in tiles or not. The estimate is good
+// to half a percent at best.
+TEST_CASE("memory: by the estimate no other recomputation that fits is faster than that of auto") {
+    const int counts[] = {0, 16, 28, 30, 31, 32};
+    for (const auto& [grad, opt, master] : {std::tuple("bf16", "bf16", "none"), std::tuple("float", "bf16", "float"),
+                                            std::tuple("float", "float", "float")}) {
+        CAPTURE(grad);
+        CAPTURE(opt);
+        Setup s;
+        s.config = named_configs[3].config; // llama2-7b
+        s.gpu = true, s.attention = Attention::full, s.layout.S = 65536, s.layout.head_chunk = 2048;
+        s.o.grad_dtype = grad, s.o.opt_dtype = opt, s.o.master = master, s.o.memory = 139.8;
+        setup_memory(s);
+        CHECK(layout_fits(s));
+        const Ceilings& h200 = *ceilings_of("NVIDIA H200");
+        StepWork w = step_work(s);
+        auto seconds = [&](const Recompute& r) {
+            w.again = {r.norm, r.swiglu, r.residual, r.qkv, r.ffn, r.attention};
+            return step_seconds(step_parts(h200, h200.attention[0], s.config, w));
+        };
+        const double ours = seconds(s.layout.recompute);
+        double fastest = INFINITY;
+        Setup other = s;
+        for (int i = 0; i < 6 * 6 * 6 * 6 * 6 * 6; i++) {
+            int digits = i;
+            for (auto& part : recompute_parts) other.layout.recompute.*part.layers = counts[digits % 6], digits /= 6;
+            for (size_t tile : {0, 8192, 16384, 32768}) {
+                other.layout.ffn_tile = tile;
+                const double time = seconds(other.layout.recompute);
+                if (time < fastest && layout_fits(other)) fastest = time;
+            }
+        }
+        CHECK(fastest < 1.02 * ours);
+        CHECK(ours < 1.005 * fastest);
+    }
+}
+
 TEST_CASE("the estimate takes its visible pairs from the rows of the data") {
     for (Attention mode : all_modes)
         for (int ring : {1, 4}) {

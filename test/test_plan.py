@@ -22,7 +22,8 @@ class Plan:
     def __init__(self, memory, *args):
         out = subprocess.run([BINARY, "-e", "llama2-7b", "-c", "65536", "--attention", "full", "--device", "gpu", "--plan",
                               "--memory", str(memory), *args], capture_output=True, text=True, check=True, timeout=120).stdout
-        self.recompute = re.search(r"recompute (\S+)\n", out).group(1)
+        self.recompute, tile = re.search(r"recompute ([^\s,]+(?:,[^\s,]+)*)(?:, ffn_tile (\d+))?\n", out).groups()
+        self.tile = int(tile or 0)
         self.needed = float(re.search(r"  all +([\d.]+) of", out).group(1))
         self.master = float(re.search(r"  master weights +([\d.]+)", out).group(1)) > 0
         self.fits = "does not fit" not in out
@@ -39,29 +40,34 @@ def test_the_names_are_those_of_the_option_table():
     assert ",".join(PARTS) in table
 
 
+def by_hand(layers, tile=0):
+    names = [f"{part}:{count}" for part, count in zip(PARTS, layers) if count]
+    return ["--recompute", ",".join(names) or "none", "--ffn_tile", str(tile)]
+
+
 def test_as_memory_shrinks_more_is_recomputed_in_order_and_attention_last():
     plans = [Plan(memory, *BYTES_8) for memory in (400, 290, 260, 230, 210, 180, 139.8, 110, 90, 80, 77)]
     for plan in plans:
         assert plan.fits
-        # Whole parts, then some layers of the next one.
-        whole, rest = divmod(plan.units, LAYERS)
-        assert plan.layers == [LAYERS] * whole + ([rest] if whole < len(PARTS) else []) + [0] * (len(PARTS) - whole - 1)
+        last = max((i for i, count in enumerate(plan.layers) if count), default=0)
+        # Whole parts, or nearly: what the last one left over keeps some of their layers. Then some layers of the last.
+        assert all(count > LAYERS - 8 for count in plan.layers[:last]), plan.recompute
+        assert plan.tile == (16384 if plan.layers[-1] else 0)
     units = [plan.units for plan in plans]
     assert units == sorted(units) and len(set(units)) > 9
     assert units[0] == 0 and plans[0].recompute == "none"
     for part in range(len(PARTS)):  # each is the last of a plan somewhere
-        assert any(0 < plan.layers[part] < LAYERS for plan in plans), PARTS[part]
+        assert any(0 < plan.layers[part] < LAYERS and not any(plan.layers[part + 1:]) for plan in plans), PARTS[part]
 
 
 @pytest.mark.parametrize("memory", [180, 139.8, 95, 80])
-def test_the_fewest_units_that_fit_are_recomputed(memory):
+def test_no_layer_more_could_be_kept(memory):
     plan = Plan(memory, *BYTES_8)
-    layers = list(plan.layers)
-    last = max(i for i, count in enumerate(layers) if count)
-    layers[last] -= 1
-    fewer = ",".join(f"{part}:{count}" for part, count in zip(PARTS, layers) if count)
     assert plan.fits and plan.needed < 0.998 * memory
-    assert not Plan(memory, "--recompute", fewer, *BYTES_8).fits
+    for part, count in enumerate(plan.layers):
+        if count and not (plan.tile and PARTS[part] in ("swiglu", "ffn")):
+            fewer = [n - (i == part) for i, n in enumerate(plan.layers)]
+            assert not Plan(memory, *by_hand(fewer, plan.tile), *BYTES_8).fits, PARTS[part]
 
 
 def test_the_master_copy_goes_before_attention_is_recomputed():

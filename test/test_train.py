@@ -872,6 +872,12 @@ def crc32c(data):
     return crc ^ 0xffffffff
 
 
+def logged_products(text):
+    """Shape and algorithm of each, without addresses."""
+    text = re.sub(r"=0[xX][0-9a-fA-F]+", "=", text)
+    return re.findall(r"\[Trace\]\[cublasLt\w*Matmul\] .*?(Adesc=.*) algo=\[(.*?)\]", text)
+
+
 @pytest.mark.skipif(not ON_GPU, reason="the CPU has one algorithm for a product")
 def test_the_algorithms_of_products_stay_with_the_run(tmp_path):
     """What another GPU or library wrote is left out, though it is sound, and what is here takes its place. With
@@ -902,6 +908,23 @@ def test_the_algorithms_of_products_stay_with_the_run(tmp_path):
     assert f"{len(keys)} matrix products take the algorithms of {file}" in again and "timing" not in again
     file.unlink()
     assert "algorithms" not in start(6, "--deterministic") and not file.exists()
+
+
+@pytest.mark.skipif(not ON_GPU or RANKS < 2, reason="not on ranks with GPUs")
+def test_all_ranks_take_the_algorithms_that_rank_0_timed(tmp_path):
+    """As cuBLASLt logs the products: a step that rank 0 times while rank 1 takes first guesses, then three to train."""
+    line = command(*SMALL, "--steps", 3, "--deterministic=0", ranks=2)
+    at = line.index(BINARY)
+    line[at:at] = ["sh", "-c", 'CUBLASLT_LOG_FILE="$0.$OMPI_COMM_WORLD_RANK" exec "$@"', str(tmp_path / "rank")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUBLASLT_LOG_LEVEL": "2"})
+    assert done.returncode == 0 and "timing the algorithms" in done.stdout, done.stdout + done.stderr
+    timing, other = (logged_products((tmp_path / f"rank.{rank}").read_text()) for rank in (0, 1))
+    step = len(other) // 4
+    assert step > 9 and len(other) == 4 * step < len(timing)
+    assert other[step:] == timing[-3 * step:]
+    assert {shape for shape, _ in other[:step]} == {shape for shape, _ in other[step:]}
+    assert set(other[:step]) != set(other[step:])  # else all guesses are the fastest, and this could not fail
 
 
 @needs_ranks
