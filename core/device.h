@@ -127,7 +127,7 @@ inline std::string gpu_fault(const GpuFacts& g) {
                  "the driver knows CUDA %d.%d and this program was built with %d.%d: update the driver, or build with "
                  "an older toolkit",
                  g.driver / 1000, g.driver % 1000 / 10, g.runtime / 1000, g.runtime % 1000 / 10);
-    else if (g.count == 0) snprintf(text, sizeof text, "there is no GPU: %s", g.error.c_str());
+    else if (g.count == 0) snprintf(text, sizeof text, "no GPU can be used: %s", g.error.c_str());
     else if (g.device >= g.count)
         snprintf(text, sizeof text,
                  "GPU %d is wanted and there are %d: start one rank a GPU, and let each see all GPUs of its host; for "

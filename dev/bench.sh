@@ -3,8 +3,9 @@
 # PEERS=1 the PyTorch peers in the same run, and our speed over theirs. `make bench` runs all parts and says how long each
 # took; PART="kernels matmul", PART=attention or PART=step runs some of them. FlexAttention's peers are a part of their own,
 # PART=flex, since it compiles for minutes: FLEX="16384:2048" some of its cases (tokens:mean length of the documents).
-# PART=step are the steps with a full mask, PART=anchor those with documents. STEPS="4k 32k" some of all steps: 4k, 32k, 64k,
-# 4k-1024, 32k-4096, 64k-4096, 64k-16384 (mean length of the documents), 64k-14 and 64k-18 (bytes a parameter).
+# PART=step are the steps with a full mask, PART=anchor and PART=anchor64 those with documents. STEPS="4k 32k" some of all
+# steps: 4k, 32k, 64k, 4k-1024, 32k-4096, 64k-4096, 64k-16384 (mean length of the documents), 64k-14 and 64k-18 (bytes a
+# parameter).
 # PART=ring spreads a row over RANKS GPUs (all of this host), by each exchange: LENGTHS="16384 65536 262144" tokens,
 # MASKS="full 4096" (mean length of the documents), BACKENDS="ring allgather ulysses"; beyond 65536 tokens a GPU with 8 of
 # the 32 layers. Other options of the trainer for all steps: OPTIONS="--portable_attention", OPTIONS=--deterministic.
@@ -15,7 +16,7 @@ cd "$(dirname "$0")/.."
 build=${BUILD:-build/cuda}
 python=${PYTHON:-python3}
 scripts=${PEER_SCRIPTS:-../shared/peers}
-part=${PART:-kernels matmul attention $([ "$PEERS" = 1 ] && echo flex) step $([ "$STEPS" ] || echo anchor)}
+part=${PART:-kernels matmul attention $([ "$PEERS" = 1 ] && echo flex) step $([ "$STEPS" ] || echo anchor anchor64)}
 flex=${FLEX:-65536:4096 65536:16384 16384:2048}
 ranks=${RANKS:-$(sh dev/gpus.sh)}
 launch= # before our program; on several GPUs, mpirun
@@ -132,7 +133,8 @@ for p in $part; do
         attention) attention ;;
         flex) flex ;;
         step) for s in ${STEPS:-4k 32k 64k}; do step $s; done ;;
-        anchor) for s in ${STEPS:-4k-1024 32k-4096 64k-4096 64k-16384}; do step $s; done ;;
+        anchor) for s in ${STEPS:-4k-1024 32k-4096}; do step $s; done ;;
+        anchor64) for s in ${STEPS:-64k-4096 64k-16384}; do step $s; done ;;
         ring) ring ;;
         *) $build/bench_$p ;;
     esac

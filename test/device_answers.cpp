@@ -85,7 +85,7 @@ TEST_CASE("a driver that is missing, too old or finds no GPU says so") {
     told.driver = 0;
     CHECK(fault_of(told) == "there is no NVIDIA driver here");
     told.driver = 13000, told.counted = cudaErrorInvalidValue;
-    CHECK(fault_of(told) == "there is no GPU: an error");
+    CHECK(fault_of(told) == "no GPU can be used: an error");
     CHECK(answers.opens == 0);
     CHECK(gpu_count() == 0);
     CHECK(answers.pending == cudaSuccess);

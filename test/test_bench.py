@@ -109,9 +109,10 @@ def test_a_step_is_the_median_of_the_last_ones_and_beside_its_peer(tmp_path):
     assert "-c 4096 -b 4 --attention full --deterministic" in calls[0] and "--steps 8" in calls[0]
 
 
-def test_the_steps_with_documents_are_a_part_of_their_own(tmp_path):
-    bench(tmp_path, PART="anchor")
+@pytest.mark.parametrize("part, rows", [("anchor", [("4096", "1024"), ("32768", "4096")]),
+                                        ("anchor64", [("65536", "4096"), ("65536", "16384")])])
+def test_the_steps_with_documents_are_parts_of_their_own(tmp_path, part, rows):
+    bench(tmp_path, PART=part)
     calls = (tmp_path / "train_llama.calls").read_text().strip().split("\n")
-    assert [re.search(r"-c (\d+) .*--generator_mean (\d+)", call).groups() for call in calls] == [
-        ("4096", "1024"), ("32768", "4096"), ("65536", "4096"), ("65536", "16384")]
+    assert [re.search(r"-c (\d+) .*--generator_mean (\d+)", call).groups() for call in calls] == rows
     assert not any("--attention full" in call for call in calls)

@@ -34,7 +34,7 @@ TEST_CASE("without a driver, GPU or device of that number there is nothing to lo
     CHECK(gpu_fault(GpuFacts()) == "there is no NVIDIA driver here");
     GpuFacts g = usable();
     g.count = g.capability = g.code = 0, g.error = "no CUDA-capable device is detected";
-    CHECK(gpu_fault(g) == "there is no GPU: no CUDA-capable device is detected");
+    CHECK(gpu_fault(g) == "no GPU can be used: no CUDA-capable device is detected");
     g = usable();
     g.device = 8, g.capability = g.code = 0;
     check_says(g, {"GPU 8 is wanted and there are 8", "one rank a GPU"});

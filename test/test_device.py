@@ -58,7 +58,7 @@ def test_a_driver_that_finds_no_gpu_says_why(stub, tmp_path, status, reason):
     """Also one newer than the toolkit."""
     for version in (1000 * TOOLKIT + 990, 1000 * TOOLKIT + 1000):
         told = refusal(started("gpu", stub, tmp_path, DRIVER_VERSION=version, DRIVER_STATUS=status))
-        assert told == f"there is no GPU: {reason}"
+        assert told == f"no GPU can be used: {reason}"
 
 
 @needs_cuda
@@ -78,7 +78,7 @@ def test_a_build_without_cuda_says_so(tmp_path):
 @needs_cuda
 def test_auto_is_the_cpu_where_no_gpu_can_be_used(stub, tmp_path):
     """And where the machine has a driver, it says why."""
-    for version, why in ((1000 * TOOLKIT, "there is no GPU: no CUDA-capable device"), (11000, "the driver knows CUDA 11.0")):
+    for version, why in ((1000 * TOOLKIT, "no GPU can be used: no CUDA-capable device"), (11000, "the driver knows CUDA 11.0")):
         done = started("auto", stub, tmp_path, DRIVER_VERSION=version, DRIVER_STATUS=100)
         assert done.returncode == 0 and "step 1/1" in done.stdout, done.stdout + done.stderr
         line = f"on the CPU, though this machine has an NVIDIA driver: {why}"
