@@ -18,7 +18,7 @@
 #define CHECK_FALSE DOCTEST_CHECK_FALSE
 #define CHECK_MESSAGE DOCTEST_CHECK_MESSAGE
 
-constexpr size_t many = 1 << 16; // elements that are worth threads
+constexpr size_t worth_threads = 1 << 16; // elements that are worth threads
 
 // A buffer between guard words, poisoned with NaN (integers: a huge negative) until it is written.
 // The destructor fails the test when a guard word was touched.
@@ -34,7 +34,7 @@ template <class E> struct Buffer {
     }
     // Standard normal values times `scale`, rounded to E: element i is hash_normal(seed, i).
     Buffer(size_t n, uint64_t seed, double scale = 1) : Buffer(n) {
-#pragma omp parallel for if (n >= many)
+#pragma omp parallel for if (n >= worth_threads)
         for (size_t i = 0; i < n; i++) data()[i] = E(scale * hash_normal(seed, i));
     }
     Buffer(const Buffer&) = delete;
@@ -49,7 +49,7 @@ template <class E> struct Buffer {
     E& operator[](size_t i) { return data()[i]; }
     const E& operator[](size_t i) const { return data()[i]; }
     void poison() {
-#pragma omp parallel for if (count >= many)
+#pragma omp parallel for if (count >= worth_threads)
         for (size_t i = 0; i < count; i++)
             if constexpr (std::is_integral_v<E>) data()[i] = std::numeric_limits<E>::lowest();
             else data()[i] = E(std::numeric_limits<float>::quiet_NaN());
@@ -74,7 +74,7 @@ template <class E> bool same_bits(const Buffer<E>& a, const Buffer<E>& b) {
 
 template <class To, class From> Buffer<To> converted(const Buffer<From>& from) {
     Buffer<To> to(from.count);
-#pragma omp parallel for if (from.count >= many)
+#pragma omp parallel for if (from.count >= worth_threads)
     for (size_t i = 0; i < from.count; i++) to[i] = To(from[i]);
     return to;
 }
@@ -82,7 +82,7 @@ template <class To, class From> Buffer<To> converted(const Buffer<From>& from) {
 // Largest |a - b|; infinite when a value is not finite.
 template <class A, class B> double largest_error(const A* a, const B* b, size_t n) {
     double worst = 0;
-#pragma omp parallel for reduction(max : worst) if (n >= many)
+#pragma omp parallel for reduction(max : worst) if (n >= worth_threads)
     for (size_t i = 0; i < n; i++) {
         const double e = std::fabs(double(a[i]) - double(b[i]));
         worst = std::max(worst, std::isfinite(e) ? e : std::numeric_limits<double>::infinity());
@@ -96,7 +96,7 @@ template <class A, class B> double largest_error(const Buffer<A>& a, const Buffe
 
 template <class E> double largest_value(const Buffer<E>& a) {
     double m = 0;
-#pragma omp parallel for reduction(max : m) if (a.count >= many)
+#pragma omp parallel for reduction(max : m) if (a.count >= worth_threads)
     for (size_t i = 0; i < a.count; i++) m = std::max(m, std::fabs(double(a[i])));
     return m;
 }

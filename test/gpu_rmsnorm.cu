@@ -30,7 +30,7 @@ template <class E, class G> struct Reference {
 };
 
 template <class To, class From> void copy(Buffer<To>& to, const Buffer<From>& from) {
-#pragma omp parallel for if (from.count >= many)
+#pragma omp parallel for if (from.count >= worth_threads)
     for (size_t i = 0; i < from.count; i++) to[i] = To(from[i]);
 }
 
