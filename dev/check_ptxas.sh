@@ -1,6 +1,6 @@
 #!/bin/bash
 # The Hopper attention must keep its sums in registers and its products in flight: fails when ptxas spills in its
-# kernels, or in those of the ladder that leads to them, or says that it makes wgmma one by one (C7508 to C7514). Needs
+# kernels, or in those of the ladders that lead to them, or says that it makes wgmma one by one (C7508 to C7514). Needs
 # nvcc, no GPU. With cuobjdump and nvdisasm on the PATH or in .venv (pip install nvidia-cuda-cuobjdump
 # nvidia-cuda-nvdisasm), also when the machine code of one of the trainer's Hopper kernels has no HGMMA, or has HMMA, the
 # older product, or local memory (LDL, STL).
@@ -12,15 +12,15 @@ compile() { # $1 folder, $2 name
         -o build/check_$2.o > build/check_$2.log 2>&1 || { cat build/check_$2.log; return 1; }
 }
 compile dev bench_attention &
-compile dev/cuda attention_hopper || exit 1
+compile dev/cuda attention_hopper && compile dev/cuda attention_backward || exit 1
 wait $! || exit 1
-cat build/check_bench_attention.log build/check_attention_hopper.log > $log
-ours='Function properties for .*(attention_hopper_|version[56]|roles)'
+cat build/check_{bench_attention,attention_hopper,attention_backward}.log > $log
+ours='Function properties for .*(attention_hopper_|version[2-6]|roles)'
 kernels=$(grep -cE "$ours" $log)
 spills=$(grep -A1 -E "$ours" $log | grep 'bytes stack frame' | grep -vc ' 0 bytes spill stores, 0 bytes spill loads')
 serial=$(grep -c 'C75[0-9][0-9]' $log)
 echo "ptxas: $kernels kernels for Hopper, $spills with spills, $serial warnings of products made one by one"
-[ "$kernels" -ge 20 ] && [ "$spills" = 0 ] && [ "$serial" = 0 ] || exit 1
+[ "$kernels" -ge 31 ] && [ "$spills" = 0 ] && [ "$serial" = 0 ] || exit 1
 
 for tools in .venv/lib/python3*/site-packages/nvidia/*/bin; do PATH=$PATH:$PWD/$tools; done
 if ! command -v cuobjdump > /dev/null || ! command -v nvdisasm > /dev/null; then

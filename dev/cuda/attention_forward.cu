@@ -16,9 +16,9 @@
 //                                   as many; keys copied a step ahead; exponentials between the products; the state
 //                                   multiplied only when the maximum moves far; a mask only where it is needed
 //
-// On an H200 they reach 0.7, 8.4, 253 and 309 TF/s (4096 tokens, causal, 32 heads of 128; 1a44e37). attention_hopper.cu
+// On an H200 they reach 0.7, 8.6, 251 and 278 TF/s (4096 tokens, causal, 32 heads of 128; ec426ad). attention_hopper.cu
 // goes on from there. Both are the forward's: the backward is explained in layers/attention_mma.cuh and, Hopper's, in
-// layers/attention_hopper.cuh.
+// attention_backward.cu.
 #include "attention.h"
 
 constexpr int T = 4096;
