@@ -1008,8 +1008,7 @@ double machine_memory(const Setup& s) {
     return host_memory() / sharers;
 }
 
-bool layout_fits(const Setup& s) {
-    const Layout& l = s.layout;
+bool layout_fits(const Setup& s, const Layout& l) {
     if (l.ffn_tile && (l.recompute.ffn < s.config.L || l.recompute.swiglu < s.config.L))
         return false; // tiles keep none
     return memory_needed(s, l) < memory_usable(s);
@@ -1042,7 +1041,7 @@ bool choose_layout(Setup& s) {
         layout.recompute = o.recompute == "auto" ? recompute_first(units, L) : recompute_parse(o.recompute, L);
         for (auto& part : offload_parts)
             if (part.layers && layout.offload.*part.away) layout.recompute.*part.layers = 0;
-        return layout_fits(s);
+        return layout_fits(s, layout);
     };
     layout.ffn_tile = size_t(o.ffn_tile);
     if (layout.ffn_tile && o.recompute != "auto")
@@ -1093,18 +1092,13 @@ void setup_memory(Setup& s) {
     for (size_t low = s.layout.exchange.held + 1, high = size_t(s.layout.ring); low < high;) {
         Layout more = s.layout;
         more.exchange.held = (low + high) / 2;
-        if (memory_needed(s, more) < memory_usable(s)) s.layout = more, low = more.exchange.held + 1;
+        if (layout_fits(s, more)) s.layout = more, low = more.exchange.held + 1;
         else high = more.exchange.held;
     }
     // And what is left then keeps more of single layers, what is dearer to compute first.
     for (int i = recompute_kinds - 1; i >= 0 && s.o.recompute == "auto"; i--) {
-        int& layers = s.layout.recompute.*recompute_parts[i].layers;
-        while (layers > 0) {
-            layers--;
-            if (layout_fits(s)) continue;
-            layers++;
-            break;
-        }
+        int Recompute::*layers = recompute_parts[i].layers;
+        for (Layout more = s.layout; (more.recompute.*layers)-- > 0 && layout_fits(s, more);) s.layout = more;
     }
 }
 

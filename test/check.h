@@ -72,10 +72,13 @@ template <class E> bool same_bits(const Buffer<E>& a, const Buffer<E>& b) {
     return a.count == b.count && memcmp(a.data(), b.data(), a.count * sizeof(E)) == 0;
 }
 
-template <class To, class From> Buffer<To> converted(const Buffer<From>& from) {
-    Buffer<To> to(from.count);
+template <class To, class From> void convert_to(Buffer<To>& to, const Buffer<From>& from) {
 #pragma omp parallel for if (from.count >= worth_threads)
     for (size_t i = 0; i < from.count; i++) to[i] = To(from[i]);
+}
+template <class To, class From> Buffer<To> converted(const Buffer<From>& from) {
+    Buffer<To> to(from.count);
+    convert_to(to, from);
     return to;
 }
 

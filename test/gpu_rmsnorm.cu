@@ -29,11 +29,6 @@ template <class E, class G> struct Reference {
     }
 };
 
-template <class To, class From> void copy(Buffer<To>& to, const Buffer<From>& from) {
-#pragma omp parallel for if (from.count >= worth_threads)
-    for (size_t i = 0; i < from.count; i++) to[i] = To(from[i]);
-}
-
 template <class E, class G> void check_layer(size_t T, size_t C, bool residual, bool alias) {
     CAPTURE(T);
     CAPTURE(C);
@@ -41,8 +36,8 @@ template <class E, class G> void check_layer(size_t T, size_t C, bool residual, 
     CAPTURE(alias);
     Reference<E, G> cpu(T, C);
     Reference<double, double> truth(T, C);
-    copy(truth.in, cpu.in), copy(truth.weight, cpu.weight), copy(truth.dout, cpu.dout);
-    copy(truth.dresidual, cpu.dresidual), copy(truth.dweight, cpu.dweight);
+    convert_to(truth.in, cpu.in), convert_to(truth.weight, cpu.weight), convert_to(truth.dout, cpu.dout);
+    convert_to(truth.dresidual, cpu.dresidual), convert_to(truth.dweight, cpu.dweight);
     DeviceBuffer<E> in(cpu.in), weight(cpu.weight), dout(cpu.dout), dresidual(cpu.dresidual), out(T * C), din(T * C);
     DeviceBuffer<float> rstd(T);
     DeviceBuffer<G> dweight(cpu.dweight);
@@ -92,8 +87,8 @@ TEST_CASE("gpu rmsnorm: rows that miss the 16 bytes are taken one by one (small)
         CHECK(std::fabs(double(float(result[i + 1])) - y) <= ulp<bf16>(y));
     }
     Reference<double, double> truth(T, C);
-    copy(truth.in, cpu.in), copy(truth.weight, cpu.weight), copy(truth.dout, cpu.dout);
-    copy(truth.dresidual, cpu.dresidual), copy(truth.dweight, shifted.dweight);
+    convert_to(truth.in, cpu.in), convert_to(truth.weight, cpu.weight), convert_to(truth.dout, cpu.dout);
+    convert_to(truth.dresidual, cpu.dresidual), convert_to(truth.dweight, shifted.dweight);
     truth.run(T, C, true);
     DeviceBuffer<bf16> dout(T * C + 1), dresidual(T * C + 1), din(T * C + 1);
     din.set_first(Buffer<bf16>(1), 1);
@@ -130,7 +125,7 @@ TEST_CASE("gpu rmsnorm: no token is no work; the same bits every time (small)") 
         rmsnorm_forward(the_gpu(), out.data(), rstd.data(), in.data(), weight.data(), T, C, eps);
         rmsnorm_backward(the_gpu(), din.data(), dweight.data(), dout.data(), in.data(), weight.data(), rstd.data(),
                          none, T, C);
-        copy(*dx, din.host());
+        convert_to(*dx, din.host());
         return dweight.host();
     };
     Buffer<bf16> dx(T * C), dx_again(T * C);
@@ -155,9 +150,9 @@ TEST_CASE("gpu rmsnorm: beyond 2^32 elements (large)") {
         for (size_t c = 0; c < C; c++)
             cpu.in[r * C + c] = x[c], cpu.dout[r * C + c] = dy[c], cpu.dresidual[r * C + c] = residual[c];
     }
-    copy(cpu.dweight, dweight.part(0, C));
-    copy(truth.in, cpu.in), copy(truth.weight, cpu.weight), copy(truth.dout, cpu.dout);
-    copy(truth.dresidual, cpu.dresidual), copy(truth.dweight, cpu.dweight);
+    convert_to(cpu.dweight, dweight.part(0, C));
+    convert_to(truth.in, cpu.in), convert_to(truth.weight, cpu.weight), convert_to(truth.dout, cpu.dout);
+    convert_to(truth.dresidual, cpu.dresidual), convert_to(truth.dweight, cpu.dweight);
     DeviceBuffer<bf16> weight(cpu.weight);
     cpu.run(rows.size(), C, true), truth.run(rows.size(), C, true);
 

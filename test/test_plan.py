@@ -40,7 +40,7 @@ def test_the_names_are_those_of_the_option_table():
     assert ",".join(PARTS) in table
 
 
-def by_hand(layers, tile=0):
+def by_hand(layers, tile):
     names = [f"{part}:{count}" for part, count in zip(PARTS, layers) if count]
     return ["--recompute", ",".join(names) or "none", "--ffn_tile", str(tile)]
 
@@ -50,8 +50,9 @@ def test_as_memory_shrinks_more_is_recomputed_in_order_and_attention_last():
     for plan in plans:
         assert plan.fits
         last = max((i for i, count in enumerate(plan.layers) if count), default=0)
-        # Whole parts, or nearly: what the last one left over keeps some of their layers. Then some layers of the last.
-        assert all(count > LAYERS - 8 for count in plan.layers[:last]), plan.recompute
+        # Whole parts, or nearly: what the last layer freed too much keeps some of theirs, at most the 5.4 residuals that a
+        # layer's gate and up are. Then some layers of the last.
+        assert all(count >= LAYERS - 5 for count in plan.layers[:last]), plan.recompute
         assert plan.tile == (16384 if plan.layers[-1] else 0)
     units = [plan.units for plan in plans]
     assert units == sorted(units) and len(set(units)) > 9

@@ -6,6 +6,38 @@
 constexpr int H = 32, D = 128;       // of LLaMA-2-7B
 constexpr size_t stride = 3 * H * D; // between tokens
 
+// One document of T tokens, none of them an anchor.
+inline Tokens causal_tokens(int T) {
+    Tokens tokens{{}, std::vector<int32_t>(T, 1), {0, T}};
+    for (int t = 0; t < T; t++) tokens.index.push_back(t);
+    return tokens;
+}
+inline double visible_pairs(int T) { return H * double(T) * (T + 1) / 2; } // of all heads
+
+// The largest error of a head's row, in units of the bf16 that holds its largest value; more than one and a half would
+// be wrong: half for the rounding of the result; those of P and dS, of random sign, add up to less than another one.
+// What was not written (NaN) is infinitely wrong.
+constexpr double most_units = 1.5;
+inline double row_error(const bf16* row, const double* right /*(D)*/) {
+    double largest = 0, worst = 0;
+    for (int d = 0; d < D; d++) largest = std::max(largest, std::fabs(right[d]));
+    const double unit = std::ldexp(1.0, std::ilogb(largest) - 7);
+    for (int d = 0; d < D; d++) {
+        const double error = std::fabs(double(row[d]) - right[d]) / unit;
+        worst = std::max(worst, std::isnan(error) ? double(INFINITY) : error);
+    }
+    return worst;
+}
+
+// A row of the table; whether the version is right.
+inline bool print_version(const char* name, double ms, double flops, double error) {
+    const bool right = error <= most_units;
+    printf("| %-36s | %9.3f ms | %6.1f TF/s | error %.2f units |%s\n", name, ms, flops / ms / 1e9, error,
+           right ? "" : " WRONG");
+    fflush(stdout);
+    return right;
+}
+
 // T causal tokens, their output, and what all versions said so far.
 struct Ladder {
     const Gpu gpu = gpu_open(0);
@@ -20,16 +52,14 @@ struct Ladder {
         copy_to_host(gpu, qkv_host.data(), qkv, count * sizeof(bf16));
     }
 
-    // The largest error of a few queries' O, in units of the bf16 that holds it; more than one and a half would be
-    // wrong: half for the rounding of O, and P's roundings, of random sign, add up to less than another one. What was
-    // not written (NaN) is infinitely wrong.
+    // Of a few queries' O.
     double worst_error() const {
         double worst = 0;
         for (int i = 0; i < 24; i++) {
             const int t = i < 3 ? i : i == 3 ? T - 1 : int(hash64(7, i) % T), head = int(hash64(8, i) % H);
             const bf16* q = qkv_host.data() + t * stride + head * D;
             const bf16 *k = qkv_host.data() + (H + head) * D, *v = k + H * D;
-            double o[D] = {}, sum = 0, largest = 0;
+            double o[D] = {}, sum = 0;
             for (int key = 0; key <= t; key++) {
                 double s = 0;
                 for (int d = 0; d < D; d++) s += double(q[d]) * double(k[key * stride + d]);
@@ -37,12 +67,8 @@ struct Ladder {
                 sum += p;
                 for (int d = 0; d < D; d++) o[d] += p * double(v[key * stride + d]);
             }
-            for (int d = 0; d < D; d++) largest = std::max(largest, std::fabs(o[d] / sum));
-            const double unit = std::ldexp(1.0, std::ilogb(largest) - 7);
-            for (int d = 0; d < D; d++) {
-                const double error = std::fabs(double(out_host[(size_t(t) * H + head) * D + d]) - o[d] / sum) / unit;
-                worst = std::max(worst, std::isnan(error) ? double(INFINITY) : error);
-            }
+            for (double& x : o) x /= sum;
+            worst = std::max(worst, row_error(out_host.data() + (size_t(t) * H + head) * D, o));
         }
         return worst;
     }
@@ -54,11 +80,7 @@ struct Ladder {
         CUDA_CHECK(cudaGetLastError());
         copy_to_host(gpu, out_host.data(), out, count / 3 * sizeof(bf16));
         const double error = worst_error(), ms = bench_ms(gpu, launch, 5);
-        const double flops = 4.0 * D * H * double(T) * (T + 1) / 2;
-        printf("| %-36s | %9.3f ms | %6.1f TF/s | error %.2f units |%s\n", name, ms, flops / ms / 1e9, error,
-               error <= 1.5 ? "" : " WRONG");
-        fflush(stdout);
-        right &= error <= 1.5;
+        right &= print_version(name, ms, 4.0 * D * visible_pairs(T), error);
     }
 
     template <class X> const X* upload(const std::vector<X>& from) const {
@@ -66,10 +88,9 @@ struct Ladder {
         copy_to_device(gpu, to, from.data(), from.size() * sizeof(X));
         return to;
     }
-    // The trainer's kernels want a map: here one document, of which no token is an anchor.
+    // The trainer's kernels want a map.
     AttentionForward<bf16> trainer(const AttentionTiles& tiles) const {
-        Tokens tokens{{}, std::vector<int32_t>(T, 1), {0, T}};
-        for (int t = 0; t < T; t++) tokens.index.push_back(t);
+        const Tokens tokens = causal_tokens(T);
         AttentionMap map;
         attention_map_build(map, tokens, tokens, tiles);
         const DeviceMap device = device_map(map.forward, [this](const auto& from) { return upload(from); });

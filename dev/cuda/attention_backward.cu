@@ -49,7 +49,7 @@
 //
 // Compiled; not yet run on a GPU.
 #include "attention_backward.h"
-#include "../../core/ptx.h"
+#include "hopper.h"
 
 constexpr int T = 16384; // long enough for version 5's pairs
 // Of a tile: 64 and 128.
@@ -89,10 +89,6 @@ struct alignas(1024) Tiles {
         ptx::barrier_init_fence();
     }
 };
-__device__ __forceinline__ Tiles& shared_tiles() {
-    extern __shared__ __align__(1024) uint8_t memory[];
-    return *(Tiles*)memory;
-}
 
 // Until at most the last `later` groups of products are under way; these sums are of the others.
 template <int later, class... Sums> __device__ __forceinline__ void wait_products(Sums&... sums) {
@@ -266,29 +262,18 @@ struct Warpgroup {
     }
 };
 
-// `rows` tokens of one head, `apart` elements from one to the next, by 256 threads, to where the copy engine would put
-// them: the halves of 64 columns one after the other, in each row of 128 bytes the chunks of 16 permuted.
-template <int rows> __device__ __forceinline__ void put_tile(bf16* tile, const bf16* from, size_t apart) {
-#pragma unroll
-    for (int i = 0; i < rows * D / 8; i += 256) {
-        const int row = (i + threadIdx.x) / 16, chunk = threadIdx.x % 16, half = chunk / 8;
-        const int place = (half * rows + row) * 8 + (chunk % 8 ^ row % 8);
-        ((uint4*)tile)[place] = ((const uint4*)(from + row * apart))[chunk];
-    }
-}
-
 // Two warpgroups, which wait for everything: loads, exponentials, atomics.
 __global__ void __launch_bounds__(256, 1) version2(const __grid_constant__ Arguments a) {
-    Tiles& tiles = shared_tiles();
+    auto& tiles = shared_memory<Tiles>();
     const int first = blockIdx.x * keys, head = blockIdx.y; // tile 0 has most queries to visit: the long ones first
     const bf16* key = a.qkv + first * stride + (H + head) * D;
-    put_tile<keys>(tiles.k, key, stride);
-    put_tile<keys>(tiles.v, key + H * D, stride);
+    put_tile<keys, 256>(tiles.k, key);
+    put_tile<keys, 256>(tiles.v, key + H * D);
     Warpgroup w(tiles, first, __shfl_sync(~0u, threadIdx.x / 128, 0));
     for (int begin = first; begin < T; begin += queries) {
         __syncthreads(); // the tiles before have been multiplied
-        put_tile<queries>(tiles.q[0], a.qkv + begin * stride + head * D, stride);
-        put_tile<queries>(tiles.dout[0], a.dout + (size_t(begin) * H + head) * D, H * D);
+        put_tile<queries, 256>(tiles.q[0], a.qkv + begin * stride + head * D);
+        put_tile<queries, 256>(tiles.dout[0], a.dout + (size_t(begin) * H + head) * D, H * D);
         if (threadIdx.x < queries) {
             tiles.lse[0][threadIdx.x] = a.lse[head * T + begin + threadIdx.x];
             tiles.delta[0][threadIdx.x] = a.delta[head * T + begin + threadIdx.x];
@@ -325,7 +310,7 @@ __device__ __forceinline__ void ask_dout(Tiles& tiles, const Arguments& a, int s
 // The same warpgroups; step n finds its tiles in slot n % 2, of which it is use n / 2, so the parity to wait for is
 // that of n / 2. A slot is asked for again only when all threads have waited for its tile and multiplied it.
 __global__ void __launch_bounds__(256, 1) version3(const __grid_constant__ Arguments a) {
-    Tiles& tiles = shared_tiles();
+    auto& tiles = shared_memory<Tiles>();
     const int first = blockIdx.x * keys, head = blockIdx.y, steps = (T - first) / queries;
     auto ask_step = [&](int n) {
         if (threadIdx.x == 0 && n < steps) {
@@ -365,11 +350,6 @@ __device__ __forceinline__ void load_steps(Tiles& tiles, const Arguments& a, int
         ptx::barrier_wait(&tiles.dout_empty[slot], hopper::phase_of(n) ^ 1);
         ask_dout(tiles, a, slot, token, head);
     }
-}
-
-// By a whole warp: its part of what the barrier stands for is done.
-__device__ __forceinline__ void tell(ptx::Barrier* bar, int lane) {
-    if (lane == 0) ptx::barrier_arrive(bar);
 }
 
 // Version 4. While a warpgroup computes, a product of its own is under way: dV under dS, dQ and dK under the next P, dK
@@ -439,7 +419,7 @@ __device__ __forceinline__ void steps_overlapped(Warpgroup& w, Tiles& tiles, con
 // Warpgroup 0 loads, by one thread; 1 and 2 compute. The block starts with 168 registers a thread: 24 + 2 x 240 share
 // them out anew.
 __global__ void __launch_bounds__(384, 1) version4(const __grid_constant__ Arguments a) {
-    Tiles& tiles = shared_tiles();
+    auto& tiles = shared_memory<Tiles>();
     const int first = blockIdx.x * keys, head = blockIdx.y, steps = (T - first) / queries;
     const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (threadIdx.x == 0) tiles.init();

@@ -62,21 +62,12 @@ struct BackwardLadder {
         return sum;
     }
 
-    // The largest error of the sampled rows, in units of the bf16 that holds the row's largest value; more than
-    // one and a half would be wrong: half for the rounding of the result; those of P and dS are of random sign and add
-    // up to less than another one. What was not written (NaN) is infinitely wrong.
     double worst_error() const {
         double worst = 0;
         for (const Sample& s : samples) {
             bf16 row[D];
             copy_to_host(gpu, row, dqkv + s.token * stride + (s.part * H + s.head) * D, sizeof row);
-            double largest = 0;
-            for (double x : s.right) largest = std::max(largest, std::fabs(x));
-            const double unit = std::ldexp(1.0, std::ilogb(largest) - 7);
-            for (int d = 0; d < D; d++) {
-                const double error = std::fabs(double(row[d]) - s.right[d]) / unit;
-                worst = std::max(worst, std::isnan(error) ? double(INFINITY) : error);
-            }
+            worst = std::max(worst, row_error(row, s.right.data()));
         }
         return worst;
     }
@@ -94,17 +85,12 @@ struct BackwardLadder {
         all();
         CUDA_CHECK(cudaGetLastError());
         const double error = worst_error(), ms = bench_ms(gpu, all, 5);
-        const double flops = 10.0 * D * H * double(T) * (T + 1) / 2;
-        printf("| %-36s | %9.3f ms | %6.1f TF/s | error %.2f units |%s\n", name, ms, flops / ms / 1e9, error,
-               error <= 1.5 ? "" : " WRONG");
-        fflush(stdout);
-        right &= error <= 1.5;
+        right &= print_version(name, ms, 10.0 * D * visible_pairs(T), error);
     }
 
-    // The trainer's kernels want a map, by keys: here again one document, of which no token is an anchor.
+    // The trainer's kernels want a map, by keys.
     AttentionBackward<bf16> trainer(const AttentionTiles& tiles) const {
-        Tokens tokens{{}, std::vector<int32_t>(T, 1), {0, T}};
-        for (int t = 0; t < T; t++) tokens.index.push_back(t);
+        const Tokens tokens = causal_tokens(T);
         AttentionMap map;
         attention_map_build(map, tokens, tokens, tiles);
         AttentionBackward<bf16> a{};

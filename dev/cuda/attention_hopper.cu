@@ -37,8 +37,7 @@
 // On an H200 they reach 402, 391, 561, 621, 730 and 753 TF/s (16384 tokens, causal, 32 heads of 128; commit ec426ad):
 // wgmma alone is no gain, what it lets run in the background is. This is the forward; attention_backward.cu is the
 // backward.
-#include "attention.h"
-#include "../../core/ptx.h"
+#include "hopper.h"
 
 constexpr int T = 16384; // long enough for version 9's pairs
 
@@ -58,10 +57,6 @@ template <int N, int slots> struct alignas(1024) Tiles {
         ptx::barrier_init_fence();
     }
 };
-template <class X> __device__ __forceinline__ X& shared_memory() {
-    extern __shared__ __align__(1024) uint8_t memory[];
-    return *(X*)memory;
-}
 
 // A warpgroup: 64 queries from `first` on, and what it carries from step to step. Registers as core/ptx.h has them:
 // this thread's rows are g and g + 8 of its warp's 16, its columns 2 t and 2 t + 1 of every 8.
@@ -124,28 +119,17 @@ template <int N> struct Warpgroup {
     }
 };
 
-// 64 tokens of one head, by 128 threads, to where the copy engine would put them: the halves of 64 columns one after
-// the other, in each row of 128 bytes the chunks of 16 permuted.
-__device__ __forceinline__ void put_tile(bf16* tile, const bf16* from) {
-#pragma unroll
-    for (int i = 0; i < 64 * D / 8; i += 128) {
-        const int row = (i + threadIdx.x) / 16, chunk = threadIdx.x % 16, half = chunk / 8;
-        const int place = (half * 64 + row) * 8 + (chunk % 8 ^ row % 8);
-        ((uint4*)tile)[place] = ((const uint4*)(from + row * stride))[chunk];
-    }
-}
-
 // One warpgroup: load, multiply, softmax, multiply. While one of these goes on, only other blocks do the others.
 __global__ void __launch_bounds__(128) version5(bf16* out, const bf16* qkv) {
     auto& tiles = shared_memory<Tiles<64, 1>>();
     const int first = (gridDim.x - 1 - blockIdx.x) * 64, head = blockIdx.y; // the long tiles first
-    put_tile(tiles.q, qkv + first * stride + head * D);
+    put_tile<64, 128>(tiles.q, qkv + first * stride + head * D);
     Warpgroup<64> w(tiles.q, first, 0);
     for (int begin = 0; begin <= first; begin += 64) {
         const bf16* key = qkv + begin * stride + (H + head) * D;
         __syncthreads(); // the tiles before have been multiplied
-        put_tile(tiles.k[0], key);
-        put_tile(tiles.v[0], key + H * D);
+        put_tile<64, 128>(tiles.k[0], key);
+        put_tile<64, 128>(tiles.v[0], key + H * D);
         ptx::fence_async(); // the tensor cores read by another way than these stores took
         __syncthreads();
         w.issue_scores(tiles.k[0]);
@@ -204,11 +188,6 @@ __global__ void __launch_bounds__(128) version6(bf16* out, const __grid_constant
 
 using RoleTiles = Tiles<128, 2>;
 
-// By a whole warp, whose products of this tile have ended.
-__device__ __forceinline__ void release(ptx::Barrier* empty, int lane) {
-    if (lane == 0) ptx::barrier_arrive(empty);
-}
-
 // The loading thread of versions 7 and 8. Use n / 2 of a slot must wait until use n / 2 - 1 has been released, which is
 // the phase of the other parity; on a fresh barrier that counts as past, so the first use does not wait.
 __device__ __forceinline__ void load_steps(RoleTiles& tiles, const CUtensorMap& qkv, int first, int head, int steps) {
@@ -230,13 +209,13 @@ __device__ __forceinline__ void steps_in_turn(Warpgroup<128>& w, RoleTiles& tile
         ptx::barrier_wait(&tiles.k_full[slot], hopper::phase_of(n));
         w.issue_scores(tiles.k[slot]);
         w.wait_scores<0>();
-        release(&tiles.k_empty[slot], w.at.lane);
+        tell(&tiles.k_empty[slot], w.at.lane);
         w.mask_and_softmax(n * 128);
         w.prepare_output();
         ptx::barrier_wait(&tiles.v_full[slot], hopper::phase_of(n));
         w.issue_output(tiles.v[slot]);
         w.wait_output();
-        release(&tiles.v_empty[slot], w.at.lane);
+        tell(&tiles.v_empty[slot], w.at.lane);
     }
 }
 
@@ -248,7 +227,7 @@ __device__ __forceinline__ void steps_overlapped(Warpgroup<128>& w, RoleTiles& t
     ptx::barrier_wait(&tiles.k_full[0], 0);
     w.issue_scores(tiles.k[0]);
     w.wait_scores<0>();
-    release(&tiles.k_empty[0], w.at.lane);
+    tell(&tiles.k_empty[0], w.at.lane);
     w.mask_and_softmax(0);
     ptx::barrier_wait(&tiles.v_full[0], 0);
     w.prepare_output();
@@ -258,11 +237,11 @@ __device__ __forceinline__ void steps_overlapped(Warpgroup<128>& w, RoleTiles& t
         w.issue_scores(tiles.k[slot]);
         w.issue_output(tiles.v[slot ^ 1]);
         w.wait_scores<1>();
-        release(&tiles.k_empty[slot], w.at.lane);
+        tell(&tiles.k_empty[slot], w.at.lane);
         w.mask_and_softmax(n * 128);
         ptx::barrier_wait(&tiles.v_full[slot], hopper::phase_of(n));
         w.wait_output();
-        release(&tiles.v_empty[slot ^ 1], w.at.lane);
+        tell(&tiles.v_empty[slot ^ 1], w.at.lane);
         w.prepare_output();
     }
     w.issue_output(tiles.v[hopper::slot_of(steps - 1)]);
