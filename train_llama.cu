@@ -743,6 +743,7 @@ struct Setup {
     Transport transport = Transport::automatic;
     double memory = 0;            // bytes of a rank, the least of all
     std::vector<int64_t> threads; // (world) of each rank
+    std::vector<int32_t> hosts;   // (world) of each rank, each by the first of its ranks
     std::vector<int32_t> prompt;
 
     int groups() const { return layout.world / layout.ring; } // rings side by side
@@ -958,17 +959,24 @@ Arena measure(const Setup& s, const Layout& layout) {
     });
 }
 
-// Ranks of a host; a plan takes it to have 8 GPUs.
-int host_ranks(const Setup& s) { return s.o.plan ? 8 : s.host.size; }
+// The host of a rank; where it is not known, a plan's or that of another number of ranks, hosts have 8 GPUs.
+int host_of(const Setup& s, const Layout& layout, int rank) {
+    return s.o.plan || size_t(layout.world) != s.hosts.size() ? rank / 8 : s.hosts[size_t(rank)];
+}
 
 // Whether every ring is within a host.
 bool rings_in_hosts(const Setup& s, const Layout& layout) {
-    return layout.world <= host_ranks(s) || host_ranks(s) % layout.ring == 0;
+    for (int rank = 0; rank < layout.world; rank++)
+        if (host_of(s, layout, rank) != host_of(s, layout, rank - rank % layout.ring)) return false;
+    return true;
 }
 
 // Whether data of some ranks will travel by NCCL: between hosts.
 bool takes_nccl(const Setup& s, const Layout& layout) {
-    return s.transport == Transport::nccl || (s.transport == Transport::automatic && layout.world > host_ranks(s));
+    if (s.transport != Transport::automatic) return s.transport == Transport::nccl;
+    for (int rank = 0; rank < layout.world; rank++)
+        if (host_of(s, layout, rank) != host_of(s, layout, 0)) return true;
+    return false;
 }
 
 // GPU memory of the communicator's groups: the world, the layers', which has the same ranks, and the ring, which may.
@@ -1269,8 +1277,8 @@ std::vector<int32_t> prompt_read(const Setup& s) {
     return tokens;
 }
 
-// The device: as asked for, else GPUs if every rank has one that can be used. Ranks that share GPUs are those of one
-// host, which fetch from each other: NCCL wants a GPU for each.
+// The device: as asked for, else GPUs, if there are any that can be used: then every rank must have one. Ranks that
+// share GPUs are those of one host, which fetch from each other: NCCL wants a GPU for each.
 void setup_device(Setup& s) {
     const Options& o = s.o;
     const bool shared = o.device != "cpu" && gpus_are_shared();
@@ -1280,8 +1288,7 @@ void setup_device(Setup& s) {
     const uint8_t faulty = o.device == "cpu" || !fault.empty();
     std::vector<uint8_t> all(s.world.size);
     comm_gather(Cpu{}, s.world, all.data(), &faulty, 1);
-    const int first = int(std::find(all.begin(), all.end(), 1) - all.begin()); // the first rank without one
-    s.gpu = o.device == "gpu" || (o.device == "auto" && first == s.world.size);
+    s.gpu = o.device == "gpu" || (o.device == "auto" && std::count(all.begin(), all.end(), 0) > 0);
     s.transport = Transport(choice(o.transport, "auto|ipc|nccl"));
     if (s.gpu && shared) {
         if (s.transport == Transport::nccl)
@@ -1290,8 +1297,8 @@ void setup_device(Setup& s) {
         s.transport = Transport::ipc;
     }
     if (o.plan) return;
-    if (o.device == "gpu" && !fault.empty()) fail("%s; --device cpu runs without a GPU", fault.c_str());
-    if (o.device == "auto" && s.world.rank == first && access("/dev/nvidiactl", F_OK) == 0)
+    if (s.gpu && !fault.empty()) fail("%s; --device cpu runs without a GPU", fault.c_str());
+    if (o.device == "auto" && !s.gpu && s.world.rank == 0 && access("/dev/nvidiactl", F_OK) == 0)
         printf("on the CPU, though this machine has an NVIDIA driver: %s\n", fault.c_str());
 }
 
@@ -1319,8 +1326,11 @@ double peak_learning_rate(const Setup& s) { return s.o.lr > 0 ? s.o.lr : s.weigh
 // Reads the command line's meaning; bad combinations end here, before any work.
 Setup setup_read(const Options& options, const Comm& world) {
     Setup s;
-    s.o = options, s.world = world, s.host = comm_host(world);
+    s.o = options, s.world = world, s.host = comm_host(world), s.hosts.resize(world.size);
     const Options& o = s.o;
+    int32_t first = world.rank; // of this host's
+    comm_broadcast(Cpu{}, s.host, &first, 1, 0);
+    comm_gather(Cpu{}, world, s.hosts.data(), &first, 1);
     if (o.out.empty() && (o.resume || o.save_every)) fail("--resume and --save_every need --out, the run's folder");
     if (!o.dump_logits.empty() && world.size > 1) fail("--dump_logits runs on one rank");
     if ((o.generate > 0) + !o.eval.empty() + !o.dump_logits.empty() > 1)
@@ -1979,7 +1989,7 @@ void announce(const Log& log, const Setup& s, const Loader& loader, const std::s
                  s.place.ranks);
     if (s.o.out.empty()) log_note(log, "no --out: nothing is saved");
     else if (!s.o.save_every) log_note(log, "no --save_every: only the end is saved, or where a signal ends the run");
-    if (int share = int(sysconf(_SC_NPROCESSORS_ONLN)) / l.world; omp_get_num_procs() < share)
+    if (int share = int(sysconf(_SC_NPROCESSORS_ONLN)) / s.host.size; omp_get_num_procs() < share)
         log_note(log, "bound to %d of %d cores a rank: mpirun --bind-to none lets it use them", omp_get_num_procs(),
                  share);
     if (s.o.train_data.empty())

@@ -303,7 +303,7 @@ inline void step_print(const Ceilings& ceilings, const AttentionCeilings& attent
         printf("  attention to fewer than %.0f keys a call is not measured: at that rate\n", least);
     if (w.world > 1)
         printf("  transfers as between two GPUs of a host by %s%s\n", w.nccl ? "NCCL" : "CUDA IPC",
-               w.world > 8 ? "; links between hosts are not measured" : "");
+               w.world > 8 ? "; hosts of 8 GPUs, links between them are not measured" : "");
     printf("  %-32s %9s %9s %9s %9s %9s\n", "a step of a rank", "TFLOP", "GB", "GB moved", "ms", "counted");
     for (const StepPart& p : parts) {
         if (p.seconds == 0) continue;

@@ -83,7 +83,7 @@ using Flag = bool;
     OPTION(Text, dump_logits, 0, "", "", "no training: logits of the first row, float32 (context, vocab), here")       \
     OPTION(Int, seed, 0, 1337, "0..9223372036854775807", "of weights, data order, sampling and stochastic rounding")   \
     SECTION("Machine")                                                                                                 \
-    OPTION(Text, device, 0, "auto", "auto|cpu|gpu", "auto: the GPU if there is one")                                   \
+    OPTION(Text, device, 0, "auto", "auto|cpu|gpu", "auto: GPUs, one a rank, if there is any, else the CPU")           \
     OPTION(Int, ring, 0, 0, "0..65536", "ranks that share a sequence; 0: all. World size / ring sequences run side "   \
            "by side")                                                                                                  \
     OPTION(Text, ring_backend, 0, "auto", "auto|ring|allgather|ulysses", "how the ranks of a ring share attention: "   \

@@ -160,6 +160,36 @@ static Setup small_setup(const Comm& world) {
     return s;
 }
 
+TEST_CASE("rings within hosts, and NCCL between hosts, by where the ranks are") {
+    struct {
+        std::vector<int32_t> hosts; // of each rank
+        int ring;
+        bool within, nccl;
+    } cases[] = {{{0, 0, 0, 0}, 4, true, false},      {{0, 0, 2, 2}, 2, true, true},  {{0, 0, 2, 2}, 4, false, true},
+                 {{0, 1, 1, 3}, 2, false, true},      {{0, 1, 0, 1}, 2, false, true}, {{0, 1, 0, 1}, 1, true, true},
+                 {{0, 0, 2, 2, 2, 2}, 3, false, true}};
+    for (const auto& c : cases) {
+        CAPTURE(c.ring);
+        Setup s;
+        s.hosts = c.hosts, s.layout.world = int(c.hosts.size()), s.layout.ring = c.ring;
+        CHECK(rings_in_hosts(s, s.layout) == c.within);
+        CHECK(takes_nccl(s, s.layout) == c.nccl);
+        s.transport = Transport::ipc;
+        CHECK(!takes_nccl(s, s.layout));
+        s.transport = Transport::nccl;
+        CHECK(takes_nccl(s, s.layout));
+    }
+    Setup plan; // hosts of 8
+    plan.o.plan = true, plan.hosts = {0}, plan.layout.world = 16, plan.layout.ring = 8;
+    CHECK(rings_in_hosts(plan, plan.layout));
+    CHECK(takes_nccl(plan, plan.layout));
+    plan.layout.ring = 16;
+    CHECK(!rings_in_hosts(plan, plan.layout));
+    plan.layout.world = plan.layout.ring = 8;
+    CHECK(rings_in_hosts(plan, plan.layout));
+    CHECK(!takes_nccl(plan, plan.layout));
+}
+
 TEST_CASE("a bad update is decided on before it is made, and leaves weights and moments as they were") {
     Setup s = small_setup(Comm{});
     TestModel<float, float> t(s.config, s.layout);

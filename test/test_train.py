@@ -1038,3 +1038,11 @@ def test_several_nodes_get_the_environment_that_is_set(tmp_path, monkeypatch):
     assert passed(**network, **others) == ["PATH", "OMP_NUM_THREADS=8", *sorted(network)]
     # srun passes everything, if sbatch was not told otherwise or srun is told so.
     assert "--export=ALL" in launched(tmp_path, "srun", ["bash", "scripts/run_slurm.sh"], "-e", "tiny")
+
+
+@pytest.mark.skipif(not ON_GPU or not HAS_MPI, reason="no GPUs")
+def test_auto_takes_no_cpu_for_a_rank_that_has_no_gpu():
+    line = [*MPIRUN, str(GPUS + 1), BINARY, "--device", "auto", *SMALL, "--steps", "1"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "step" not in done.stdout
+    assert f"GPU {GPUS} is wanted and there are {GPUS}" in done.stderr, done.stdout + done.stderr
