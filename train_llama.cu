@@ -741,6 +741,7 @@ struct Setup {
     bool gpu = false;
     GpuPlace place; // this rank's GPU
     Transport transport = Transport::automatic;
+    bool reached = true;          // every host's GPUs fetch from each other
     double memory = 0;            // bytes of a rank, the least of all
     std::vector<int64_t> threads; // (world) of each rank
     std::vector<int32_t> hosts;   // (world) of each rank, each by the first of its ranks
@@ -971,9 +972,10 @@ bool rings_in_hosts(const Setup& s, const Layout& layout) {
     return true;
 }
 
-// Whether data of some ranks will travel by NCCL: between hosts.
+// Whether data of some ranks will travel by NCCL: between hosts, and in a host whose GPUs do not reach each other.
 bool takes_nccl(const Setup& s, const Layout& layout) {
     if (s.transport != Transport::automatic) return s.transport == Transport::nccl;
+    if (!s.reached && layout.world > 1) return true;
     for (int rank = 0; rank < layout.world; rank++)
         if (host_of(s, layout, rank) != host_of(s, layout, 0)) return true;
     return false;
@@ -1298,6 +1300,9 @@ void setup_device(Setup& s) {
     }
     if (o.plan) return;
     if (s.gpu && !fault.empty()) fail("%s; --device cpu runs without a GPU", fault.c_str());
+    const uint8_t reached = !s.gpu || shared || gpu_reaches_all(s.place.device, s.host.size);
+    comm_gather(Cpu{}, s.world, all.data(), &reached, 1);
+    s.reached = std::count(all.begin(), all.end(), 0) == 0;
     if (o.device == "auto" && !s.gpu && s.world.rank == 0 && access("/dev/nvidiactl", F_OK) == 0)
         printf("on the CPU, though this machine has an NVIDIA driver: %s\n", fault.c_str());
 }

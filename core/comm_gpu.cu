@@ -39,6 +39,7 @@ namespace {
 //   announced, fetched: written by that rank; announcing, fetching: what is written to it; trial: of comm_open.
 enum Line { announced, fetched, announcing, fetching, trial, lines };
 constexpr size_t flag_words = 32;
+constexpr uint32_t trial_word = 0x51c60000; // plus the rank, at its own place of its line
 
 struct Peer {
     uint8_t* memory = nullptr;           // its memory as it is mapped here; null: it is reached through NCCL
@@ -470,16 +471,18 @@ uint64_t host_number() {
     return number;
 }
 
-// Sends a flag to the peer and reads a word of its memory: whether both work is seen before they are relied on.
+// Sends a flag to the peer, and fetches a word of its memory and one of its flags, which is known: whether all of it
+// works is seen before it is relied on. (There are hosts whose GPUs map each other's memory and read something else.)
 bool peer_try(CommGpu& c, Group& g, int rank) {
     Peer& p = g.peers[rank];
-    uint32_t* mine = g.flag(g.flags, announcing, rank);
-    return c.write_value(g.announce, CUdeviceptr(mine), 1, 0) == CUDA_SUCCESS &&
-           cudaMemcpyAsync(g.flag(p.flags, trial, g.comm.rank), mine, 4, cudaMemcpyDeviceToDevice, g.announce) ==
-               cudaSuccess &&
-           cudaMemcpyAsync(g.flag(g.flags, fetching, rank), p.memory, 4, cudaMemcpyDeviceToDevice, g.announce) ==
-               cudaSuccess &&
-           cudaStreamSynchronize(g.announce) == cudaSuccess;
+    uint32_t *sent = g.flag(g.flags, announcing, rank), *got = g.flag(g.flags, fetching, rank), word = 0;
+    auto copy = [&](void* to, const void* from, cudaMemcpyKind kind = cudaMemcpyDeviceToDevice) {
+        return cudaMemcpyAsync(to, from, sizeof word, kind, g.announce) == cudaSuccess;
+    };
+    return c.write_value(g.announce, CUdeviceptr(sent), 1, 0) == CUDA_SUCCESS &&
+           copy(g.flag(p.flags, trial, g.comm.rank), sent) && copy(got, p.memory) &&
+           copy(got, g.flag(p.flags, trial, rank)) && copy(&word, got, cudaMemcpyDeviceToHost) &&
+           cudaStreamSynchronize(g.announce) == cudaSuccess && word == trial_word + uint32_t(rank);
 }
 
 // Maps the memory of all ranks that allow it, both ways or not at all.
@@ -488,6 +491,8 @@ void map_peers(CommGpu& c, Group& g) {
     IpcHandles mine{host_number(), g.bytes, 0, {}, {}};
     mine.can = cudaIpcGetMemHandle(&mine.memory, g.memory) == cudaSuccess &&
                cudaIpcGetMemHandle(&mine.flags, g.flags) == cudaSuccess;
+    const uint32_t known = trial_word + uint32_t(rank);
+    CUDA_CHECK(cudaMemcpy(g.flag(g.flags, trial, rank), &known, sizeof known, cudaMemcpyHostToDevice));
     std::vector<IpcHandles> handles(size);
     comm_gather(Cpu(), g.comm, (uint8_t*)handles.data(), (const uint8_t*)&mine, sizeof mine);
     std::vector<uint8_t> mapped(size), all(size_t(size) * size);
@@ -545,14 +550,14 @@ void comm_open(Gpu gpu, const Comm& comm, void* memory, size_t bytes, Transport 
     open_stream(g.announce);
     CUDA_CHECK(cudaEventCreateWithFlags(&g.start, cudaEventDisableTiming));
     if (transport != Transport::nccl) map_peers(c, g);
-    int64_t unmapped = 0, here = 0;
+    int64_t unmapped = 0;
     for (int r = 0; r < comm.size; r++)
         if (g.peers[r].memory) open_stream(g.peers[r].stream);
-        else if (r != comm.rank) here++, unmapped++;
+        else if (r != comm.rank) unmapped++;
     comm_sum(Cpu(), comm, &unmapped, 1);
     if (unmapped && transport == Transport::ipc)
-        fail("--transport ipc: CUDA IPC does not connect %lld of this rank's neighbours: use --transport auto",
-             (long long)here);
+        fail("--transport ipc: CUDA IPC does not connect %lld of the %d pairs of ranks: use --transport auto",
+             (long long)unmapped / 2, comm.size * (comm.size - 1) / 2);
     if (unmapped) {
         const HostCall call(c, "opening NCCL", comm.timeout);
         for (const std::unique_ptr<Group>& other : c.groups)

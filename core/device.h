@@ -303,6 +303,15 @@ inline int gpu_count() {
     return count;
 }
 
+// Whether the GPU can fetch from all of the first `gpus` of this host.
+inline bool gpu_reaches_all(int device, int gpus) {
+    for (int other = 0; other < std::min(gpus, gpu_count()); other++) {
+        int can = 0;
+        if (other != device && (cudaDeviceCanAccessPeer(&can, device, other) != cudaSuccess || !can)) return false;
+    }
+    return true;
+}
+
 // The facts of this host's GPU number `device`, in whose memory this makes the driver's context. The probe is loaded
 // with all kernels of its file, and what it was compiled for, they were.
 static __global__ void gpu_probe_kernel() {}
@@ -376,6 +385,7 @@ inline Gpu gpu_open(int device, bool deterministic = false, bool portable_attent
 // Built without CUDA: there is nothing to open.
 inline std::string gpu_fault(int) { return "this program was built without CUDA, it has no GPU layers"; }
 inline int gpu_count() { return 0; }
+inline bool gpu_reaches_all(int, int) { return true; }
 inline double gpu_memory(const GpuPlace&) { return 0; }
 inline std::string gpu_name(int) { return ""; }
 #endif

@@ -132,7 +132,7 @@ cudaError_t cudaMalloc(void** memory, size_t bytes) {
     const int file = int(syscall(SYS_memfd_create, "gpu", 0));
     if (file < 0 || ftruncate(file, off_t(bytes)) != 0) return cudaErrorInvalidValue;
     *memory = map_file(file, bytes);
-    allocated[*memory] = {getpid(), file, bytes};
+    allocated[*memory] = {getpid(), file, world_rank(), bytes};
     return *memory ? cudaSuccess : cudaErrorInvalidValue;
 }
 cudaError_t cudaFree(void*) { return cudaSuccess; }
@@ -141,7 +141,7 @@ cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void* memory) {
     if (!allocated.count(memory)) return cudaErrorInvalidValue;
     return *handle = allocated[memory], cudaSuccess;
 }
-cudaError_t cudaIpcOpenMemHandle(void** memory, cudaIpcMemHandle_t handle, unsigned) {
+static cudaError_t open_handle(void** memory, const cudaIpcMemHandle_t& handle) {
     char path[64];
     snprintf(path, sizeof path, "/proc/%d/fd/%d", handle.process, handle.file);
     FILE* file = fopen(path, "r+");
@@ -149,6 +149,13 @@ cudaError_t cudaIpcOpenMemHandle(void** memory, cudaIpcMemHandle_t handle, unsig
     *memory = map_file(fileno(file), handle.bytes);
     fclose(file);
     return *memory ? cudaSuccess : cudaErrorInvalidValue;
+}
+// CUDA_THREADS_MAPS=others: GPUs of an even and an odd rank map each other's memory, but write and find something else.
+cudaError_t cudaIpcOpenMemHandle(void** memory, cudaIpcMemHandle_t handle, unsigned) {
+    const char* maps = getenv("CUDA_THREADS_MAPS");
+    if (!maps || handle.rank % 2 == world_rank() % 2) return open_handle(memory, handle);
+    *memory = mmap(nullptr, handle.bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return *memory == MAP_FAILED ? cudaErrorInvalidValue : cudaSuccess;
 }
 cudaError_t cudaMemset(void* to, int byte, size_t bytes) {
     if (byte != 0 || madvise(to, bytes, MADV_REMOVE) != 0) memset(to, byte, bytes); // no memory for what is not used
@@ -195,7 +202,7 @@ Nccl* nccl_open(const Comm& comm) {
     comm_gather(Cpu(), comm, (uint8_t*)handles.data(), (const uint8_t*)&mine, sizeof mine);
     auto* nccl = new Nccl{comm.rank, std::vector<Slot*>(comm.size)};
     for (int r = 0; r < comm.size; r++)
-        REQUIRE(cudaIpcOpenMemHandle((void**)&nccl->of[r], handles[r], 0) == cudaSuccess, "memory can be shared");
+        REQUIRE(open_handle((void**)&nccl->of[r], handles[r]) == cudaSuccess, "memory can be shared");
     comm_barrier(comm);
     return nccl;
 }

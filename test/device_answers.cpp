@@ -33,12 +33,14 @@ static cudaError_t answer_probe(cudaFuncAttributes* attributes, void (*)()) {
     if (answers.loaded == cudaSuccess) *attributes = answers.probe;
     return answer(answers.loaded);
 }
+static cudaError_t answer_peer(int* can, int device, int other) { return *can = device / 2 == other / 2, cudaSuccess; }
 static cudaError_t answer_last() { return std::exchange(answers.pending, cudaSuccess); }
 #define cudaGetDeviceCount answer_count
 #define cudaDriverGetVersion(version) (*(version) = answers.driver, cudaSuccess)
 #define cudaSetDevice answer_open
 #define cudaDeviceGetAttribute answer_attribute
 #define cudaFuncGetAttributes answer_probe
+#define cudaDeviceCanAccessPeer answer_peer // within pairs of neighbours
 #define cudaGetLastError answer_last
 #include "../core/device.h"
 #include "check.h"
@@ -95,6 +97,15 @@ TEST_CASE("a driver that is missing, too old or finds no GPU says so") {
     CHECK(answers.opens == 0);
     CHECK(fault_of(told, 1) == "");
     CHECK(answers.opens == 1);
+}
+
+TEST_CASE("a host's GPUs all reach each other, or do not") {
+    answers = {}, answers.count = 3;
+    for (int device : {0, 1}) CHECK(gpu_reaches_all(device, 2));
+    CHECK(gpu_reaches_all(0, 1));
+    for (int device : {0, 1, 2}) CHECK(!gpu_reaches_all(device, 3));
+    answers.count = 2; // more ranks than GPUs are refused elsewhere
+    CHECK(gpu_reaches_all(0, 4));
 }
 
 TEST_CASE("a GPU before A100 is too old, whatever its driver makes of the program") {

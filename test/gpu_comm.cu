@@ -255,8 +255,7 @@ TEST_CASE("GPU: sums go on beside the ring and the weights") {
     for (const Way& way : ways) {
         CAPTURE(way.name);
         const Comm ring = comm_split(world, 0, world.rank);
-        comm_open(gpu, ring, peer_memory, peer_bytes,
-                  way.name == std::string("ipc") ? Transport::ipc : Transport::nccl);
+        comm_open(gpu, ring, peer_memory, peer_bytes, way.transport);
         fill_zero(gpu, wrong, sizeof *wrong);
         std::vector<size_t> begin[2];
         Shift sum[2];

@@ -158,12 +158,11 @@ TEST_CASE("GPU model: loss and all gradients of ranks against double, in every m
 int main(int argc, char** argv) {
     open_ranks(argc, argv, peer_bytes, [] { return world.size > 1; });
     for (const Way& way : ways) {
-        const Transport transport = strcmp(way.name, "ipc") == 0 ? Transport::ipc : Transport::nccl;
         Groups g{way.name, way.comm, comm_split(world, 0, world.rank), std::vector<Comm>(world.size + 1)};
         for (int size = 1; size <= world.size; size++)
             if (world.size % size == 0) g.ring[size] = comm_split(world, world.rank / size, world.rank);
-        comm_open(the_gpu(), g.background, peer_memory, peer_bytes, transport);
-        for (const Comm& ring : g.ring) comm_open(the_gpu(), ring, peer_memory, peer_bytes, transport);
+        comm_open(the_gpu(), g.background, peer_memory, peer_bytes, way.transport);
+        for (const Comm& ring : g.ring) comm_open(the_gpu(), ring, peer_memory, peer_bytes, way.transport);
         groups.push_back(g);
     }
     return run_ranks(world, argc, argv, [] { comm_close(the_gpu()); });

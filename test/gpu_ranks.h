@@ -8,6 +8,7 @@
 struct Way {
     const char* name;
     Comm comm;
+    Transport transport;
 };
 
 inline Comm world;
@@ -21,12 +22,14 @@ template <class F> void open_ranks(int argc, char** argv, size_t peer_bytes, F n
     int count = 0;
     peer_memory = device_allocate(the_gpu(), peer_bytes);
     CUDA_CHECK(cudaGetDeviceCount(&count));
+    const char* names[] = {"auto", "ipc", "nccl"}; // of Transport's values
     std::vector<Transport> transports = {Transport::ipc};
     if (count >= world.size && nccl()) transports.push_back(Transport::nccl);
+    if (getenv("TEST_TRANSPORT_AUTO")) transports = {Transport::automatic};
     for (Transport transport : transports) {
         const Comm comm = comm_split(world, 0, world.rank);
         comm_open(the_gpu(), comm, peer_memory, peer_bytes, transport);
-        ways.push_back({transport == Transport::ipc ? "ipc" : "nccl", comm});
+        ways.push_back({names[int(transport)], comm, transport});
         if (world.rank == 0 && world.size > 1)
             printf("%d ranks, %s%s\n", world.size, comm_transport(the_gpu(), comm).c_str(),
                    count < world.size ? "; NCCL is skipped, it wants a GPU a rank" : "");

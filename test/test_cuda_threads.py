@@ -52,5 +52,20 @@ def test_the_communicator_for_gpus(program, ranks, one_queue):
            one_queue)
 
 
+@pytest.mark.parametrize("ranks, transport", [(2, "NCCL"), (4, "CUDA IPC and NCCL")])
+def test_what_is_mapped_but_not_the_peers_memory_is_left_to_nccl(program, ranks, transport):
+    """GPUs whose copies end somewhere else without an error: between even and odd ranks here."""
+    command = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks), program, "--no-colors"]
+    environment = {**ENVIRONMENT, "CUDA_THREADS_MAPS": "others"}
+    run = subprocess.run([*command, "-tce=*(large)*,*cost*"], env={**environment, "TEST_TRANSPORT_AUTO": "1"},
+                         capture_output=True, text=True, timeout=300)
+    assert f"{ranks} ranks, {transport}\n" in run.stdout, run.stdout[-2000:]
+    assert run.returncode == 0 and "| 0 failed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    apart, pairs = {2: (1, 1), 4: (4, 6)}[ranks]
+    assert run.returncode != 0
+    assert f"--transport ipc: CUDA IPC does not connect {apart} of the {pairs} pairs of ranks" in run.stderr, run.stderr
+
+
 def test_the_rank_that_is_missing_is_named(program):
     passes([program, "--no-colors", "-tc=GPU: a rank that dies*"])

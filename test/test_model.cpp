@@ -179,6 +179,12 @@ TEST_CASE("rings within hosts, and NCCL between hosts, by where the ranks are") 
         s.transport = Transport::nccl;
         CHECK(takes_nccl(s, s.layout));
     }
+    Setup apart; // GPUs that do not fetch from each other
+    apart.hosts = {0, 0}, apart.layout.world = apart.layout.ring = 2, apart.reached = false;
+    CHECK(rings_in_hosts(apart, apart.layout));
+    CHECK(takes_nccl(apart, apart.layout));
+    apart.hosts = {0}, apart.layout.world = apart.layout.ring = 1;
+    CHECK(!takes_nccl(apart, apart.layout));
     Setup plan; // hosts of 8
     plan.o.plan = true, plan.hosts = {0}, plan.layout.world = 16, plan.layout.ring = 8;
     CHECK(rings_in_hosts(plan, plan.layout));
