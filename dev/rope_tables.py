@@ -4,8 +4,7 @@
 
 A number is "mean +- standard error over sequences", written to the error's first digit; "(no error)" stands where one
 sequence was measured, or where all agree. Ratios of one sequence's values are paired: sum over sum, with the error of
-what each sequence is off it. Where the sequences are not known to be the same, both errors are added as those of
-independent means, which is said. What has not been run is left out; a folder that lacks a table is named at the end.
+what each sequence is off it. What has not been run is left out; a folder that lacks a table is named at the end.
 """
 
 import math
@@ -15,7 +14,7 @@ import sys
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "scripts"))
-from plot_rope import frozen_roundings, pick, read_csv, values  # noqa: E402
+from plot_rope import KEY_COLUMNS, frozen_roundings, pick, read_csv, values  # noqa: E402
 
 PAIR = {"d1": 0, "d2": 16}
 left_out = []
@@ -83,14 +82,6 @@ def paired(above, below):
     return ratio, np.std(off, ddof=1) / math.sqrt(len(off)) if len(off) > 1 else math.nan
 
 
-def independent(above, below, column="sum_abs"):
-    """Ratio of two lines' means, and its error as if their sequences had nothing in common."""
-    if not above[column] or not below[column]:
-        return math.nan, math.nan
-    ratio = above[column] / below[column]
-    return ratio, abs(ratio) * math.hypot(*(line[column + "_se"] / line[column] for line in (above, below)))
-
-
 def deviations(root, folders):
     """D(0, 16) of every folder's weights."""
     shift = {f: pick(read_csv(root / f, "shift.csv"), experiment="shift", **PAIR) for f in folders}
@@ -119,7 +110,7 @@ def one_folder(folder):
         print(f"\nstandard errors by layer: at most {percent(max(errors))}")
     lengths(folder)
     by_shift(folder, shift)
-    first_key(folder, read_csv(folder, "head.csv"))
+    first_key(folder, shift, read_csv(folder, "head.csv"), key)
     by_attention(folder, key)
 
 
@@ -131,18 +122,17 @@ def larger_bases(folder, shift):
     table(f"{folder}: D(0, 16) by RoPE base", columns,
           [[v, *(cell([at[v, b]] if (v, b) in at else []) for b in bases)] for v in variants])
     single = {(x["variant"], x["base"], x["sequence"]): x["sum_abs"] for x in read_csv(folder, "base.csv")}
-    of = f"{folder}: D(0, 16) at a base / at {short(min(bases, default=0))}"
-    if single:
-        def against_first(v, b):
-            both = [(d, single[v, bases[0], i]) for (u, c, i), d in single.items() if (u, c) == (v, b) and (v, bases[0], i) in single]
-            return number(*paired(*zip(*both))) if both else ""
 
-        table(f"{of}, of the same sequences", ["variant", *columns[2:]],
+    def against_first(v, b):
+        both = [(d, single[v, bases[0], i]) for (u, c, i), d in single.items()
+                if (u, c) == (v, b) and (v, bases[0], i) in single]
+        return number(*paired(*zip(*both))) if both else ""
+
+    if single:
+        table(f"{folder}: D(0, 16) at a base / at {short(bases[0])}, of the same sequences", ["variant", *columns[2:]],
               [[v, *(against_first(v, b) for b in bases[1:])] for v in variants if len(bases) > 1])
-    else:  # of a program that did not keep them
-        table(f"{of}; errors as of different sequences, though they are the same", ["variant", *columns[2:]],
-              [[v, *(number(*independent(at[v, b], at[v, bases[0]])) if (v, b) in at else "" for b in bases[1:])]
-               for v in variants if (v, bases[0]) in at and len(bases) > 1])
+    elif base:
+        left_out.append(f"{folder}: no base.csv, so no ratios of bases")
 
 
 def lengths(folder):
@@ -178,16 +168,26 @@ def by_shift(folder, shift):
     table(f"{folder}: single sequences, bf16:C", ["sequence", "D(0, 16)", "standard deviation over the shifts"], rows)
 
 
-def first_key(folder, head):
-    rows = []
-    for variant in values(pick(head, **PAIR), "variant"):
-        mine = pick(head, variant=variant, **PAIR)
-        mass = [x["first_mass"] for x in mine]
-        total, part = sum(x["sum_abs"] for x in mine), sum(x["first_sum_abs"] for x in mine)
-        rows.append([variant, len(mine), f"{100 * np.mean(mass):.3f}%", f"{100 * max(mass):.3f}%", significant(part, 3),
-                     f"{100 * part / total:.3f}%"])
-    table(f"{folder}: the first key", ["variant", "heads", "attention, mean of the heads", "most of a head",
-                                       "part of D(0, 16)", "share of it"], rows)
+def share(part, whole):
+    return f"{100 * part / whole:.3f}%" if whole else ""
+
+
+def first_key(folder, shift, head, key):
+    """Its part of D in all three readings; of the signed one, which may be as good as 0, beside it and not as a share."""
+    attention, parts = [], []
+    for line in pick(shift, experiment="shift", **PAIR):
+        variant = {"variant": line["variant"]}
+        mass = [x["first_mass"] for x in pick(head, **variant, **PAIR)]
+        first = pick(key, key=0, **variant, **PAIR)
+        if mass:
+            attention.append([line["variant"], len(mass), f"{100 * np.mean(mass):.3f}%", f"{100 * max(mass):.3f}%"])
+        if first and first[0].keys() >= set(KEY_COLUMNS.values()):
+            by_weights, by_columns, signed = (cell(first, column) for column in KEY_COLUMNS.values())
+            parts.append([line["variant"], by_weights, share(first[0]["abs"], line["sum_abs"]), by_columns,
+                          share(first[0]["column_abs"], line["column_abs"]), signed, cell([line], "signed_sum")])
+    table(f"{folder}: the first key's attention", ["variant", "heads", "mean of the heads", "most of a head"], attention)
+    table(f"{folder}: the first key's part of D(0, 16)", [
+        "variant", "by weights", "share", "by columns", "share by columns", "signed", "all keys, signed"], parts)
 
 
 def by_attention(folder, key):
@@ -213,31 +213,31 @@ def sink_name(folder):
         return None
 
 
-def against(samples, reference, line, bare):
-    """A sink's D over that without one: of the same sequences, known by their places in the data, if both folders have
-    some."""
+def against(samples, reference, variant):
+    """A sink's D over that without one, and of how many sequences: the same in both, known by their places in the data;
+    None when there are none."""
     def by_place(lines):
-        return {x["place"]: x["sum_abs"] for x in pick(lines, variant=line["variant"], **PAIR) if "place" in x}
+        return {x["place"]: x["sum_abs"] for x in pick(lines, variant=variant, **PAIR) if "place" in x}
 
     mine, without = by_place(samples), by_place(reference)
-    same = mine.keys() & without.keys()
-    if len(same) > 1:
-        return [number(*paired(*zip(*((mine[p], without[p]) for p in sorted(same))))), f"the same {len(same)}"]
-    return [number(*independent(line, bare)), f"{line['sequences']:.0f}, without a sink {bare['sequences']:.0f} others"]
+    same = sorted(mine.keys() & without.keys())
+    return [number(*paired(*zip(*((mine[p], without[p]) for p in same)))), len(same)] if same else None
 
 
 def sinks(root, folders):
-    """Of the folders sink_R and sink_R_key_K: what the key K (0) gets of the attention, and has of D; and the same keys
-    without a sink, in sink_0 (the same command with --sink 0, and so the same sequences) if it is there, else in result."""
+    """Of the folders sink_R and sink_R_key_K: what the key K (0) gets of the attention, and has of D; and the same keys of
+    the same sequences without a sink, in sink_0, the same command with --sink 0."""
     named = {folder: sink_name(folder) for folder in folders}
     for folder in (f for f in folders if named[f] is None):
         left_out.append(f"{folder}: its name is not sink_R or sink_R_key_K")
     named = {folder: name for folder, name in named.items() if name and folder != "sink_0"}
-    without = "sink_0" if "sink_0" in folders else "result"
-    places = [(without, "none", at) for at in sorted({at for _, at in named.values()})]
+    without = "sink_0"
+    if named and without not in folders:
+        left_out.append("D without a sink: no sink_0, of the same sequences by --sink 0")
+    places = [(without, "none", at) for at in sorted({at for _, at in named.values()}) if without in folders]
     places += [(folder, *name) for folder, name in named.items()]
     tables = {folder: {name: read_csv(root / folder, name + ".csv") for name in ("shift", "key", "head", "layer", "sample")}
-              for folder, _, _ in places}
+              for folder in {without, *(folder for folder, _, _ in places)}}
     attention, part, ratio, layers, first, numbers = [], [], [], [], [], []
     for folder, raised, at in places:
         t = tables[folder]
@@ -266,8 +266,11 @@ def sinks(root, folders):
                          significant(it[0]["abs"] / it[0]["mass"] / (all_parts / all_mass)) if all_parts else ""])
             if folder == without:
                 continue
-            for bare in pick(tables[without]["shift"], experiment="shift", **variant, **PAIR):
-                ratio.append([*front, *against(t["sample"], tables[without]["sample"], line, bare)])
+            same = against(t["sample"], tables[without]["sample"], line["variant"])
+            if same:
+                ratio.append([*front, *same])
+            elif without in folders:
+                left_out.append(f"{folder}, {line['variant']}: D against none: {without} has none of its sequences")
             if at:
                 first.append([*front, f"{100 * line['first_sum_abs'] / line['sum_abs']:.3f}"])
             by_layer = {} if at else {x["layer"]: x for x in pick(t["layer"], **variant, **PAIR)}
@@ -283,14 +286,14 @@ def sinks(root, folders):
     table("sinks: the key's part of D(0, 16)", [
         *front, "D", "the key's part", "% of D", "rank among the keys", "in parts of the median key",
         "part for its attention, in that of all keys"], part)
-    table("sinks: D(0, 16) with the sink / without", [*front, "ratio", "sequences"], ratio)
+    table("sinks: D(0, 16) with the sink / without, of the same sequences", [*front, "ratio", "sequences"], ratio)
     table("sinks at other keys: the first key", [*front, "% of D"], first)
     table("sinks by layer", ["folder", "variant", "% of", *map(short, numbers)],
           [[*front, *(significant(at[n]) if n in at else "" for n in numbers)] for *front, at in layers])
 
 
 def rounded_weights(root):
-    """D of the variants that tell P V from RoPE, over bf16:C of the same sequences."""
+    """D of the variants that tell P V and the logits from RoPE, over bf16:C of the same sequences."""
     lines = pick(read_csv(root / "weights", "sample.csv"), **PAIR)
     d = {v: {x["place"]: x["sum_abs"] for x in pick(lines, variant=v)} for v in values(lines, "variant")}
     mean = {x["variant"]: x for x in pick(read_csv(root / "weights", "shift.csv"), experiment="shift", **PAIR)}
@@ -299,7 +302,8 @@ def rounded_weights(root):
     for variant, mine in d.items():
         both = [(mine[place], under[place]) for place in mine if place in under]
         rows.append([variant, len(mine), cell([mean[variant]]), number(*paired(*zip(*both))) if both else ""])
-    table("P V apart from RoPE: D(0, 16)", ["variant", "sequences", "D", "D / that of bf16:C, of the same sequences"], rows)
+    table("P V and the logits apart from RoPE: D(0, 16)", [
+        "variant", "sequences", "D", "D / that of bf16:C, of the same sequences"], rows)
 
 
 def by_number(folder):

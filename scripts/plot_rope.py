@@ -3,9 +3,10 @@
     python3 scripts/plot_rope.py rope/result                       one folder of ./test_rope
     python3 scripts/plot_rope.py rope/step_* -o rope/figures       several, such as the checkpoints of a training
 
-figure1.png     D against the shift; per key; first key's logit against the length, signed and absolute; bars and bands
-                are standard errors (of several weights, the last and the first, with the paper's variants; so for the
-                next two)
+figure1.png     the paper's three panels, those of them that were measured: D against the shift; per key; the first
+                key's logit against the length; below on logarithmic axes, there the logit's absolute change; bars and
+                bands are standard errors (of several weights, the last and the first, with the paper's variants; so
+                for the next two)
 figure7.png     single samples; the other sweep
 layers.png      per layer, and per layer and head
 causes.png      frozen queries and keys with one place of rounding at a time; larger bases; the layer-local check
@@ -162,49 +163,61 @@ def most_common_d2(lines):
     return max(set(d2), key=d2.count)
 
 
+def by_shift(axes, shown, shift, reading, logarithmic):
+    reference = most_common_d2(shift)
+    all_curves = list(curves(pick(shown, d2=reference), shift))
+    most = max((len(lines) for lines, _ in all_curves), default=0)
+    for lines, look in all_curves:  # a line through a few of the others' points would hide what lies between
+        draw(axes, lines, "d1", reading, **{**look, **({"linestyle": "none"} if len(lines) < most else {})})
+    axes.set_xlabel("shift $\\Delta_1$ (tokens)" + ("" if logarithmic else ",\nsmall ones apart below"))
+    axes.set_ylabel(f"D($\\Delta_1$, {reference:g}): {READINGS[reading]}")
+    axes.set_title(f"attention difference,\n{shift[0]['length']:g} tokens")
+    if logarithmic:
+        shift_axis(axes)
+
+
+def by_key(axes, shown, key, shift, reading, logarithmic):
+    for lines, look in curves(shown, shift):
+        draw_band(axes, lines, "key", KEY_COLUMNS[reading], logarithmic, **look)
+    axes.set_xlabel("key position + 1")
+    axes.set_ylabel("|its part of signed D|" if reading == "signed_sum" else "its part of D")
+    axes.set_title(f"per key,\nshift {key[0]['d1']:g} against {key[0]['d2']:g}")
+    if logarithmic:
+        axes.set_xscale("log")
+
+
+def by_length(axes, shown, shift, logarithmic):
+    for lines, look in curves(shown, shift):
+        draw(axes, lines, "length", "logit_abs" if logarithmic else "logit", **look)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("length (tokens)")
+    axes.set_ylabel("mean |change| of that logit" if logarithmic else "$D_{logit}$ of the first key")
+    axes.set_title(f"first key's logit, all layers\nand heads, {'absolute' if logarithmic else 'signed'}")
+    if not logarithmic:
+        axes.axhline(0, color="black", linewidth=0.6)
+
+
 def figure1(tables, out, reading, made):
-    """Left on the paper's axes, without what is too small or too large to be seen there; right on logarithmic ones."""
+    """Above on the paper's axes, without what is too small or too large to be seen there; below on logarithmic ones."""
     shift, key, length = pick(tables["shift"], experiment="shift"), tables["key"], tables["length"]
-    if not shift and not length:
+    panels = [name for name, lines in (("shift", shift), ("key", key), ("length", length)) if lines]
+    if not panels:
         return
     if key and KEY_COLUMNS[reading] not in key[-1]:
         sys.exit(f"plot_rope.py: {key[-1]['folder']}/key.csv: has no {reading} yet; measure it again with this test_rope")
-    figure, rows = plt.subplots(4, 2, figsize=(WIDTH, 9), layout="constrained")
-    for axes, logarithmic in zip(rows.T, (False, True)):
-        shown = [lambda lines: lines, lambda lines: [x for x in lines if not x["variant"].endswith(":D")]][not logarithmic]
+    figure, rows = plt.subplots(2, len(panels), figsize=(WIDTH, 5.4), squeeze=False, layout="constrained")
+    for row, logarithmic in zip(rows, (False, True)):
+        axes = dict(zip(panels, row))
+        shown = {name: [x for x in lines if logarithmic or not x["variant"].endswith(":D")]
+                 for name, lines in (("shift", shift), ("key", key), ("length", length))}
         if shift:
-            reference = most_common_d2(shift)
-            by_shift = list(curves(shown(pick(shift, d2=reference)), shift))
-            most = max((len(lines) for lines, _ in by_shift), default=0)
-            for lines, look in by_shift:  # a line through a few of the others' points would hide what lies between
-                draw(axes[0], lines, "d1", reading, **{**look, **({"linestyle": "none"} if len(lines) < most else {})})
-            axes[0].set_ylabel(f"D($\\Delta_1$, {reference:g}): {READINGS[reading]}")
-            axes[0].set_title(f"attention difference, {shift[0]['length']:g} tokens")
-        axes[0].set_xlabel("shift $\\Delta_1$ (tokens)" + ("" if logarithmic else ", small ones apart on the right"))
-        for lines, look in curves(shown(key), shift):
-            draw_band(axes[1], lines, "key", KEY_COLUMNS[reading], logarithmic, **look)
-        axes[1].set_xlabel("key position + 1")
-        axes[1].set_ylabel("|its part of signed D|" if reading == "signed_sum" else "its part of D")
+            by_shift(axes["shift"], shown["shift"], shift, reading, logarithmic)
         if key:
-            axes[1].set_title(f"per key, shift {key[0]['d1']:g} against {key[0]['d2']:g}")
-        for plot, column, kind in zip(axes[2:], ("logit", "logit_abs"), ("signed", "absolute")):
-            for lines, look in curves(shown(length), shift):
-                if logarithmic:
-                    lines = [{**line, column: abs(line[column])} for line in lines]
-                draw(plot, lines, "length", column, **look)
-            plot.set_xscale("log", base=2)
-            plot.set_xlabel("length (tokens)")
-            plot.set_ylabel("mean |change| of the first logit")
-            plot.set_title(f"{kind} logit difference, all layers and heads")
-        axes[2].set_ylabel("|$D_{logit}$| of the first key" if logarithmic else "$D_{logit}$ of the first key")
-        if logarithmic:
-            axes[2].set_title("|signed| logit difference, all layers and heads")
-            shift_axis(axes[0])
-            axes[1].set_xscale("log")
-            for plot in axes:
-                plot.set_yscale("log")
-        else:
-            axes[2].axhline(0, color="black", linewidth=0.6)
+            by_key(axes["key"], shown["key"], key, shift, reading, logarithmic)
+        if length:
+            by_length(axes["length"], shown["length"], shift, logarithmic)
+        for plot in row:
+            plot.set_yscale("log" if logarithmic else "linear")
     legend(figure, rows.flat, loc="outside lower center", ncols=4)
     finish(figure, out / "figure1.png", made)
 

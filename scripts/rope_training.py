@@ -216,6 +216,7 @@ def table(lines):
     columns = [("loss, 1x", "books", 1, 0), ("loss, 2x", "books", 2, 0), ("2x, second half", "books", 2, 0.5),
                ("loss, 4x", "books", 4, 0), ("4x, last quarter", "books", 4, 0.75), ("recall, 1x", "recall", 1, 0),
                ("recall, 2x", "recall", 2, 0), ("recall, 4x", "recall", 4, 0)]
+    columns = [column for column in columns if any(x["task"] == column[1] for x in lines)]
     text = "| attention | type | seeds | " + " | ".join(c[0] for c in columns) + " |\n|" + "---|" * (3 + len(columns)) + "\n"
     for mode, dtype in RUNS:
         mine = [x for x in lines if (x["mode"], x["dtype"]) == (mode, dtype)]
@@ -224,7 +225,8 @@ def table(lines):
         cells = []
         for _, task, times, part in columns:
             here = [x for x in mine if x["task"] == task and x["times"] == times and x["from"] >= part * x["length"]]
-            cells.append("{:.3f} +- {:.3f}".format(*mean_and_error(here)) if here else "")
+            mean, error = mean_and_error(here) if here else (np.nan, np.nan)
+            cells.append((f"{mean:.3f}" if here else "") + (f" +- {error:.3f}" if error >= 0 else ""))
         text += f"| {mode} | {dtype} | {len({x['seed'] for x in mine})} | " + " | ".join(cells) + " |\n"
     return text
 
@@ -250,40 +252,67 @@ def report(lines, out):
     return text
 
 
+def by_eighth(lines):
+    """Of one run on books at the longest length: positions, the eighths' middles, mean losses and standard errors."""
+    lines = [x for x in lines if x["times"] == TIMES[-1]]
+    at = sorted({x["from"] for x in lines})
+    means, errors = zip(*(mean_and_error([x for x in lines if x["from"] == f]) for f in at)) if at else ((), ())
+    middle = max((x["length"] for x in lines), default=0) / BUCKETS / 2
+    return np.array(at) + middle, np.array(means), np.nan_to_num(errors)
+
+
+def draw_books(axes, beside, lines):
+    """Loss by position; beside it minus that of the first run, which tells apart what lies close together."""
+    mine = {run: by_eighth([x for x in lines if (x["mode"], x["dtype"]) == run]) for run in RUNS}
+    mine = {run: points for run, points in mine.items() if len(points[0])}
+    first = next(iter(mine))
+    for run, (at, mean, error) in mine.items():
+        less = np.interp(at, *mine[first][:2])
+        for plot, value in (axes, mean), (beside, mean - less):
+            plot.plot(at, value, **style(run))
+            plot.fill_between(at, value - error, value + error, alpha=0.15, linewidth=0, color=STYLES[run][0])
+    trained = next(x["length"] // x["times"] for x in lines)
+    for plot in axes, beside:
+        plot.axvline(trained, color="black", linewidth=0.6, linestyle=":")
+        plot.set_xlabel("position in the row;\ndotted: the trained length")
+    axes.set_ylabel("loss on held-out books (nats)")
+    beside.set_ylabel(f"loss minus that of {', '.join(first)}")
+
+
+def draw_recall(axes, lines):
+    for i, run in enumerate(RUNS):
+        mine = [x for x in lines if (x["mode"], x["dtype"]) == run]
+        aside = (i - (len(RUNS) - 1) / 2) * 0.05  # bars side by side
+        points = [(t + aside, *mean_and_error([x for x in mine if x["times"] == t])) for t in sorted({x["times"] for x in mine})]
+        if points:
+            axes.errorbar(*zip(*points), capsize=2, **style(run))
+    axes.set_xlabel("length,\nin trained lengths")
+    axes.set_ylabel("recall")
+    axes.set_xticks(TIMES)
+
+
+def style(run):
+    colour, marker = STYLES[run]
+    return {"linewidth": 1, "markersize": 5 if marker in "Px*" else 3.5, "marker": marker, "color": colour,
+            "label": ", ".join(run), "linestyle": {"float": "--", "attention_float": ":"}.get(run[1], "-")}
+
+
 def draw(lines, path):
+    """Means in bands, or with bars, of their standard errors over the seeds."""
     if plt is None:
         print("no matplotlib here: no figure; the same command where it is draws it")
         return
+    if not lines:
+        return
     plt.rcParams.update(FONTS)
-    tasks = [task for task in SCALES if any(x["task"] == task for x in lines)] or list(SCALES)
-    figure, plots = plt.subplots(1, len(tasks), figsize=(WIDTH, 3.6), squeeze=False, layout="constrained")
-    axes = dict(zip(tasks, plots[0]))
-    for i, run in enumerate(RUNS):
-        mine = [x for x in lines if (x["mode"], x["dtype"]) == run]
-        colour, marker = STYLES[run]
-        style = {"capsize": 2, "linewidth": 1, "markersize": 5 if marker in "Px*" else 3.5, "marker": marker, "color": colour,
-                 "label": ", ".join(run), "linestyle": {"float": "--", "attention_float": ":"}.get(run[1], "-")}
-        aside = (i - (len(RUNS) - 1) / 2) * 0.05  # bars side by side
-        longest = [x for x in mine if x["task"] == "books" and x["times"] == TIMES[-1]]
-        step = max((x["length"] for x in longest), default=0) / BUCKETS
-        points = [(f + aside * step, *mean_and_error([x for x in longest if x["from"] == f]))
-                  for f in sorted({x["from"] for x in longest})]
-        if points:
-            axes["books"].errorbar(*zip(*points), **style)
-        asked = [x for x in mine if x["task"] == "recall"]
-        points = [(t + aside, *mean_and_error([x for x in asked if x["times"] == t])) for t in sorted({x["times"] for x in asked})]
-        if points:
-            axes["recall"].errorbar(*zip(*points), **style)
-    for task, x, y in (("books", "position in the row, from", "loss on held-out books (nats)"),
-                       ("recall", "length, in trained lengths", "recall")):
-        if task in axes:
-            axes[task].set_xlabel(x)
-            axes[task].set_ylabel(y)
-    if "recall" in axes:
-        axes["recall"].set_xticks(TIMES)
-    shown = {name: handle for plot in axes.values() for handle, name in zip(*plot.get_legend_handles_labels())}
-    if shown:
-        figure.legend(shown.values(), shown, loc="outside lower center", ncols=3, frameon=False)
+    books, asked = ([x for x in lines if x["task"] == task] for task in ("books", "recall"))
+    figure, plots = plt.subplots(1, 2 * bool(books) + bool(asked), figsize=(WIDTH, 3.4), squeeze=False, layout="constrained")
+    if books:
+        draw_books(*plots[0, :2], books)
+    if asked:
+        draw_recall(plots[0, -1], asked)
+    shown = {name: handle for plot in plots[0] for handle, name in zip(*plot.get_legend_handles_labels())}
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
 

@@ -4,7 +4,9 @@
 #   make train_llama test_rope && sh scripts/run_rope.sh books.jsonl tokenizer.model
 # One GPU. Everything is in rope/: run (checkpoints), result (the last one's figures), random_* and step_*, figures; and,
 # with PROTOCOL=1, in some minutes more: paper and paper_random, where as many sequences as the paper's go through all
-# of its shifts (figure 1 of both in paper); weights, the share of P V; sink_*, sinks made by hand, and none (sink_0).
+# of its shifts and lengths (figure 1 of both in paper); weights, what P V and rounded logits have in D; sink_*, sinks
+# made by hand, and none (sink_0). What is there already, of the same weights by the same options, is not measured
+# again: a stopped run goes on by the same command, and PROTOCOL=1 may follow in a call of its own.
 # 1000 updates, or as many as go 8 times through a smaller text: more of them would learn it by heart.
 # Otherwise by the environment: FOLDER, MODEL, CONTEXT, BATCH, STEPS, LR, SAVE_EVERY, POINTS (checkpoints to look at),
 # ATTENTION (anchor: every row begins with BOS), ROPE_OPTIONS (of the whole experiment), DEVICE; SEQUENCES of the last
@@ -12,7 +14,7 @@
 # sink raises its key's logit, and SINK_KEY, where one by 6 is made as well.
 set -e
 cd "$(dirname "$0")/.."
-[ $# = 2 ] || { sed -n '2,12s/^# *//p' "$0"; exit 1; }
+[ $# = 2 ] || { sed -n '2,14s/^# *//p' "$0"; exit 1; }
 MODEL=${MODEL:--e 120M --tied --heads 6}
 CONTEXT=${CONTEXT:-4096} BATCH=${BATCH:-8} LR=${LR:-1e-3} DEVICE=${DEVICE:-auto}
 FOLDER=${FOLDER:-rope} ATTENTION=${ATTENTION:-full}
@@ -51,10 +53,18 @@ LAST=$FOLDER/run/step_$(printf %08d "$STEPS")/weights.bin
 [ -f "$LAST" ] || { echo "run_rope.sh: no $LAST: the training was stopped; the same command goes on"; exit 1; }
 
 look() { # $1 weights, $2 folder under $FOLDER/, $3 label, then options
-    weights=$1 folder=$2 label=$3
+    weights=$1 folder=$FOLDER/$2 label=$3
     shift 3
-    ./test_rope --model "$weights" --data "$FOLDER/books_val*.bin" --out "$FOLDER/$folder" --label "$label" \
-        --sweep "$SWEEP" --device "$DEVICE" --plot=0 "$@"
+    set -- --model "$weights" --data "$FOLDER/books_val*.bin" --out "$folder" --label "$label" --sweep "$SWEEP" \
+        --device "$DEVICE" --plot=0 "$@"
+    if [ "$(cat "$folder/done" 2>/dev/null)" = "$*" ] && [ ! "$weights" -nt "$folder/done" ]; then
+        echo "$folder: there already; without $folder/done it is measured again"
+        return
+    fi
+    mkdir -p "$folder"
+    rm -f "$folder/done"
+    ./test_rope "$@"
+    printf "%s\n" "$*" > "$folder/done"
 }
 # At several points of training a few shifts are enough.
 FEW="--experiments shift --shifts 0,100,1000 --variants float:F,bf16:E,bf16:F,bf16:C,bf16:A --sequences $SWEEP"
@@ -71,13 +81,13 @@ done
 say "the whole experiment on the last checkpoint, $SEQUENCES sequences"
 look "$LAST" result "step $STEPS" --sequences "$SEQUENCES" --length_variants float:F,bf16:C,bf16:A,bf16:D $ROPE_OPTIONS
 if [ "$PROTOCOL" != 0 ]; then
-    say "all shifts of the paper, $SEQUENCES sequences"
-    all="--experiments shift --sequences $SEQUENCES --sweep 0"
+    say "all shifts and lengths of the paper, $SEQUENCES sequences"
+    all="--experiments shift,length --sequences $SEQUENCES --sweep 0"
     look "$LAST" paper_random "random (kaiming)" --start kaiming $all --variants bf16:C
-    look "$LAST" paper "step $STEPS" $all --variants float:F,bf16:C
-    say "P V apart from RoPE, $SEQUENCES sequences"
-    look "$LAST" weights "step $STEPS" --experiments shift --shifts 0 --sequences "$SEQUENCES" \
-        --variants bf16:E,bf16:E/weights=bf16,bf16:F,bf16:F/weights=bf16,bf16:C/weights=float,bf16:C
+    look "$LAST" paper "step $STEPS" $all --variants float:F,bf16:C,bf16:A
+    say "P V and the logits apart from RoPE, $SEQUENCES sequences"
+    look "$LAST" weights "step $STEPS" --experiments shift --shifts 0 --sequences "$SEQUENCES" --variants \
+        bf16:E,bf16:E/weights=bf16,bf16:F,bf16:F/weights=bf16,bf16:C/weights=float,bf16:C,bf16:C/logits=bf16
     say "sinks, $SWEEP sequences each"
     sink() { # $1 by what it raises the logit, $2 folder, then options
         raise=$1 folder=$2

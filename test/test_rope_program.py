@@ -362,15 +362,24 @@ def test_figures_are_readable_in_print_and_show_the_reading_by_key(reading, colu
     assert len(by_key.collections) == len(VARIANTS)
     top = by_key.collections[VARIANTS.index("bf16:C")].get_paths()[0].vertices[:, 1].max()
     assert np.isclose(top, (abs(value) + error).max())
-    for signed in (x for x in figure1.axes if "signed" in x.get_title()):  # with its sign on the linear axis alone
-        wanted = np.array([float(x["logit"]) for x in only(read(measured, "length"), variant="bf16:C")])
-        drawn = next(x for x in signed.containers if x.get_label() == "bf16:C").lines[0].get_ydata()
-        logarithmic = signed.get_yscale() == "log"
-        assert np.allclose(drawn, abs(wanted) if logarithmic else wanted)
-        assert signed.get_title().startswith("|signed|" if logarithmic else "signed")
-    absolute = next(x for x in figure1.axes if "absolute" in x.get_title())
-    shown = next(x for x in absolute.containers if x.get_label() == "bf16:C")
-    assert np.allclose(shown.lines[0].get_ydata(), [float(x["logit_abs"]) for x in only(read(measured, "length"), variant="bf16:C")])
+    for place, column, scale in (2, "logit", "linear"), (5, "logit_abs", "log"):
+        shown = next(x for x in figure1.axes[place].containers if x.get_label() == "bf16:C")
+        wanted = [float(x[column]) for x in only(read(measured, "length"), variant="bf16:C")]
+        assert np.allclose(shown.lines[0].get_ydata(), wanted) and figure1.axes[place].get_yscale() == scale
+
+
+def test_figure1_has_the_panels_that_were_measured(measured, tmp_path, drawn):
+    """The paper's, side by side: D by shift, by key, the logit by length; above on linear axes, below on logarithmic ones."""
+    for tables, columns in ("shift key length", 3), ("shift key", 2), ("length", 1):
+        folder = tmp_path / tables.replace(" ", "_")
+        folder.mkdir()
+        for name in tables.split():
+            shutil.copy(measured / f"{name}.csv", folder)
+        axes = drawn(folder)["figure1.png"].axes
+        assert [x.get_yscale() for x in axes] == ["linear"] * columns + ["log"] * columns
+        labels = [x.get_xlabel().split()[0] for x in axes]
+        assert labels == 2 * [{"shift": "shift", "key": "key", "length": "length"}[name] for name in tables.split()]
+        assert all(x.containers or x.collections for x in axes)
 
 
 @pytest.fixture
@@ -422,7 +431,7 @@ def test_a_variant_looks_the_same_everywhere(measured, trained, tmp_path, drawn)
     for part in (0, 1):  # of colour and marker each
         assert len({list(look)[0][part] for look in looks.values()}) == len(VARIANTS)
     assert "random, bf16:C" in lines and "trained, bf16:A" in lines
-    by_shift = two["figure1.png"].axes[1]
+    by_shift = next(x for x in two["figure1.png"].axes if x.get_xscale() == "symlog")
     assert curve(by_shift, "random, bf16:C").get_linestyle() == "None"  # two shifts, the others four
     assert curve(by_shift, "trained, bf16:C").get_linestyle() == "-"
     other = two["figure7.png"].axes[1]
@@ -591,7 +600,7 @@ def recipe(tmp_path):
 def test_the_recipe_goes_through_its_text_eight_times_at_most(recipe, tmp_path):
     """2001 tokens; measuring and drawing are left out."""
     (tmp_path / "scripts/plot_rope.py").write_text("")
-    (tmp_path / "test_rope").write_text('#!/bin/sh\necho "$2" "$6" "$8" >> looked\n')
+    (tmp_path / "test_rope").write_text('#!/bin/sh\necho "$2" "$6" "$8" >> looked\n[ "$6" != "$STOP" ]\n')
     (tmp_path / "test_rope").chmod(0o755)
 
     def start(batch, **more):
@@ -616,9 +625,22 @@ def test_the_recipe_goes_through_its_text_eight_times_at_most(recipe, tmp_path):
     sinks = [f"sink_{r}" for r in (0, 2, 4, 6, 8)]  # at a context of 64 none at key 1000
     assert [x.removeprefix("rope/") for x in folders] == [
         "random_kaiming", "random_normal", "step_1", "step_2", "step_4", "result", "paper_random", "paper", "weights", *sinks]
-    (tmp_path / "looked").unlink()
-    assert start(28, FOLDER="rope").returncode == 0
-    assert len((tmp_path / "looked").read_text().splitlines()) == 6
+
+    def looked_again(**more):
+        (tmp_path / "looked").write_text("")
+        assert start(28, **more).returncode == (1 if "STOP" in more else 0)
+        return [line.split()[1].removeprefix("rope/") for line in (tmp_path / "looked").read_text().splitlines()]
+
+    # What is there is not measured again, but for other options and newer weights, and where it was stopped it goes on.
+    assert looked_again(PROTOCOL="1") == []
+    assert looked_again(PROTOCOL="1", SINKS="0 9") == ["sink_9"]
+    assert looked_again(PROTOCOL="1", SEQUENCES="4") == ["result", "paper_random", "paper", "weights"]
+    assert looked_again(PROTOCOL="1", STOP="rope/paper") == ["result", "paper_random", "paper"]
+    assert looked_again() == []
+    assert looked_again(PROTOCOL="1") == ["paper", "weights"]
+    later = time.time() + 60
+    os.utime(tmp_path / "rope/run/step_00000002/weights.bin", (later, later))
+    assert looked_again() == ["step_2"]
     # Figures that cannot be drawn are an error, unless it is matplotlib that is missing.
     (tmp_path / "scripts/plot_rope.py").write_text("raise SystemExit(3)")
     (tmp_path / "with/matplotlib").mkdir(parents=True)
@@ -655,8 +677,11 @@ def test_the_recipe_runs_to_its_figures(recipe, tmp_path):
     assert {x["sequences"] for x in read(tmp_path / "rope/step_2", "shift")} == {"2"}
     assert (tmp_path / "rope/figures/training.png").is_file() and (tmp_path / "rope/result/figure1.png").is_file()
     paper = only(read(tmp_path / "rope/paper", "shift"), d2=16)
-    assert {(x["variant"], x["sequences"]) for x in paper} == {("float:F", "3"), ("bf16:C", "3")}
-    assert len(paper) == 2 * 19  # all of the paper's shifts
+    assert {(x["variant"], x["sequences"]) for x in paper} == {(v, "3") for v in ("float:F", "bf16:C", "bf16:A")}
+    assert len(paper) == 3 * 19  # all of the paper's shifts
+    for name, variants in ("paper", 3), ("paper_random", 1):
+        length = read(tmp_path / "rope" / name, "length")
+        assert len(length) == 4 * variants and {x["sequences"] for x in length} == {"3"}  # 64 to 512, which the text fills
     assert {x["weights"] for x in read(tmp_path / "rope/paper_random", "shift")} == {"random (kaiming)"}
     assert (tmp_path / "rope/paper/figure1.png").is_file()
     for folder, key in ("sink_3", 0), ("sink_6_key_5", 5):
@@ -707,6 +732,15 @@ def check_tables(folder):
     assert [x["weights"] for x in weights][2:] == ["step 2", "step 2", "step 4"]
     d = only(shift, d1=0, d2=16, experiment="shift", variant="bf16:C")[0]
     assert agrees(weights[-1]["bf16:C"], float(d["sum_abs"]), float(d["sum_abs_se"]))
+    first = tables["result: the first key's part of D(0, 16)"]
+    assert [x["variant"] for x in first] == [x["variant"] for x in tables["the three readings, step 4"]]
+    row = next(x for x in first if x["variant"] == "bf16:C")
+    key = only(read(rope / "result", "key"), key=0, d1=0, d2=16, variant="bf16:C")[0]
+    for name, column in ("by weights", "abs"), ("by columns", "column_abs"), ("signed", "signed"):
+        assert agrees(row[name], float(key[column]), float(key[column + "_se"]))
+    for name, column, whole in ("share", "abs", "sum_abs"), ("share by columns", "column_abs", "column_abs"):
+        assert row[name] == f"{100 * float(key[column]) / float(d[whole]):.3f}%"
+    assert agrees(row["all keys, signed"], float(d["signed_sum"]), float(d["signed_sum_se"]))
     frozen = tables["result: frozen q and k, D(0, 16)"]
     assert [x["rounded"] for x in frozen][:2] == ["nothing (E)", "fp32 angles (F)"] and len(frozen) == 12
     by_layer = tables["result: D(0, 16) by layer"]
@@ -729,15 +763,15 @@ def check_tables(folder):
     row = next(x for x in tables["result: D(shift, 16) / D(0, 16) of the same sequences"] if x["shift"] == "100")
     assert row["sequences"] == "2" and agrees(row["bf16:C"], *ratio(far, near[:2]))
 
-    split = {x["variant"]: x for x in tables["P V apart from RoPE: D(0, 16)"]}
-    assert list(split) == ["bf16:E", "bf16:E/weights=bf16", "bf16:F", "bf16:F/weights=bf16", "bf16:C/weights=float", "bf16:C"]
+    split = {x["variant"]: x for x in tables["P V and the logits apart from RoPE: D(0, 16)"]}
+    assert list(split) == ["bf16:E", "bf16:E/weights=bf16", "bf16:F", "bf16:F/weights=bf16", "bf16:C/weights=float", "bf16:C",
+                           "bf16:C/logits=bf16"]
     both = {v: np.array([float(x["sum_abs"]) for x in only(read(rope / "weights", "sample"), variant=v)]) for v in split}
     column = "D / that of bf16:C, of the same sequences"
     assert agrees(split["bf16:E"][column], *ratio(both["bf16:E"], both["bf16:C"])) and len(both["bf16:C"]) == 3
 
-    rows = {x["folder"]: x for x in tables["sinks: D(0, 16) with the sink / without"]}
-    assert [(x["key"], x["raised by"], x["sequences"]) for x in rows.values()] == [
-        ("0", "4", "the same 3"), ("9", "4", "the same 3")]
+    rows = {x["folder"]: x for x in tables["sinks: D(0, 16) with the sink / without, of the same sequences"]}
+    assert [(x["key"], x["raised by"], x["sequences"]) for x in rows.values()] == [("0", "4", "3"), ("9", "4", "3")]
     without = by_sequence(read(rope / "sink_0", "sample"), d1=0)
     assert agrees(rows["sink_4"]["ratio"], *ratio(by_sequence(read(rope / "sink_4", "sample"), d1=0), without))
     rows = {(x["folder"], x["key"]): x for x in tables["sinks: the key's attention, and how far its logit moves"]}
@@ -748,17 +782,18 @@ def check_tables(folder):
         assert float(row["% of all keys' attention, n_j-weighted"]) == round(100 * mass[at] / sum(mass.values()), 3)
         error = float(only(key, key=at)[0]["mass_se"])
         assert agrees(row["attention it gets, % of a head's"], 100 * mass[at] / 2, 100 * error / 2)  # 1 layer of 2 heads
-    # Without sink_0, result stands for it, whose sequences are others.
-    shutil.rmtree(rope / "sink_0")
-    done = subprocess.run([sys.executable, ROOT / "dev/rope_tables.py", rope], capture_output=True, text=True, check=True)
-    (row, _) = shown(done.stdout)["sinks: D(0, 16) with the sink / without"]
-    line = read(rope / "sink_4", "shift")[0]
-    mean = float(line["sum_abs"]) / float(d["sum_abs"])
-    error = math.hypot(*(float(x["sum_abs_se"]) / float(x["sum_abs"]) for x in (line, d)))
-    places = {x["place"] for x in sample} & {x["place"] for x in read(rope / "sink_4", "sample")}
-    assert len(places) < 3 or row["sequences"] == "the same 3"
-    if len(places) < 2:
-        assert row["sequences"] == "3, without a sink 3 others" and agrees(row["ratio"], mean, mean * error)
+    # Other sequences are not compared with.
+    samples = read(rope / "sink_0", "sample")
+    with open(rope / "sink_0/sample.csv", "w") as file:
+        writer = csv.DictWriter(file, samples[0])
+        writer.writeheader()
+        writer.writerows({**x, "place": int(x["place"]) + 1} for x in samples)
+    for wanted, rows in (("- sink_4, bf16:C: D against none: sink_0 has none of its sequences\n", 4),
+                         ("- D without a sink: no sink_0, of the same sequences by --sink 0\n", 2)):
+        done = subprocess.run([sys.executable, ROOT / "dev/rope_tables.py", rope], capture_output=True, text=True, check=True)
+        assert wanted in done.stdout and "with the sink / without" not in done.stdout
+        assert len(shown(done.stdout)["sinks: the key's part of D(0, 16)"]) == rows
+        shutil.rmtree(rope / "sink_0", ignore_errors=True)
 
 
 @pytest.mark.parametrize("value, error, wanted", [
@@ -775,13 +810,11 @@ def test_numbers_are_written_to_their_errors_place(value, error, wanted, monkeyp
 
 def test_ratios_of_the_same_sequences_have_the_error_of_what_they_do_not_share(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "dev"))
-    from rope_tables import independent, paired
+    from rope_tables import paired
     assert paired([2, 4, 6], [1, 2, 3]) == (2, 0)  # however far the sequences lie apart
     ratio, error = paired([2, 4, 9], [1, 2, 3])  # 2.5, and off it by -0.5, -1, 1.5 of 2
     assert ratio == 2.5 and np.isclose(error, math.sqrt((0.25**2 + 0.5**2 + 0.75**2) / 2 / 3))
     assert all(map(math.isnan, paired([1, 2], [0, 1]))) and math.isnan(paired([1], [2])[1])
-    ratio, error = independent({"sum_abs": 6, "sum_abs_se": 0.6}, {"sum_abs": 3, "sum_abs_se": 0.3})
-    assert ratio == 2 and np.isclose(error, 2 * math.hypot(0.1, 0.1))
 
 
 def test_significant_digits_are_rounded_once(monkeypatch):

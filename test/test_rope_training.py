@@ -127,6 +127,9 @@ def test_folders_are_merged(tmp_path):
     assert " 0.400 +- 0.115 | 0.200 +- 0.058 | 0.100 +- 0.029 |" in rows[2]
     assert rows[5] == "4 runs, commit abc1234, on GPU of a kind, 6 s." and rows[5] in shown
     assert (a / "scores.csv").read_bytes() == before and not (out / "scores.csv").exists()
+    write_scores(tmp_path / "alone", [("full", "bf16", 9, 0.4)])
+    run(out, "--merge", tmp_path / "alone")
+    assert (out / "table.md").read_text().split("\n")[2] == "| full | bf16 | 1 | 0.400 | 0.200 | 0.100 |"  # no error, no books
     write_scores(tmp_path / "twice", [("full", "bf16", 2, 0.4)])
     assert "full bf16 2 is in" in run(out, "--merge", a, tmp_path / "twice", ok=False)
     write_scores(tmp_path / "long", [("full", "bf16", 9, 0.4)], length=512)
@@ -135,25 +138,35 @@ def test_folders_are_merged(tmp_path):
 
 
 def test_the_figure_is_readable_in_print(tmp_path, monkeypatch):
-    """Markers tell the runs apart where there are no colours; bars stand side by side; letters as in test_rope's."""
+    """Markers tell the runs apart where there are no colours; losses lie in bands of their errors, bars of recall stand
+    side by side; letters as in test_rope's."""
     plt = pytest.importorskip("matplotlib.pyplot")
     figures = []
     monkeypatch.setattr(plt, "close", figures.append)
     write_scores(tmp_path / "a", [(*run, seed, 0.1 * i + 0.01 * seed) for i, run in enumerate(rope_training.RUNS) for seed in (1, 2)])
     recall = rope_training.read_scores(tmp_path / "a/scores.csv")
     books = [{**x, "task": "books", "from": k * x["length"] // 8} for x in recall for k in range(8)]
-    for lines, tasks in (recall + books, 2), (recall, 1):
+    for lines, panels in (recall + books, 3), (books, 2), (recall, 1):
         rope_training.draw(lines, tmp_path / "figure.png")
         figure = figures.pop()
-        assert figure.get_figwidth() <= 6.5 and len(figure.axes) == tasks
+        assert figure.get_figwidth() <= 6.5 and len(figure.axes) == panels
         figure.draw_without_rendering()
         sizes = {text.get_fontsize() for text in figure.findobj(plt.Text) if text.get_text()}
         assert min(sizes) >= 7
         for axes in figure.axes:
-            curves = [x.lines[0] for x in axes.containers]
+            by_length = axes.get_ylabel() == "recall"
+            curves = [x.lines[0] for x in axes.containers] if by_length else axes.lines[:7]
             looks = [(x.get_color(), x.get_marker()) for x in curves]
             assert looks == list(rope_training.STYLES.values()) and all(len(set(part)) == 7 for part in zip(*looks))
-            assert len({round(float(x.get_xdata()[0]), 6) for x in curves}) == 7
+            assert len({round(float(x.get_xdata()[0]), 6) for x in curves}) == (7 if by_length else 1)
+        if panels > 1:  # at 4x means are 0.1 i + 0.015, a quarter of it, of two seeds 0.01 apart
+            for axes, less in zip(figure.axes, (0, 0.015)):
+                assert np.allclose([x.get_ydata() for x in axes.lines[:7]], [[(0.1 * i + 0.015 - less) / 4] * 8 for i in range(7)])
+                assert axes.lines[0].get_xdata().tolist() == [16 + 32 * k for k in range(8)]
+                assert axes.lines[7].get_xdata()[0] == 64 and len(axes.collections) == 7
+                band = axes.collections[3].get_paths()[0].vertices[:, 1]
+                assert np.allclose([band.min(), band.max()], (0.3 + 0.015 - less + np.array([-0.005, 0.005])) / 4)
+            assert figure.axes[1].get_ylabel() == "loss minus that of full, bf16"
         names = [x.get_text() for x in figure.legends[0].get_texts()]
         assert names == [", ".join(run) for run in rope_training.RUNS]
 
