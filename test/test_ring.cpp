@@ -200,8 +200,8 @@ TEST_CASE("plans: both ends know the places, and buffers are large enough and no
 }
 
 TEST_CASE("placement balances packs of 20 documents and more, and the full mask by zigzag") {
-    const size_t S = 65536;
-    for (int size : {2, 4, 8}) {
+    for (int size : {2, 3, 4, 6, 8, 16}) {
+        const size_t S = ring_padded_length(65536, size);
         const std::vector<int32_t> zeros(S, 0);
         const Placement zigzag = ring_placement(zeros.data(), S, size);
         CHECK(zigzag.rank.size() == size_t(2 * size));
