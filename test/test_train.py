@@ -1037,7 +1037,8 @@ def test_several_nodes_get_the_environment_that_is_set(tmp_path, monkeypatch):
     others = {"CUDA_VISIBLE_DEVICES": "0", "MY_NCCL_DEBUG": "INFO", "UCX": "1"}
     assert passed(**network, **others) == ["PATH", "OMP_NUM_THREADS=8", *sorted(network)]
     # srun passes everything, if sbatch was not told otherwise or srun is told so.
-    assert "--export=ALL" in launched(tmp_path, "srun", ["bash", "scripts/run_slurm.sh"], "-e", "tiny")
+    line = launched(tmp_path, "srun", ["bash", "scripts/run_slurm.sh"], "-e", "tiny")
+    assert {"--export=ALL", "--gpu-bind=none", "--cpu-bind=none"} < set(line)
 
 
 @pytest.mark.skipif(not ON_GPU or not HAS_MPI, reason="no GPUs")
