@@ -1070,6 +1070,21 @@ bool choose_layout(Setup& s) {
     return false;
 }
 
+// Memory that a layout leaves over lets more steps of the ring start early, as many as fit.
+void use_what_is_left(Setup& s) {
+    for (size_t low = s.layout.exchange.held + 1, high = size_t(s.layout.ring); low < high;) {
+        Layout more = s.layout;
+        more.exchange.held = (low + high) / 2;
+        if (layout_fits(s, more)) s.layout = more, low = more.exchange.held + 1;
+        else high = more.exchange.held;
+    }
+    // And what is left then keeps more of single layers, what is dearer to compute first.
+    for (int i = recompute_kinds - 1; i >= 0 && s.o.recompute == "auto"; i--) {
+        int Recompute::*layers = recompute_parts[i].layers;
+        for (Layout more = s.layout; (more.recompute.*layers)-- > 0 && layout_fits(s, more);) s.layout = more;
+    }
+}
+
 // A run that is resumed has a master copy if its checkpoints have one: the newest that tells.
 void keep_master(Setup& s) {
     int64_t has = -1; // unknown: there is no checkpoint
@@ -1097,19 +1112,7 @@ void setup_memory(Setup& s) {
     const int64_t threads = omp_get_max_threads();
     s.threads.resize(s.world.size);
     comm_gather(Cpu{}, s.world, s.threads.data(), &threads, 1);
-    if (!choose_layout(s)) return;
-    // What is left lets more steps of the ring start early: as many as fit.
-    for (size_t low = s.layout.exchange.held + 1, high = size_t(s.layout.ring); low < high;) {
-        Layout more = s.layout;
-        more.exchange.held = (low + high) / 2;
-        if (layout_fits(s, more)) s.layout = more, low = more.exchange.held + 1;
-        else high = more.exchange.held;
-    }
-    // And what is left then keeps more of single layers, what is dearer to compute first.
-    for (int i = recompute_kinds - 1; i >= 0 && s.o.recompute == "auto"; i--) {
-        int Recompute::*layers = recompute_parts[i].layers;
-        for (Layout more = s.layout; (more.recompute.*layers)-- > 0 && layout_fits(s, more);) s.layout = more;
-    }
+    if (choose_layout(s)) use_what_is_left(s);
 }
 
 // How the ranks of a ring share attention: as asked for, else as is fastest. False when they cannot.
@@ -1175,11 +1178,18 @@ double model_flops(const Config& c, double tokens, double pairs) {
     return 6 * parameters * tokens + 12.0 * c.L * c.H * c.D * pairs;
 }
 
-// An update as the estimate sees it, with visible pairs and the ring's plan as in the first rows of the data: of a full
-// mask one micro-batch, of packs some 2^20 tokens in 64 at most.
+// Of an update as the estimate sees it what memory decides.
+void step_memory(StepWork& w, const Setup& s) {
+    const Recompute& r = s.layout.recompute;
+    w.master = s.layout.master;
+    w.again = {r.norm, r.swiglu, r.residual, r.qkv, r.ffn, r.attention};
+    w.offloaded = double(measure(s, s.layout).host) / w.T / std::max(s.config.L - 2, 1);
+}
+
+// And all of it, with visible pairs and the ring's plan as in the first rows of the data: of a full mask one
+// micro-batch, of packs some 2^20 tokens in 64 at most.
 StepWork step_work(const Setup& s) {
     const Layout& l = s.layout;
-    const Recompute& r = l.recompute;
     StepWork w;
     w.batches = double(s.rows_per_update()) / double(l.B * s.groups());
     w.T = double(l.tokens()), w.ring = l.ring, w.world = l.world, w.zero = l.zero_level();
@@ -1188,9 +1198,8 @@ StepWork step_work(const Setup& s) {
                                                               : KeysTravel::ring;
     w.nccl = takes_nccl(s, l);
     w.weight = double(type_size(s.dtype)), w.gradient = double(type_size(s.grad_dtype));
-    w.moment = double(type_size(l.moments)), w.master = l.master;
-    w.again = {r.norm, r.swiglu, r.residual, r.qkv, r.ffn, r.attention};
-    w.offloaded = double(measure(s, l).host) / w.T / std::max(s.config.L - 2, 1);
+    w.moment = double(type_size(l.moments));
+    step_memory(w, s);
     const size_t packs = std::clamp<size_t>((size_t(1) << 20) / (l.S * l.B), 1, 64);
     const size_t count = s.attention == Attention::full ? 1 : packs;
     Comm ring;
@@ -1232,6 +1241,20 @@ void print_estimate(const Setup& s) {
            here ? "" : " (there is no GPU here)", w.pairs / w.T, rows.c_str());
     step_print(*ceilings, *attention, s.config, w, tokens,
                model_flops(s.config, tokens, w.batches * w.pairs * w.world));
+
+    // What waiting in the host's memory would save is said and not done: that memory is not the run's own.
+    Setup away = s;
+    away.o.offload = "qkv,residual";
+    if (s.o.offload != "none" || s.o.recompute != "auto" || !choose_layout(away)) return;
+    use_what_is_left(away);
+    StepWork faster = w;
+    step_memory(faster, away);
+    auto seconds = [&](const StepWork& work) {
+        return step_seconds(step_parts(*ceilings, *attention, s.config, work));
+    };
+    if (seconds(faster) < 0.98 * seconds(w) && away.layout.master == s.layout.master)
+        printf("  %.0f ms with --offload %s, for %.0f GiB of the host's memory a rank\n", 1e3 * seconds(faster),
+               away.o.offload.c_str(), double(measure(away, away.layout).host) / (1 << 30));
 }
 
 // How large rings are, and how their ranks share attention.

@@ -35,6 +35,28 @@ class Plan:
         self.units = sum(self.layers)
 
 
+def test_the_plan_says_what_the_hosts_memory_would_save():
+    """And that is what the plan with it comes to."""
+    def told(*args):
+        return subprocess.run([BINARY, "-e", "llama2-7b", "--device", "gpu", "--plan", "--memory", "139.8", *BYTES_8, *args],
+                              capture_output=True, text=True, check=True, timeout=120).stdout
+
+    def step(out):
+        return re.search(r"(\d+) ms a step", out)
+
+    if not step(told("-c", "4096")):
+        pytest.skip("the ceilings of the GPU here are not known")
+    long = ["-c", "65536", "--generator_mean", "4096"]
+    out = told(*long)
+    saved, gib = re.search(r"\n  (\d+) ms with --offload qkv,residual, for (\d+) GiB of the host's memory a rank\n$", out).groups()
+    away = told(*long, "--offload", "qkv,residual")
+    assert int(saved) < 0.98 * int(step(out).group(1)) and int(saved) == int(step(away).group(1))
+    assert abs(float(gib) - float(re.search(r"of the host, besides +([\d.]+)", away).group(1))) < 0.6
+    assert "with --offload" not in away  # it is there
+    assert "with --offload" not in told("-c", "4096", "-b", "4")  # nothing is recomputed
+    assert "with --offload" not in told(*long, "--recompute", "all")  # that was asked for
+
+
 def test_the_names_are_those_of_the_option_table():
     table = subprocess.run([BINARY, "--options_table"], capture_output=True, text=True, check=True).stdout
     assert ",".join(PARTS) in table
