@@ -3,6 +3,7 @@
 # PEERS=1 the PyTorch peers in the same run, and our speed over theirs. `make bench` runs all parts and says how long each
 # took; PART="kernels matmul", PART=attention or PART=step runs some of them. FlexAttention's peers are a part of their own,
 # PART=flex, since it compiles for minutes: FLEX="16384:2048" some of its cases (tokens:mean length of the documents).
+# PART=turns holds causal attention beside cuDNN's in turn, each behind a second of the same products (dev/bench_turns.py).
 # PART=step are the steps with a full mask, PART=anchor and PART=anchor64 those with documents. STEPS="4k 32k" some of all
 # steps: 4k, 32k, 64k, 4k-1024, 32k-4096, 64k-4096, 64k-16384 (mean length of the documents), 64k-14 and 64k-18 (bytes a
 # parameter).
@@ -132,6 +133,7 @@ for p in $part; do
     case $p in
         attention) attention ;;
         flex) flex ;;
+        turns) $python dev/bench_turns.py --bench $build/bench_attention ${TURNS:-16384 65536} ;;
         step) for s in ${STEPS:-4k 32k 64k}; do step $s; done ;;
         anchor) for s in ${STEPS:-4k-1024 32k-4096}; do step $s; done ;;
         anchor64) for s in ${STEPS:-64k-4096 64k-16384}; do step $s; done ;;

@@ -4,11 +4,13 @@
 //     build/bench_attention               all cases, by the kernels that the trainer takes
 //     build/bench_attention 64K           the cases whose name holds this
 //     build/bench_attention "" hot        without a rest, on a GPU that comes from other work, as the peers
+//     build/bench_attention "" warm       each measurement behind a second of products, as in training
 //     build/bench_attention 64K portable  by mma.sync, as on a GPU for which no kernel is written
 //     build/bench_attention "" fixed      the backward in a fixed order, as with --deterministic
 //     build/bench_attention 64K alone     Hopper's, each block with a tile of its own; pairs: always in pairs
 //     build/bench_attention 4K plain      by the kernels for any type and head size
 #include "../attention_anchor.cuh"
+#include "../layers/matmul.cuh"
 #include "bench_attention.h"
 #include <chrono>
 #include <thread>
@@ -19,6 +21,19 @@ namespace {
 double nominal_peak(Gpu gpu) {
     const int compute = gpu.context->compute;
     return gpu.context->sms * (compute == 90 ? 4096 * 1.83e9 : compute == 80 ? 2048 * 1.41e9 : 0);
+}
+
+// Products of 8192 x 8192 x 8192 for a second: a GPU at work has the clock that its power allows.
+void heat(Gpu gpu) {
+    constexpr size_t n = 8192;
+    static bf16 *const a = bench_normal<bf16>(gpu, n * n, 1), *const b = bench_normal<bf16>(gpu, n * n, 2);
+    static bf16* const product = bench_normal<bf16>(gpu, n * n, 3);
+    const bf16* none = nullptr;
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(1);
+    while (std::chrono::steady_clock::now() < end) {
+        for (int i = 0; i < 16; i++) matmul_forward(gpu, product, a, b, none, none, n, n, n);
+        device_wait(gpu);
+    }
 }
 
 // `copy`: bytes a second of a plain copy.
@@ -57,7 +72,10 @@ void run(Gpu gpu, const AttentionCase& c, const char* kernels, double copy) {
     };
     const int rounds = T > 32768 ? 5 : 11;
     // Forward, then backward, as the peers do it: a GPU that has been busy for longer is slower. Its parts come last.
+    const bool warm = !strcmp(kernels, "warm");
+    if (warm) heat(gpu);
     const double forward_ms = bench_ms(gpu, run_forward, rounds);
+    if (warm) heat(gpu);
     const double backward_ms = bench_ms(
         gpu, [&] { begin(), run_backward(), end(); }, rounds);
     const double begin_ms = bench_ms(gpu, begin, rounds), end_ms = bench_ms(gpu, end, rounds);
@@ -90,7 +108,7 @@ int main(int argc, char** argv) {
     for (const AttentionCase& c : attention_cases) {
         if (!strstr(c.name, only)) continue;
         // A rest: behind a long case a short one is slower by up to a sixth.
-        if (!hot) std::this_thread::sleep_for(std::chrono::seconds(2));
+        if (!hot && strcmp(kernels, "warm")) std::this_thread::sleep_for(std::chrono::seconds(2));
         run(gpu, c, kernels, copy);
     }
 }

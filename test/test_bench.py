@@ -57,6 +57,31 @@ print('titan S=%s L=%s %s B=%s  9999 tok/s  model 440.0 TFLOP/s  peak 100 GB' % 
 """
 
 
+def test_turns_alternate_and_end_with_medians(tmp_path, monkeypatch, capsys):
+    """With a stand-in for cuDNN, and one for ours that is measured slower every time."""
+    monkeypatch.syspath_prepend(str(ROOT / "dev"))
+    import bench_turns
+    (tmp_path / "ours").write_text(f"""#!/bin/sh
+echo "$*" >> {tmp_path}/calls
+n=$(wc -l < {tmp_path}/calls)
+echo "| 16K causal, D 64       |    1.000 ms    1 TF/s  0.1% |    1.000 ms    1 TF/s  0.1% | main 1, begin 1 (98%), end 1 (97%) |"
+echo "| 16K causal             |    1.000 ms  $((800 - n)) TF/s 75.3% |    1.000 ms  $((600 - n)) TF/s 57.9% | main 1, begin 1 (98%) |"
+""")
+    (tmp_path / "ours").chmod(0o755)
+    order = []
+
+    def theirs(tokens):
+        order.append(len((tmp_path / "calls").read_text().splitlines()) if (tmp_path / "calls").exists() else 0)
+        return tokens / 64 + len(order), 500 - len(order)  # 257, 499, and so on
+
+    bench_turns.main(bench_turns.argparse.Namespace(bench=tmp_path / "ours", rounds=3, tokens=[16384]), theirs)
+    assert (tmp_path / "calls").read_text() == "16K causal warm\n" * 3 and order == [1, 1, 3]
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[1] == "round 2, 16K: ours 798 / 598, cuDNN 258 / 498 TF/s"
+    # 799 / 257 = 3.11, 798 / 258 = 3.09, 797 / 259 = 3.08; 599 / 499, 598 / 498, 597 / 497 = 1.20
+    assert rows[-1] == "| 16K | 798 / 598 | 258 / 498 | 3.09 (3.08 to 3.11) | 1.20 (1.20 to 1.20) |"
+
+
 def bench(tmp_path, **env):
     (tmp_path / "bench_attention").write_text(OURS)
     (tmp_path / "bench_attention").chmod(0o755)
