@@ -965,20 +965,18 @@ int host_of(const Setup& s, const Layout& layout, int rank) {
     return s.o.plan || size_t(layout.world) != s.hosts.size() ? rank / 8 : s.hosts[size_t(rank)];
 }
 
-// Whether every ring is within a host.
-bool rings_in_hosts(const Setup& s, const Layout& layout) {
+// Whether each group of so many neighbouring ranks is within a host.
+bool groups_in_hosts(const Setup& s, const Layout& layout, int ranks) {
     for (int rank = 0; rank < layout.world; rank++)
-        if (host_of(s, layout, rank) != host_of(s, layout, rank - rank % layout.ring)) return false;
+        if (host_of(s, layout, rank) != host_of(s, layout, rank - rank % ranks)) return false;
     return true;
 }
+bool rings_in_hosts(const Setup& s, const Layout& layout) { return groups_in_hosts(s, layout, layout.ring); }
 
 // Whether data of some ranks will travel by NCCL: between hosts, and in a host whose GPUs do not reach each other.
 bool takes_nccl(const Setup& s, const Layout& layout) {
     if (s.transport != Transport::automatic) return s.transport == Transport::nccl;
-    if (!s.reached && layout.world > 1) return true;
-    for (int rank = 0; rank < layout.world; rank++)
-        if (host_of(s, layout, rank) != host_of(s, layout, 0)) return true;
-    return false;
+    return layout.world > 1 && (!s.reached || !groups_in_hosts(s, layout, layout.world));
 }
 
 // GPU memory of the communicator's groups: the world, the layers', which has the same ranks, and the ring, which may.
@@ -1053,7 +1051,7 @@ bool choose_layout(Setup& s) {
             if (part.layers && layout.offload.*part.away) layout.recompute.*part.layers = 0;
         return layout_fits(s, layout);
     };
-    layout.ffn_tile = size_t(o.ffn_tile);
+    layout.ffn_tile = size_t(o.ffn_tile), layout.exchange.held = RingExchange().held;
     if (layout.ffn_tile && o.recompute != "auto")
         if (const Recompute again = recompute_parse(o.recompute, L); again.ffn < L || again.swiglu < L)
             fail("--ffn_tile keeps no feed-forward: add swiglu and ffn to --recompute");
@@ -1249,12 +1247,12 @@ void print_estimate(const Setup& s) {
     use_what_is_left(away);
     StepWork faster = w;
     step_memory(faster, away);
-    auto seconds = [&](const StepWork& work) {
-        return step_seconds(step_parts(*ceilings, *attention, s.config, work));
+    auto step_ms = [&](const StepWork& work) {
+        return 1e3 * step_seconds(step_parts(*ceilings, *attention, s.config, work));
     };
-    if (seconds(faster) < 0.98 * seconds(w) && away.layout.master == s.layout.master)
-        printf("  %.0f ms with --offload %s, for %.0f GiB of the host's memory a rank\n", 1e3 * seconds(faster),
-               away.o.offload.c_str(), double(measure(away, away.layout).host) / (1 << 30));
+    if (const double ms = step_ms(faster); ms < 0.98 * step_ms(w) && away.layout.master == s.layout.master)
+        printf("  %.0f ms with --offload %s, for %.0f GiB of the host's memory a rank\n", ms, away.o.offload.c_str(),
+               double(measure(away, away.layout).host) / (1 << 30));
 }
 
 // How large rings are, and how their ranks share attention.

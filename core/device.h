@@ -305,7 +305,8 @@ inline int gpu_count() {
 
 // Whether the GPU can fetch from all of the first `gpus` of this host.
 inline bool gpu_reaches_all(int device, int gpus) {
-    for (int other = 0; other < std::min(gpus, gpu_count()); other++) {
+    gpus = std::min(gpus, gpu_count());
+    for (int other = 0; other < gpus; other++) {
         int can = 0;
         if (other != device && (cudaDeviceCanAccessPeer(&can, device, other) != cudaSuccess || !can)) return false;
     }

@@ -103,12 +103,12 @@ int main(int argc, char** argv) {
     if (peak > 0) printf("%.0f TF/s (dense bf16)\n", peak / 1e12);
     else printf("not known\n");
     printf("| case | forward, share of peak | backward | of it: ms (share of a copy) |\n|---|---|---|---|\n");
-    const bool hot = !strcmp(kernels, "hot");
+    const bool hot = !strcmp(kernels, "hot"), rests = !hot && strcmp(kernels, "warm");
     if (hot) run(gpu, {"64K causal, to heat", 65536, 0, 32, 32, 128}, kernels, copy);
     for (const AttentionCase& c : attention_cases) {
         if (!strstr(c.name, only)) continue;
         // A rest: behind a long case a short one is slower by up to a sixth.
-        if (!hot && strcmp(kernels, "warm")) std::this_thread::sleep_for(std::chrono::seconds(2));
+        if (rests) std::this_thread::sleep_for(std::chrono::seconds(2));
         run(gpu, c, kernels, copy);
     }
 }

@@ -10,6 +10,7 @@ import argparse
 import re
 import statistics
 import subprocess
+import time
 
 H, D = 32, 128
 
@@ -31,7 +32,6 @@ class Cudnn:
         self.factors = [torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
 
     def heat(self, seconds=1):
-        import time
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             for _ in range(16):

@@ -38,30 +38,30 @@ def program(tmp_path_factory):
     return folder / "gpu_comm"
 
 
-def passes(command, one_queue=False):
-    environment = {**ENVIRONMENT, **({"CUDA_THREADS": "1"} if one_queue else {})}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0 and "0 failed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
+def on_ranks(ranks, *command):
+    return ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks), *command, "--no-colors"]
+
+
+def passes(command, **environment):
+    run = subprocess.run(command, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0 and "| 0 failed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
+    return run.stdout
 
 
 @pytest.mark.parametrize("ranks, one_queue", [(2, False), (3, True), (4, False), (4, True)])
 def test_the_communicator_for_gpus(program, ranks, one_queue):
     """With one queue for all streams nothing goes on beside anything: what it costs cannot be told."""
     left_out = "*(large)*" + (",*cost*" if one_queue else "")
-    passes(["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks), program, "--no-colors", f"-tce={left_out}"],
-           one_queue)
+    passes([*on_ranks(ranks, program), f"-tce={left_out}"], **({"CUDA_THREADS": "1"} if one_queue else {}))
 
 
 @pytest.mark.parametrize("ranks, transport", [(2, "NCCL"), (4, "CUDA IPC and NCCL")])
 def test_what_is_mapped_but_not_the_peers_memory_is_left_to_nccl(program, ranks, transport):
     """GPUs whose copies end somewhere else without an error: between even and odd ranks here."""
-    command = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks), program, "--no-colors"]
-    environment = {**ENVIRONMENT, "CUDA_THREADS_MAPS": "others"}
-    run = subprocess.run([*command, "-tce=*(large)*,*cost*"], env={**environment, "TEST_TRANSPORT_AUTO": "1"},
-                         capture_output=True, text=True, timeout=300)
-    assert f"{ranks} ranks, {transport}\n" in run.stdout, run.stdout[-2000:]
-    assert run.returncode == 0 and "| 0 failed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    out = passes([*on_ranks(ranks, program), "-tce=*(large)*,*cost*"], CUDA_THREADS_MAPS="others", TEST_TRANSPORT_AUTO="1")
+    assert f"{ranks} ranks, {transport}\n" in out, out[-2000:]
+    run = subprocess.run(on_ranks(ranks, program), env={**ENVIRONMENT, "CUDA_THREADS_MAPS": "others"}, capture_output=True,
+                         text=True, timeout=60)
     apart, pairs = {2: (1, 1), 4: (4, 6)}[ranks]
     assert run.returncode != 0
     assert f"--transport ipc: CUDA IPC does not connect {apart} of the {pairs} pairs of ranks" in run.stderr, run.stderr
